@@ -1,0 +1,463 @@
+"""DoRA for Flax Linen: a method interceptor around `Module.apply`.
+
+The adapters travel inside `params` beside the kernels they adapt, so that whatever the model does
+with its own parameters (`nn.scan`, `nn.vmap`, `nn.remat`, `nn.share_scope`) it does with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import meta
+
+from dora_jax.config import (
+    AdapterError,
+    AdapterSpec,
+    ConfigError,
+    DoRAConfig,
+    Path,
+    match_modules,
+    select_layers,
+)
+from dora_jax.decomposition import KernelAxes, base_changed, describe_base, materialize
+from dora_jax.initializers import init_layer
+from dora_jax.layouts import DENSE, Layout, adapted_output, find_layout, stored_axes
+
+Tree = Mapping[str, Any]
+
+# The name under which a layer's adapter stands among its parameters while the model runs.
+_BESIDE = "dora"
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedLayer:
+    """What `DoRAModel` knows of one adapted layer."""
+
+    spec: AdapterSpec
+    layout: Layout
+    axes: KernelAxes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DoRAModel:
+    """A Linen module that reads a second collection, `dora`: the adapters.
+
+    Made by `apply_dora`. `apply` takes the arguments of `flax.linen.Module.apply`.
+
+    Attributes:
+      module: the module as it was.
+      config: the configuration it was adapted with.
+      layers: the adapted layers by module path.
+      base: by module path, what is kept of each frozen kernel (norm and mark).
+    """
+
+    module: nn.Module
+    config: DoRAConfig
+    layers: Mapping[Path, AdaptedLayer]
+    base: Mapping[Path, Mapping[str, jax.Array]]
+
+    def apply(
+        self,
+        variables: Tree,
+        *args: Any,
+        rngs: Any = None,
+        method: Callable[..., Any] | str | None = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Applies the adapted module, as `flax.linen.Module.apply` does.
+
+        Args:
+          variables: the module's collections, and `dora`, the adapters.
+          *args: the module's arguments.
+          rngs: keys by stream; adapter dropout is active if there is a `dropout` stream.
+          method: as for `Module.apply`.
+          mutable: as for `Module.apply`; `params` comes back without the adapters.
+          **kwargs: the module's keyword arguments.
+
+        Raises:
+          AdapterError: `dora` is missing, or does not fit the model; names the layer.
+        """
+        if "dora" not in variables:
+            raise AdapterError(
+                "variables has no collection 'dora': apply to {'params': ..., 'dora': adapters}, "
+                "or use the module itself to run the base"
+            )
+        adapters = variables["dora"]
+        check_adapters(self, adapters)
+        others = {name: value for name, value in variables.items() if name != "dora"}
+        others["params"] = self._params_with_adapters(variables["params"], adapters)
+        dropout = bool(self.config.dropout) and rngs is not None and _has_dropout(rngs)
+        with nn.intercept_methods(functools.partial(_intercept, self.layers, dropout)):
+            result = self.module.apply(
+                others, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+            )
+        if mutable is False:
+            return result
+        output, updated = result
+        return output, _without_adapters(updated)
+
+    def _params_with_adapters(self, params: Tree, adapters: Tree) -> dict[str, Any]:
+        params = _overlay(params, _saved(self, adapters))
+        for path in self.layers:
+            base = {f"base_{k}": v for k, v in self.base[path].items()}
+            beside = {_BESIDE: {**_get(adapters, path), **base}}
+            params = _set(params, path, {**_get(params, path), **beside})
+        return params
+
+
+def apply_dora(
+    module: nn.Module,
+    config: DoRAConfig,
+    *,
+    params: Tree,
+    rng: jax.Array,
+    inputs: Sequence[Any],
+    variables: Tree | None = None,
+    method: Callable[..., Any] | str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> tuple[DoRAModel, dict[str, Any]]:
+    """Returns an adapted model and its adapters, for a Linen module and its parameters.
+
+    Nothing is changed in `module` or `params`. At this point both models compute the same, bit for
+    bit.
+
+    Args:
+      module: any `flax.linen.Module`.
+      config: which layers, and how.
+      params: the module's `params` collection (not the dict around it).
+      rng: draws `lora_a`.
+      inputs: arguments of a call, arrays or `jax.ShapeDtypeStruct`: the call is traced, not run, to
+        see which layers there are.
+      variables: further collections that the call reads, such as `batch_stats`.
+      method: the method to trace, if not `__call__`.
+      kwargs: keyword arguments of the call.
+
+    Returns:
+      The model, for `model.apply({"params": params, "dora": adapters}, *inputs)`, and the adapter
+      tree: nested dicts by module path.
+
+    Raises:
+      AdapterError: the module is adapted already, or the call does not use its parameters.
+      ConfigError: a pattern matches nothing, or a rank is too high; names the layer.
+      LayoutError: a named layer is of a class whose layout is not known.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> module, x = nn.Dense(3), jnp.ones((5, 4))
+      >>> params = module.init(jax.random.key(0), x)["params"]
+      >>> model, adapters = dora.apply_dora(
+      ...     module, dora.DoRAConfig(rank=2), params=params, rng=jax.random.key(1), inputs=(x,)
+      ... )
+      >>> jax.tree.map(jnp.shape, adapters)
+      {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}
+      >>> y = model.apply({"params": params, "dora": adapters}, x)
+      >>> bool((y == module.apply({"params": params}, x)).all())
+      True
+    """
+    if isinstance(module, DoRAModel):
+        raise AdapterError("the module is adapted already: merge it first")
+    if "params" in params:
+        raise ConfigError("params must be the collection itself: pass variables['params']")
+    found, modules = _trace(module, params, inputs, variables or {}, method, kwargs or {})
+    specs = select_layers(
+        config, {path: layout.all_linear for path, (layout, _) in found.items()}, modules
+    )
+    layers, base = {}, {}
+    adapters: dict[str, Any] = {}
+    for path, spec in specs.items():
+        layout, call_axes = found[path]
+        kernel = meta.unbox(_get(params, path)[layout.kernel])
+        axes = stored_axes(call_axes, kernel.ndim, ".".join(path))
+        adapter, base[path] = init_layer(config, spec, path, rng, kernel, axes)
+        adapters = _set(adapters, path, adapter)
+        layers[path] = AdaptedLayer(spec, layout, axes)
+    for path in _saved_paths(config, modules):
+        adapters = _set(adapters, path, meta.unbox(_get(params, path)))
+    return DoRAModel(module, config, layers, base), adapters
+
+
+def merge(params: Tree, adapters: Tree, config: DoRAConfig | DoRAModel) -> dict[str, Any]:
+    """Returns plain parameters with the merged kernels, of the structure of `params`.
+
+    Args:
+      params: the base's `params` collection.
+      adapters: the adapter tree.
+      config: the configuration, if every adapted kernel's axes are (stack, in, out); the adapted
+        model serves every layout.
+
+    Raises:
+      AdapterError: an adapter has no kernel in `params`, its shapes do not fit, or an array that
+        `config` asks for is missing; names the layer.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> module, x = nn.Dense(3), jnp.ones((5, 4))
+      >>> params = module.init(jax.random.key(0), x)["params"]
+      >>> config = dora.DoRAConfig(rank=2)
+      >>> model, adapters = dora.apply_dora(
+      ...     module, config, params=params, rng=jax.random.key(1), inputs=(x,)
+      ... )
+      >>> bool((merge(params, adapters, config)["kernel"] == params["kernel"]).all())
+      True
+    """
+    if isinstance(config, DoRAModel):
+        check_adapters(config, adapters)
+        check_base(config, params)
+        layers = config.layers
+    else:
+        layers = _layers_from_shapes(params, adapters, config)
+    merged, saved = dict(params), adapters
+    for path, layer in layers.items():
+        spec, layout, axes = layer.spec, layer.layout, layer.axes
+        own = _get(params, path)
+        kernel = meta.unbox(own[layout.kernel])
+        base = _describe_base(kernel, axes, spec.eps)
+        new = _materialize(spec, kernel, _get(adapters, path), base, axes)
+        new = meta.replace_boxed(own[layout.kernel], new)
+        merged = _set(merged, path, {**own, layout.kernel: new})
+        saved = _set(saved, path, {})
+    return _overlay(merged, saved)
+
+
+def check_adapters(model: DoRAModel, adapters: Tree) -> None:
+    """Raises `AdapterError` if an adapter array is missing, unknown or of a wrong shape."""
+    for path, layer in model.layers.items():
+        adapter = _get(adapters, path)
+        _check_names(path, layer.spec, adapter)
+        norm = model.base[path]["norm"]
+        shapes = {name: np.shape(adapter[name]) for name in layer.spec.parameter_names}
+        stack, rank = norm.shape[: len(layer.axes.stack)], layer.spec.rank
+        fits = {
+            "magnitude": lambda s, n=norm: s == n.shape,
+            "lora_b": lambda s, n=norm, k=stack, r=rank: s == (*k, r, *n.shape[len(k) :]),
+            "lora_a": lambda s, k=stack, r=rank: s[: len(k)] == k and s[-1] == r,
+        }
+        for name, shape in shapes.items():
+            if not fits[name](shape):
+                raise AdapterError(
+                    f"{'.'.join(path)}: {name} has shape {shape}, which does not fit a layer of "
+                    f"rank {rank} with a magnitude of shape {norm.shape}"
+                )
+
+
+def check_base(model: DoRAModel, params: Tree) -> None:
+    """Raises `AdapterError` if a kernel is not the one its adapter was made for, naming the layer.
+
+    An adapted layer whose kernel was exchanged gives NaN; this says which.
+    """
+    for path, layer in model.layers.items():
+        kernel = meta.unbox(_get(params, path)[layer.layout.kernel])
+        if np.any(base_changed(kernel, model.base[path], layer.axes)):
+            raise AdapterError(
+                f"{'.'.join(path)}: the kernel changed since apply_dora, so its stored norm is "
+                "wrong. Load the base first, then adapt it"
+            )
+
+
+_materialize = jax.jit(materialize, static_argnums=(0, 4))
+_describe_base = jax.jit(describe_base, static_argnums=(1, 2))
+
+
+def _intercept(
+    layers: Mapping[Path, AdaptedLayer],
+    dropout: bool,
+    next_call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Runs an adapted layer in place of its own `__call__`; leaves every other call alone."""
+    module = context.module
+    if context.method_name != "__call__" or find_layout(type(module)) is None:
+        return next_call(*args, **kwargs)
+    own = module.variables.get("params", {})
+    if _BESIDE not in own:
+        return next_call(*args, **kwargs)
+    layer = layers[module.path]
+    beside = own[_BESIDE]
+    params = {name: value for name, value in own.items() if name != _BESIDE}
+    return adapted_output(
+        layer.spec,
+        layer.layout,
+        module,
+        args[0] if args else kwargs["inputs"],
+        _call_without_bias(module, params, args, kwargs),
+        meta.unbox(params[layer.layout.kernel]),
+        meta.unbox(params["bias"]) if "bias" in params else None,
+        beside,
+        {name: beside[f"base_{name}"] for name in ("norm", "row")},
+        functools.partial(_dropout, module, layer.spec.dropout) if dropout else lambda x: x,
+    )
+
+
+def _call_without_bias(
+    module: nn.Module, params: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> jax.Array:
+    """Calls a layer's own method with a bias of zero.
+
+    Zero, not none: a bias takes part in the promotion of dtypes. XLA removes the addition.
+    """
+    if "bias" in params:
+        params = {**params, "bias": jax.tree.map(jnp.zeros_like, params["bias"])}
+    return module.clone(parent=None, name=None).apply({"params": params}, *args, **kwargs)
+
+
+def _dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
+    if not module.has_rng("dropout"):
+        raise AdapterError(
+            f"{'.'.join(module.path)}: adapter dropout needs the stream 'dropout', which a lifted "
+            "transform around this layer does not pass on; add it to split_rngs"
+        )
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _has_dropout(rngs: Any) -> bool:
+    """Whether `rngs` has a stream for dropout; a single key serves every stream."""
+    return not isinstance(rngs, Mapping) or "dropout" in rngs
+
+
+def _trace(
+    module: nn.Module,
+    params: Tree,
+    inputs: Sequence[Any],
+    variables: Tree,
+    method: Callable[..., Any] | str | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[dict[Path, tuple[Layout, KernelAxes]], list[Path]]:
+    """Traces one call; returns the adaptable layers with their axes, and every module's path."""
+    found: dict[Path, tuple[Layout, KernelAxes]] = {}
+    modules: dict[Path, None] = {}
+
+    def record(next_call, args, call_kwargs, context):
+        path, layout = context.module.path, find_layout(type(context.module))
+        modules[path] = None
+        if layout is not None and context.method_name == "__call__":
+            found[path] = layout, layout.axes(context.module)
+        return next_call(*args, **call_kwargs)
+
+    def call(params, inputs):
+        with nn.intercept_methods(record):
+            key = jax.random.key(0)
+            return module.apply(
+                {**variables, "params": params},
+                *inputs,
+                rngs={"params": key, "dropout": key},
+                method=method,
+                mutable=True,
+                **kwargs,
+            )
+
+    jax.eval_shape(call, params, tuple(inputs))
+    return found, list(modules)
+
+
+def _saved_paths(config: DoRAConfig, modules: Sequence[Path]) -> list[Path]:
+    by_name = {".".join(path): path for path in modules}
+    saved = match_modules(config.modules_to_save, by_name, "modules_to_save")
+    return [by_name[name] for name in sorted(saved)]
+
+
+def _saved(model: DoRAModel, adapters: Tree) -> Tree:
+    """Returns the part of an adapter tree that is of modules trained in full."""
+    for path in model.layers:
+        adapters = _set(adapters, path, {})
+    return adapters
+
+
+def _layers_from_shapes(
+    params: Tree, adapters: Tree, config: DoRAConfig
+) -> dict[Path, AdaptedLayer]:
+    """Returns the adapted layers of a tree whose kernels are laid out as (stack, in, out)."""
+    layers = {}
+    for path in _adapter_paths(adapters):
+        adapter, spec = _get(adapters, path), config.spec(path)
+        _check_names(path, spec, adapter)
+        own = _get(params, path)
+        if "kernel" not in own:
+            raise AdapterError(
+                f"{'.'.join(path)}: there is an adapter, but no 'kernel' among its parameters"
+            )
+        axes = _axes_from_shapes(path, np.shape(meta.unbox(own["kernel"])), adapter)
+        layers[path] = AdaptedLayer(spec, DENSE, axes)
+    return layers
+
+
+def _adapter_paths(adapters: Tree, path: Path = ()) -> list[Path]:
+    if {"lora_a", "lora_b", "magnitude"} & set(adapters):
+        return [path]
+    inner = ((k, v) for k, v in adapters.items() if isinstance(v, Mapping))
+    return [found for k, v in inner for found in _adapter_paths(v, (*path, k))]
+
+
+def _check_names(path: Path, spec: AdapterSpec, adapter: Tree) -> None:
+    wanted, given = set(spec.parameter_names), set(adapter)
+    if wanted != given:
+        raise AdapterError(
+            f"{'.'.join(path) or 'the layer'}: the configuration asks for {sorted(wanted)}, the "
+            f"adapter has {sorted(given)}"
+        )
+
+
+def _axes_from_shapes(path: Path, kernel: tuple[int, ...], adapter: Tree) -> KernelAxes:
+    """Returns the axes of a kernel laid out as (stack, in, out), from its adapter's shapes.
+
+    A magnitude alone does not tell stack from out axes: it is taken for a dense kernel's.
+    """
+    ndim, outputs, inputs = len(kernel), 1, 1
+    if "lora_a" in adapter:
+        a, b = (np.ndim(adapter[name]) for name in ("lora_a", "lora_b"))
+        inputs, outputs = ndim - b + 1, ndim - a + 1
+    stack, order = ndim - inputs - outputs, tuple(range(ndim))
+    rank = np.shape(adapter["lora_a"])[-1] if "lora_a" in adapter else 0
+    if min(stack, inputs, outputs) >= 0:
+        axes = KernelAxes(order[:stack], order[stack : stack + inputs], order[stack + inputs :])
+        expected = axes.shapes(kernel, rank)
+        if all(np.shape(value) == expected[name] for name, value in adapter.items()):
+            return axes
+    shapes = {name: np.shape(value) for name, value in adapter.items()}
+    raise AdapterError(
+        f"{'.'.join(path)}: the adapter {shapes} does not fit the kernel {kernel} laid out as "
+        "(stack, in, out); check the base, or pass the adapted model in place of the configuration"
+    )
+
+
+def _get(tree: Tree, path: Path) -> Tree:
+    for i, key in enumerate(path):
+        if key not in tree:
+            raise AdapterError(f"no entry {'.'.join(path[: i + 1])} in the tree of parameters")
+        tree = tree[key]
+    return tree
+
+
+def _set(tree: Tree, path: Path, value: Any) -> Any:
+    """Returns a copy of nested dicts with `value` at `path`; what is not on the path is shared."""
+    if not path:
+        return value
+    return {**tree, path[0]: _set(tree.get(path[0], {}), path[1:], value)}
+
+
+def _overlay(tree: Tree, over: Tree) -> dict[str, Any]:
+    """Returns nested dicts with the leaves of `over` in place of those of `tree`, boxes kept."""
+    result = dict(tree)
+    for key, value in over.items():
+        if isinstance(value, Mapping):
+            result[key] = _overlay(result[key], value) if value else result[key]
+        else:
+            result[key] = meta.replace_boxed(result[key], value)
+    return result
+
+
+def _without_adapters(tree: Any) -> Any:
+    if not isinstance(tree, Mapping):
+        return tree
+    return {k: _without_adapters(v) for k, v in tree.items() if k != _BESIDE}
+

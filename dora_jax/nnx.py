@@ -1,0 +1,294 @@
+"""DoRA for Flax NNX: layers that carry their adapter.
+
+An adapted layer is the same object of a subclass of its class, so that the paths and attributes of
+the base model, and the base checkpoints made for them, stay valid.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dora_jax.config import AdapterError, DoRAConfig, Path, match_modules, select_layers
+from dora_jax.decomposition import KernelAxes, base_changed, materialize
+from dora_jax.initializers import init_layer
+from dora_jax.layouts import Layout, adapted_output, find_layout, stored_axes
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+class DoRAParam(nnx.Variable):
+    """What DoRA trains: differentiate and optimise with `wrt=DoRAParam`.
+
+    It is no `nnx.Param`, so that `nnx.state(model, nnx.Param)` still is the base model's.
+    """
+
+
+class SavedParam(DoRAParam, nnx.Param):
+    """A parameter of a module in `modules_to_save`: of the base model, and trained in full."""
+
+
+class BaseParam(nnx.Variable):
+    """What an adapted layer keeps of its frozen kernel: derived from the base, never trained."""
+
+
+class DoRALayer(nnx.Module):
+    """Mixed into a layer's class by `apply_dora`.
+
+    Attributes:
+      lora_a, lora_b, magnitude: `DoRAParam` of shapes `(*stack, *in, r)`, `(*stack, r, *out)`,
+        `(*stack, *out)`; absent where the settings have none.
+      base_norm, base_row: `BaseParam`, see `dora_jax.decomposition.describe_base`.
+      lora_dropout: `nnx.Dropout` on the input of the low-rank branch.
+      spec: the layer's settings.
+    """
+
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        layer_class = _plain_class(type(self))
+        layout = _layout(layer_class)
+        return adapted_output(
+            self.spec,
+            layout,
+            self,
+            inputs,
+            layer_class.__call__(_without_bias(self), inputs, *args, **kwargs),
+            getattr(self, layout.kernel)[...],
+            None if self.bias is None else self.bias[...],
+            _values(self, self.spec.parameter_names),
+            {"norm": self.base_norm[...], "row": self.base_row[...]},
+            self.lora_dropout,
+        )
+
+
+class DoRALinear(DoRALayer, nnx.Linear):
+    """`nnx.Linear` with an adapter."""
+
+
+def apply_dora(model: M, config: DoRAConfig, *, rngs: nnx.Rngs) -> M:
+    """Returns a copy of an NNX model whose selected layers carry a DoRA adapter.
+
+    The copy shares its arrays with `model`, which stays as it is. At this point both compute the
+    same, bit for bit.
+
+    Args:
+      model: any `nnx.Module`; its arrays may be abstract (`nnx.eval_shape`).
+      config: which layers, and how.
+      rngs: draws `lora_a` (stream `params`), and serves the adapters' dropout.
+
+    Raises:
+      AdapterError: the model is adapted already.
+      ConfigError: a pattern matches nothing, or a rank is too high; names the layer.
+      LayoutError: a named layer is of a class whose layout is not known.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> adapted = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
+      >>> x = jnp.ones((5, 4))
+      >>> bool((adapted(x) == model(x)).all()), adapted.magnitude.shape
+      (True, (3,))
+    """
+    if adapted := [path for path, _ in _adapted_layers(model)]:
+        raise AdapterError(
+            f"the model is adapted already ({'.'.join(adapted[0])} has an adapter); merge it first"
+        )
+    model = _copy(model)
+    modules = {path: module for path, module in _modules(model)}
+    layers = {
+        path: (module, layout)
+        for path, module in modules.items()
+        if (layout := find_layout(type(module))) is not None
+    }
+    specs = select_layers(
+        config, {path: layout.all_linear for path, (_, layout) in layers.items()}, modules
+    )
+    key = rngs.params()
+    for path, spec in specs.items():
+        layer, layout = layers[path]
+        kernel = getattr(layer, layout.kernel).get_value()
+        axes = stored_axes(layout.axes(layer), kernel.ndim, ".".join(path))
+        adapter, base = init_layer(config, spec, path, key, kernel, axes)
+        _become(layer, _dora_class(type(layer)))
+        layer.spec = spec
+        layer.lora_dropout = nnx.Dropout(spec.dropout, rngs=rngs if spec.dropout else None)
+        for name, value in adapter.items():
+            setattr(layer, name, DoRAParam(value))
+        for name, value in base.items():
+            setattr(layer, f"base_{name}", BaseParam(value))
+    for name in _saved_names(config, modules):
+        _retype_parameters(modules[name], nnx.Param, SavedParam)
+    return model
+
+
+def merge(model: M) -> M:
+    """Returns a copy of an adapted model with plain layers whose kernels are the merged ones.
+
+    Raises:
+      AdapterError: nothing is adapted, or a base kernel changed since `apply_dora`.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> adapted = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
+      >>> type(merge(adapted)).__name__
+      'Linear'
+    """
+    check_base(model)
+    model = _copy(model)
+    for _, layer in list(_adapted_layers(model)):
+        kernel, axes = _kernel_and_axes(layer)
+        spec = layer.spec
+        kernel[...] = _materialize(
+            spec, kernel[...], _values(layer, spec.parameter_names), _base(layer), axes
+        )
+        for name in (*spec.parameter_names, "base_norm", "base_row", "lora_dropout", "spec"):
+            delattr(layer, name)
+        _become(layer, _plain_class(type(layer)))
+    for _, module in _modules(model):
+        _retype_parameters(module, SavedParam, nnx.Param)
+    return model
+
+
+def check_base(model: nnx.Module) -> None:
+    """Raises `AdapterError` if a kernel is not the one its adapter was made for, naming the layer.
+
+    An adapted layer whose kernel was exchanged gives NaN; this says which.
+    """
+    layers = list(_adapted_layers(model))
+    if not layers:
+        raise AdapterError("the model has no adapter: nothing to merge or check")
+    for path, layer in layers:
+        kernel, axes = _kernel_and_axes(layer)
+        if np.any(base_changed(kernel[...], _base(layer), axes)):
+            raise AdapterError(
+                f"{'.'.join(path)}: the kernel changed since apply_dora, so its stored norm is "
+                "wrong. Load the base first, then adapt it"
+            )
+
+
+def get_adapters(model: nnx.Module) -> dict[str, Any]:
+    """Returns the adapter tree: nested dicts by module path, of everything that DoRA trains.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> mlp = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+      >>> mlp = dora.apply_dora(mlp, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
+      >>> jax.tree.map(jnp.shape, get_adapters(mlp))
+      {'layers': {'0': {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}}}
+    """
+    return _string_keys(nnx.to_pure_dict(nnx.state(model, DoRAParam)))
+
+
+def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
+    """Puts an adapter tree, as `get_adapters` returns it, into an adapted model.
+
+    Raises:
+      AdapterError: names, shapes or the presence of a magnitude differ; names each.
+    """
+    state = nnx.state(model, DoRAParam)
+    wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    given = {
+        tuple(k.key for k in path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(dict(adapters))[0]
+    }
+    problems = [f"missing {'.'.join(p)}" for p in wanted if p not in given]
+    problems += [f"unknown {'.'.join(p)}" for p in given if p not in wanted]
+    problems += [
+        f"{'.'.join(p)} has shape {np.shape(given[p])}, the model needs {wanted[p].shape}"
+        for p in wanted
+        if p in given and np.shape(given[p]) != wanted[p].shape
+    ]
+    if problems:
+        raise AdapterError("the adapters are of another model: " + "; ".join(problems))
+    for path, variable in wanted.items():
+        variable[...] = jnp.asarray(given[path], variable.dtype)
+    nnx.update(model, state)
+
+
+_materialize = jax.jit(materialize, static_argnums=(0, 4))
+
+
+@functools.lru_cache(maxsize=None)
+def _dora_class(layer_class: type[nnx.Module]) -> type[nnx.Module]:
+    if layer_class is nnx.Linear:
+        return DoRALinear
+    return type(f"DoRA{layer_class.__name__}", (DoRALayer, layer_class), {})
+
+
+def _plain_class(dora_class: type[nnx.Module]) -> type[nnx.Module]:
+    return dora_class.__mro__[2]
+
+
+def _layout(layer_class: type[nnx.Module]) -> Layout:
+    layout = find_layout(layer_class)
+    assert layout is not None, f"{layer_class} lost its layout"
+    return layout
+
+
+def _become(layer: nnx.Module, layer_class: type[nnx.Module]) -> None:
+    """Changes a layer's class in place, so that whatever holds it need not be found."""
+    object.__setattr__(layer, "__class__", layer_class)
+
+
+def _without_bias(layer: Any) -> Any:
+    """Returns a view of a layer whose bias is zero; its variables are the layer's own.
+
+    Zero, not None: a bias takes part in the promotion of dtypes. XLA removes the addition.
+    """
+    view = object.__new__(type(layer))
+    vars(view).update(vars(layer))
+    if layer.bias is not None:
+        vars(view)["bias"] = nnx.Param(jnp.zeros_like(layer.bias[...]))
+    return view
+
+
+def _kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
+    layout = _layout(_plain_class(type(layer)))
+    kernel = getattr(layer, layout.kernel)
+    return kernel, stored_axes(layout.axes(layer), kernel.ndim, type(layer).__name__)
+
+
+def _values(layer: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    return {name: getattr(layer, name)[...] for name in names}
+
+
+def _base(layer: Any) -> dict[str, jax.Array]:
+    return {"norm": layer.base_norm[...], "row": layer.base_row[...]}
+
+
+def _copy(model: M) -> M:
+    return nnx.merge(*nnx.split(model), copy=True)  # new variables, the same arrays
+
+
+def _modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
+    for path, module in nnx.iter_modules(model):
+        yield tuple(map(str, path)), module
+
+
+def _adapted_layers(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
+    return ((path, m) for path, m in _modules(model) if isinstance(m, DoRALayer))
+
+
+def _saved_names(config: DoRAConfig, modules: Mapping[Path, Any]) -> list[Path]:
+    by_name = {".".join(path): path for path in modules}
+    saved = match_modules(config.modules_to_save, by_name, "modules_to_save")
+    return [by_name[name] for name in sorted(saved)]
+
+
+def _retype_parameters(module: nnx.Module, old: type, new: type) -> None:
+    """Changes the type of every variable of exactly type `old` inside a module, in place."""
+    for _, node in nnx.iter_graph(module):
+        if type(node) is old:
+            object.__setattr__(node, "__class__", new)
+
+
+def _string_keys(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {str(key): _string_keys(value) for key, value in tree.items()}
+    return tree

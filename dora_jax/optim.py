@@ -1,0 +1,127 @@
+"""The DoRA optimiser: low-rank factors and magnitude, each with its own learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from dora_jax.config import AdapterError, ConfigError
+
+GROUPS = ("lora_a", "lora_b", "magnitude", "saved")
+
+
+def dora_optimizer(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    magnitude_lr_ratio: float = 3.0,
+    lora_b_lr_ratio: float = 1.0,
+    magnitude_learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay: float = 0.0,
+    magnitude_weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    optimizer: Callable[..., optax.GradientTransformation] = optax.adamw,
+) -> optax.GradientTransformation:
+    """An `optax.multi_transform` that gives each kind of adapter array its own learning rate.
+
+    The magnitude is a vector of numbers near a column's norm, the low-rank factors are matrices that
+    start at or near zero: one learning rate seldom suits both. Use it for adapters alone: what it is
+    given, it trains (`wrt=DoRAParam` in NNX, the adapter tree in Linen).
+
+    Args:
+      learning_rate: of `lora_a` and of modules trained in full; a number or a schedule.
+      magnitude_lr_ratio: learning rate of the magnitude over `learning_rate`.
+      lora_b_lr_ratio: learning rate of `lora_b` over `learning_rate` (LoRA+, arXiv 2402.12354).
+      magnitude_learning_rate: a learning rate or schedule of the magnitude's own, instead of the
+        ratio.
+      weight_decay: decoupled decay of everything but the magnitude.
+      magnitude_weight_decay: decoupled decay of the magnitude.
+      max_grad_norm: clips the norm of all gradients together; None does not clip.
+      optimizer: called as `optimizer(learning_rate=..., weight_decay=...)` for each group.
+
+    Returns:
+      An `optax.GradientTransformation`.
+
+    Raises:
+      ConfigError: a ratio, decay or norm is negative.
+      AdapterError: from `init`, if the tree holds the frozen kernels, or no adapter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> adapters = {"query": {"lora_a": jnp.ones(2), "magnitude": jnp.ones(2)}}
+      >>> tx = dora_optimizer(0.1, magnitude_lr_ratio=3.0, max_grad_norm=None)
+      >>> updates, _ = tx.update(adapters, tx.init(adapters), adapters)
+      >>> jax.tree.map(lambda u: round(float(u[0]), 4), updates)
+      {'query': {'lora_a': -0.1, 'magnitude': -0.3}}
+    """
+    for name, value in (
+        ("magnitude_lr_ratio", magnitude_lr_ratio),
+        ("lora_b_lr_ratio", lora_b_lr_ratio),
+        ("weight_decay", weight_decay),
+        ("magnitude_weight_decay", magnitude_weight_decay),
+    ):
+        if value < 0:
+            raise ConfigError(f"{name} must be at least 0, got {value}")
+    if max_grad_norm is not None and max_grad_norm <= 0:
+        raise ConfigError(f"max_grad_norm must be above 0, or None, got {max_grad_norm}")
+    if magnitude_learning_rate is None:
+        magnitude_learning_rate = _times(learning_rate, magnitude_lr_ratio)
+
+    def group(rate: optax.ScalarOrSchedule, decay: float) -> optax.GradientTransformation:
+        return optimizer(learning_rate=rate, weight_decay=decay)
+
+    groups = optax.multi_transform(
+        {
+            "lora_a": group(learning_rate, weight_decay),
+            "lora_b": group(_times(learning_rate, lora_b_lr_ratio), weight_decay),
+            "magnitude": group(magnitude_learning_rate, magnitude_weight_decay),
+            "saved": group(learning_rate, weight_decay),
+        },
+        label_adapters,
+    )
+    if max_grad_norm is None:
+        return groups
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), groups)
+
+
+def label_adapters(adapters: Any) -> Any:
+    """Returns the tree with each leaf replaced by its group, one of `GROUPS`.
+
+    A leaf's group is its own name; a leaf of another name is of a module trained in full (`saved`).
+
+    Raises:
+      AdapterError: a frozen kernel stands beside its adapter, or there is no adapter array at all.
+
+    Example:
+      >>> label_adapters({"query": {"lora_a": 0, "magnitude": 0}, "head": {"bias": 0}})
+      {'head': {'bias': 'saved'}, 'query': {'lora_a': 'lora_a', 'magnitude': 'magnitude'}}
+    """
+    paths = [_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(adapters)[0]]
+    adapted = {path[:-1] for path in paths if path[-1] in GROUPS}
+    if paths and not adapted:
+        raise AdapterError(
+            "no adapter among the parameters to optimise: give the adapter tree (Linen) or "
+            "wrt=DoRAParam (NNX), not the base's parameters"
+        )
+    for path in paths:
+        if path[-1] not in GROUPS and path[:-1] in adapted:
+            raise AdapterError(
+                f"{'.'.join(path)} is the frozen base of an adapted layer: optimise the adapters "
+                "alone (wrt=DoRAParam in NNX, the adapter tree in Linen)"
+            )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: name if (name := _names(path)[-1]) in GROUPS else "saved", adapters
+    )
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Returns the dictionary keys of a leaf's path; a Variable's own entry is left out."""
+    return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)) or ("",)
+
+
+def _times(rate: optax.ScalarOrSchedule, ratio: float) -> optax.ScalarOrSchedule:
+    if callable(rate):
+        return lambda step: ratio * rate(step)
+    return ratio * rate

@@ -1,0 +1,63 @@
+"""`apply_dora` and `merge` for either front end: Linen and NNX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import linen, nnx
+
+from dora_jax import linen as dora_linen
+from dora_jax import nnx as dora_nnx
+from dora_jax.config import AdapterError, DoRAConfig
+
+
+def apply_dora(model: Any, config: DoRAConfig, **kwargs: Any) -> Any:
+    """Adapts the selected layers of a Flax model; it computes the same as before, bit for bit.
+
+    For an `nnx.Module`: `apply_dora(model, config, rngs=...) -> model`, see
+    `dora_jax.nnx.apply_dora`. For a `linen.Module`: `apply_dora(model, config, params=..., rng=...,
+    inputs=(...)) -> (model, adapters)`, see `dora_jax.linen.apply_dora`.
+
+    Raises:
+      TypeError: `model` is of neither kind.
+      DoRAError: see the function of the front end.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1)).lora_a.shape
+      (4, 2)
+    """
+    if isinstance(model, nnx.Module):
+        return dora_nnx.apply_dora(model, config, **kwargs)
+    if isinstance(model, (linen.Module, dora_linen.DoRAModel)):
+        return dora_linen.apply_dora(model, config, **kwargs)
+    raise TypeError(f"expected a flax.nnx.Module or a flax.linen.Module, got {type(model)}")
+
+
+def merge(model_or_params: Any, adapters: Any = None, config: Any = None) -> Any:
+    """Folds the adapters into the kernels.
+
+    `merge(model)` returns an NNX model with plain layers, see `dora_jax.nnx.merge`;
+    `merge(params, adapters, config)` returns Linen parameters, see `dora_jax.linen.merge`.
+
+    Raises:
+      TypeError: neither an NNX model alone nor all three for Linen are given.
+      AdapterError: there is nothing to merge, or the parts do not belong together.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> adapted = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
+      >>> bool((dora.merge(adapted).kernel[...] == model.kernel[...]).all())
+      True
+    """
+    if isinstance(model_or_params, nnx.Module):
+        if adapters is not None or config is not None:
+            raise TypeError("merge(model) takes an NNX model alone: it carries its adapters")
+        return dora_nnx.merge(model_or_params)
+    if adapters is None or config is None:
+        raise TypeError("merge takes an NNX model, or params, adapters and config of a Linen one")
+    if not adapters:
+        raise AdapterError("the adapter tree is empty: nothing to merge")
+    return dora_linen.merge(model_or_params, adapters, config)
