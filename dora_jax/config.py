@@ -64,20 +64,21 @@ class AdapterSpec:
         return low_rank + (("magnitude",) if self.has_magnitude else ())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DoRAConfig:
-    """Which layers are adapted, and how. Frozen, validated when made, round-trips through JSON.
+    r"""Which layers are adapted, and how. Frozen, validated when made, round-trips through JSON.
 
     Attributes:
       rank: rank r of the low-rank direction; 0 trains the magnitude alone.
       alpha: numerator of the scaling `s = alpha / rank`.
       dropout: rate applied to the input of the low-rank branch only, in [0, 1).
       target_modules: names or dotted path suffixes (`["query", "attention.value"]`), a regular
-        expression that must match the whole dotted path (`r".*attention\\.(query|value)"`), or
+        expression that must match the whole dotted path (`r".*attention\.(query|value)"`), or
         `"all-linear"` (every dense kernel outside `modules_to_save`; not convolutions, embeddings).
       exclude_modules: modules left alone, with all inside them, although targeted; same forms as
         `target_modules`.
-      rank_pattern: rank by layer; a key matches a path as `(.*\\.)?(KEY)$`.
+      rank_pattern: rank by layer; a key matches a path as `(.*\.)?(KEY)$`, the first that does
+        counts.
       alpha_pattern: alpha by layer; keys match as in `rank_pattern`.
       modules_to_save: modules trained in full beside the adapters (a new head, norms); names or
         path suffixes. They live in the adapter tree and are trained by the same optimiser.
@@ -127,7 +128,9 @@ class DoRAConfig:
         for field in ("target_modules", "exclude_modules"):
             object.__setattr__(self, field, _patterns(field, getattr(self, field)))
         if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save must be a list of names: [{self.modules_to_save!r}]")
+            raise ConfigError(
+                f"modules_to_save must be a list of names: [{self.modules_to_save!r}]"
+            )
         object.__setattr__(
             self, "modules_to_save", _patterns("modules_to_save", self.modules_to_save)
         )
@@ -135,6 +138,14 @@ class DoRAConfig:
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
         object.__setattr__(self, "adapter_dtype", _float_dtype_name(self.adapter_dtype))
         self._validate()
+        for field in ("alpha", "dropout", "eps"):
+            object.__setattr__(self, field, float(getattr(self, field)))
+        alphas = {pattern: float(alpha) for pattern, alpha in self.alpha_pattern.items()}
+        object.__setattr__(self, "alpha_pattern", alphas)
+
+    def __eq__(self, other: object) -> bool:
+        # Not by fields: of the patterns the first match counts, so their order tells two apart.
+        return isinstance(other, DoRAConfig) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return hash(self.to_json())
@@ -175,7 +186,7 @@ class DoRAConfig:
 
     def to_json(self) -> str:
         """Returns the configuration as a JSON object."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> DoRAConfig:
@@ -199,19 +210,22 @@ class DoRAConfig:
         divisor = math.sqrt(rank) if self.use_rslora else rank
         return AdapterSpec(
             rank=rank,
-            alpha=float(alpha),
-            scaling=float(alpha) / divisor if rank else 0.0,
-            dropout=float(self.dropout),
+            alpha=alpha,
+            scaling=alpha / divisor if rank else 0.0,
+            dropout=self.dropout,
             magnitude_trainable=self.magnitude_trainable,
             normalize=self.normalize,
             decompose=self.decompose,
             norm_gradient=self.norm_gradient,
-            eps=float(self.eps),
+            eps=self.eps,
         )
 
 
 def select_layers(
-    config: DoRAConfig, layers: Mapping[Path, bool], modules: Iterable[Path]
+    config: DoRAConfig,
+    layers: Mapping[Path, bool],
+    modules: Iterable[Path],
+    refused: Mapping[Path, tuple[str, bool]] | None = None,
 ) -> dict[Path, AdapterSpec]:
     """Resolves which layers are adapted.
 
@@ -219,12 +233,14 @@ def select_layers(
       config: the configuration.
       layers: every layer that can be adapted, by path; True if `"all-linear"` covers it.
       modules: every module path of the model, adaptable or not (to explain a failure).
+      refused: layers that hold a kernel and cannot be adapted: why, and whether `"all-linear"`
+        would mean them.
 
     Returns:
       The settings of each selected layer, by path.
 
     Raises:
-      LayoutError: a name matches only modules that cannot be adapted.
+      LayoutError: a refused layer is meant, or a name matches only modules that hold no kernel.
       ConfigError: a pattern matches nothing (with the nearest names), or no layer is left.
 
     Example:
@@ -232,22 +248,29 @@ def select_layers(
       >>> list(select_layers(DoRAConfig(target_modules=["up"]), layers, layers))
       [('mlp', 'up')]
     """
-    modules = {".".join(path): path for path in modules}
+    all_names = {".".join(path) for path in modules}
     names = {".".join(path): path for path in layers}
-    saved = match_modules(config.modules_to_save, modules, "modules_to_save")
-    outside_saved = {n for n in names if not any(_is_inside(n, s) for s in saved)}
+    reasons = {".".join(path): reason for path, reason in (refused or {}).items()}
+    saved = match_modules(config.modules_to_save, all_names, "modules_to_save")
+    excluded = _match(config.exclude_modules, all_names, "exclude_modules", all_names)
     if config.target_modules == ALL_LINEAR:
-        targets = {n for n in outside_saved if layers[names[n]]}
+        targets = {n for n, path in names.items() if layers[path]}
+        targets |= {n for n, (_, all_linear) in reasons.items() if all_linear}
     else:
-        targets = _match(config.target_modules, names, "target_modules", modules) & outside_saved
-    excluded = _match(config.exclude_modules, modules, "exclude_modules", modules)
-    targets = {t for t in targets if not any(_is_inside(t, e) for e in excluded)}
+        targets = _match(config.target_modules, {*names, *reasons}, "target_modules", all_names)
+    targets = {t for t in targets if not any(_is_inside(t, e) for e in saved | excluded)}
+    for name in sorted(targets & reasons.keys()):
+        raise LayoutError(f"{name} cannot be adapted: {reasons[name][0]}")
     if not targets and not saved:
-        raise ConfigError(f"no layer matched target_modules={config.target_modules!r}. {_known(names)}")
+        raise ConfigError(
+            f"no layer matched target_modules={config.target_modules!r}. {_known(names)}"
+        )
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field):
             if targets and not any(_pattern_matches(pattern, name) for name in targets):
-                raise ConfigError(f"{field} key {pattern!r} matches no adapted layer. {_known(targets)}")
+                raise ConfigError(
+                    f"{field} key {pattern!r} matches no adapted layer. {_known(targets)}"
+                )
     return {names[n]: config.spec(names[n]) for n in names if n in targets}
 
 

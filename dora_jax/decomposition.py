@@ -7,7 +7,8 @@ A kernel's axes are of three kinds: *stack* (scan-stacked layers, vmapped copies
     W' = m * V / n,   V = W0 + s A B,   n = ||V|| over the in axes,
 
 with a trainable magnitude `m (*stack, *out)` and a trainable low-rank direction
-`A (*stack, *in, r)`, `B (*stack, r, *out)`. Nothing here but `materialize` forms a kernel-sized array.
+`A (*stack, *in, r)`, `B (*stack, r, *out)`. Nothing here but `materialize` forms an array as large
+as the kernel.
 
 Shapes are written `stack`, `in`, `out` for possibly several axes each.
 """
@@ -15,7 +16,7 @@ Shapes are written `stack`, `in`, `out` for possibly several axes each.
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -267,7 +268,7 @@ def _over_inputs(x: Array, axes: KernelAxes) -> Array:
     return jnp.expand_dims(jnp.transpose(x, order), axes.inputs)
 
 
-def _einsum_transpose(letters: str, axes: KernelAxes, canonical: str):
+def _einsum_transpose(letters: str, axes: KernelAxes, canonical: str) -> Callable[[Array], Array]:
     """Returns the transpose that brings a kernel without its in axes to `stack + out` order."""
     kept = "".join(c for i, c in enumerate(letters) if i not in axes.inputs)
     return lambda x: jnp.transpose(x, [kept.index(c) for c in canonical])

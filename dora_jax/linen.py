@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,31 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
+from dora_jax.adapters import check_shapes, tree_shapes
 from dora_jax.config import (
     AdapterError,
     AdapterSpec,
     ConfigError,
     DoRAConfig,
+    LayoutError,
     Path,
     match_modules,
     select_layers,
 )
 from dora_jax.decomposition import KernelAxes, base_changed, describe_base, materialize
 from dora_jax.initializers import init_layer
-from dora_jax.layouts import DENSE, Layout, adapted_output, find_layout, stored_axes
+from dora_jax.layouts import (
+    DENSE,
+    Call,
+    Layout,
+    Refusal,
+    adapted_attend,
+    adapted_output,
+    bind_call,
+    find_layout,
+    stored_axes,
+    why_refused,
+)
 
 Tree = Mapping[str, Any]
 
@@ -45,6 +58,14 @@ class AdaptedLayer:
     axes: KernelAxes
 
 
+class TracedLayer(NamedTuple):
+    """A layer that can be adapted, as a call of the model sees it (inside scans and vmaps)."""
+
+    layout: Layout
+    axes: KernelAxes
+    kernel_shape: tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class DoRAModel:
     """A Linen module that reads a second collection, `dora`: the adapters.
@@ -56,12 +77,14 @@ class DoRAModel:
       config: the configuration it was adapted with.
       layers: the adapted layers by module path.
       base: by module path, what is kept of each frozen kernel (norm and mark).
+      shapes: of every array of the adapter tree, by path.
     """
 
     module: nn.Module
     config: DoRAConfig
     layers: Mapping[Path, AdaptedLayer]
     base: Mapping[Path, Mapping[str, jax.Array]]
+    shapes: Mapping[Path, tuple[int, ...]]
 
     def apply(
         self,
@@ -105,16 +128,16 @@ class DoRAModel:
         return output, _without_adapters(updated)
 
     def _params_with_adapters(self, params: Tree, adapters: Tree) -> dict[str, Any]:
-        params = _overlay(params, _saved(self, adapters))
+        result = _overlay(params, _saved(self.layers, adapters))
         for path in self.layers:
             base = {f"base_{k}": v for k, v in self.base[path].items()}
             beside = {_BESIDE: {**_get(adapters, path), **base}}
-            params = _set(params, path, {**_get(params, path), **beside})
-        return params
+            result = _set(result, path, {**_get(params, path), **beside})
+        return result
 
 
 def apply_dora(
-    module: nn.Module,
+    module: nn.Module | DoRAModel,
     config: DoRAConfig,
     *,
     params: Tree,
@@ -168,20 +191,23 @@ def apply_dora(
         raise ConfigError("params must be the collection itself: pass variables['params']")
     found, modules = _trace(module, params, inputs, variables or {}, method, kwargs or {})
     specs = select_layers(
-        config, {path: layout.all_linear for path, (layout, _) in found.items()}, modules
+        config,
+        {path: layer.layout.all_linear for path, layer in found.items()},
+        modules,
+        {path: refusal for path, refusal in modules.items() if refusal},
     )
     layers, base = {}, {}
     adapters: dict[str, Any] = {}
     for path, spec in specs.items():
-        layout, call_axes = found[path]
-        kernel = meta.unbox(_get(params, path)[layout.kernel])
-        axes = stored_axes(call_axes, kernel.ndim, ".".join(path))
+        layout = found[path].layout
+        kernel = meta.unbox(_get(params, (*path, layout.kernel)))
+        axes = _stored_axes(path, found[path], kernel.shape)
         adapter, base[path] = init_layer(config, spec, path, rng, kernel, axes)
         adapters = _set(adapters, path, adapter)
         layers[path] = AdaptedLayer(spec, layout, axes)
     for path in _saved_paths(config, modules):
         adapters = _set(adapters, path, meta.unbox(_get(params, path)))
-    return DoRAModel(module, config, layers, base), adapters
+    return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
 
 
 def merge(params: Tree, adapters: Tree, config: DoRAConfig | DoRAModel) -> dict[str, Any]:
@@ -214,38 +240,25 @@ def merge(params: Tree, adapters: Tree, config: DoRAConfig | DoRAModel) -> dict[
         layers = config.layers
     else:
         layers = _layers_from_shapes(params, adapters, config)
-    merged, saved = dict(params), adapters
+        _check_saved(config, _saved(layers, adapters))
+    merged: Tree = params
     for path, layer in layers.items():
         spec, layout, axes = layer.spec, layer.layout, layer.axes
         own = _get(params, path)
         kernel = meta.unbox(own[layout.kernel])
-        base = _describe_base(kernel, axes, spec.eps)
+        if isinstance(config, DoRAModel):
+            base = config.base[path]
+        else:
+            base = _describe_base(kernel, axes, spec.eps)
         new = _materialize(spec, kernel, _get(adapters, path), base, axes)
         new = meta.replace_boxed(own[layout.kernel], new)
         merged = _set(merged, path, {**own, layout.kernel: new})
-        saved = _set(saved, path, {})
-    return _overlay(merged, saved)
+    return _overlay(merged, _saved(layers, adapters))
 
 
 def check_adapters(model: DoRAModel, adapters: Tree) -> None:
     """Raises `AdapterError` if an adapter array is missing, unknown or of a wrong shape."""
-    for path, layer in model.layers.items():
-        adapter = _get(adapters, path)
-        _check_names(path, layer.spec, adapter)
-        norm = model.base[path]["norm"]
-        shapes = {name: np.shape(adapter[name]) for name in layer.spec.parameter_names}
-        stack, rank = norm.shape[: len(layer.axes.stack)], layer.spec.rank
-        fits = {
-            "magnitude": lambda s, n=norm: s == n.shape,
-            "lora_b": lambda s, n=norm, k=stack, r=rank: s == (*k, r, *n.shape[len(k) :]),
-            "lora_a": lambda s, k=stack, r=rank: s[: len(k)] == k and s[-1] == r,
-        }
-        for name, shape in shapes.items():
-            if not fits[name](shape):
-                raise AdapterError(
-                    f"{'.'.join(path)}: {name} has shape {shape}, which does not fit a layer of "
-                    f"rank {rank} with a magnitude of shape {norm.shape}"
-                )
+    check_shapes(adapters, model.shapes)
 
 
 def check_base(model: DoRAModel, params: Tree) -> None:
@@ -275,39 +288,58 @@ def _intercept(
     context: nn.module.InterceptorContext,
 ) -> Any:
     """Runs an adapted layer in place of its own `__call__`; leaves every other call alone."""
-    module = context.module
-    if context.method_name != "__call__" or find_layout(type(module)) is None:
+    module, method = context.module, context.method_name
+    if method not in ("__call__", "attend") or find_layout(type(module)) is None:
         return next_call(*args, **kwargs)
     own = module.variables.get("params", {})
     if _BESIDE not in own:
         return next_call(*args, **kwargs)
-    layer = layers[module.path]
-    beside = own[_BESIDE]
+    layer, beside = layers[module.path], own[_BESIDE]
     params = {name: value for name, value in own.items() if name != _BESIDE}
+    kernel = meta.unbox(params[layer.layout.kernel])
+    base = {name: beside[f"base_{name}"] for name in ("norm", "row")}
+    if method == "attend":
+        plain = functools.partial(_call_plain, module, params, method=method)
+        (query,) = bind_call(type(module).attend, (module, *args), kwargs).values()
+        return adapted_attend(layer.spec, layer.layout, module, plain, query, kernel, beside, base)
+    call = bind_call(type(module).__call__, (module, *args), kwargs)
     return adapted_output(
         layer.spec,
         layer.layout,
         module,
-        args[0] if args else kwargs["inputs"],
-        _call_without_bias(module, params, args, kwargs),
-        meta.unbox(params[layer.layout.kernel]),
+        call,
+        _call_plain(module, _zero_bias(params), **call),
+        kernel,
         meta.unbox(params["bias"]) if "bias" in params else None,
         beside,
-        {name: beside[f"base_{name}"] for name in ("norm", "row")},
+        base,
         functools.partial(_dropout, module, layer.spec.dropout) if dropout else lambda x: x,
+        functools.partial(_run, module, layer.layout.kernel),
     )
 
 
-def _call_without_bias(
-    module: nn.Module, params: Tree, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> jax.Array:
-    """Calls a layer's own method with a bias of zero.
+def _zero_bias(params: Tree) -> Tree:
+    """Returns a layer's parameters with a bias of zero.
 
     Zero, not none: a bias takes part in the promotion of dtypes. XLA removes the addition.
     """
-    if "bias" in params:
-        params = {**params, "bias": jax.tree.map(jnp.zeros_like, params["bias"])}
-    return module.clone(parent=None, name=None).apply({"params": params}, *args, **kwargs)
+    if "bias" not in params:
+        return params
+    return {**params, "bias": jax.tree.map(jnp.zeros_like, params["bias"])}
+
+
+def _call_plain(
+    module: nn.Module, params: Tree, *args: Any, method: str = "__call__", **kwargs: Any
+) -> Any:
+    """Calls a layer's own method, with these parameters."""
+    plain = module.clone(parent=None, name=None)
+    return plain.apply({"params": params}, *args, method=method, **kwargs)
+
+
+def _run(module: Any, kernel_name: str, call: Call, kernel: jax.Array, features: int) -> jax.Array:
+    """Runs a layer's own method with another kernel, of `features` out features, and no bias."""
+    other = module.clone(parent=None, name=None, features=features, use_bias=False)
+    return other.apply({"params": {kernel_name: kernel}}, **call)
 
 
 def _dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
@@ -332,19 +364,28 @@ def _trace(
     variables: Tree,
     method: Callable[..., Any] | str | None,
     kwargs: Mapping[str, Any],
-) -> tuple[dict[Path, tuple[Layout, KernelAxes]], list[Path]]:
-    """Traces one call; returns the adaptable layers with their axes, and every module's path."""
-    found: dict[Path, tuple[Layout, KernelAxes]] = {}
-    modules: dict[Path, None] = {}
+) -> tuple[dict[Path, TracedLayer], dict[Path, Refusal | None]]:
+    """Traces one call; returns the adaptable layers, and every module with why it is refused."""
+    found: dict[Path, TracedLayer] = {}
+    modules: dict[Path, Refusal | None] = {}
 
-    def record(next_call, args, call_kwargs, context):
-        path, layout = context.module.path, find_layout(type(context.module))
-        modules[path] = None
-        if layout is not None and context.method_name == "__call__":
-            found[path] = layout, layout.axes(context.module)
+    def record(
+        next_call: Callable[..., Any],
+        args: tuple[Any, ...],
+        call_kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        layer = context.module
+        layout, own = find_layout(type(layer)), layer.variables.get("params", {})
+        modules[layer.path] = why_refused(type(layer))
+        if layout is not None and context.method_name in ("__call__", "attend"):
+            shape = np.shape(meta.unbox(own.get(layout.kernel)))
+            method = type(layer).__call__
+            bound = bind_call(method, (layer, *args), call_kwargs)
+            found[layer.path] = TracedLayer(layout, layout.axes(layer, bound), shape)
         return next_call(*args, **call_kwargs)
 
-    def call(params, inputs):
+    def call(params: Tree, inputs: tuple[Any, ...]) -> Any:
         with nn.intercept_methods(record):
             key = jax.random.key(0)
             return module.apply(
@@ -357,7 +398,19 @@ def _trace(
             )
 
     jax.eval_shape(call, params, tuple(inputs))
-    return found, list(modules)
+    return found, modules
+
+
+def _stored_axes(path: Path, traced: TracedLayer, stored_shape: tuple[int, ...]) -> KernelAxes:
+    name = ".".join(path)
+    axes = stored_axes(traced.axes, len(stored_shape), name)
+    if stored_shape[len(stored_shape) - len(traced.kernel_shape) :] != traced.kernel_shape:
+        raise LayoutError(
+            f"{name}: the kernel is stored as {stored_shape}, its layer sees "
+            f"{traced.kernel_shape}; a scan or vmap must stack parameters in front "
+            "(variable_axes={'params': 0})"
+        )
+    return axes
 
 
 def _saved_paths(config: DoRAConfig, modules: Sequence[Path]) -> list[Path]:
@@ -366,11 +419,20 @@ def _saved_paths(config: DoRAConfig, modules: Sequence[Path]) -> list[Path]:
     return [by_name[name] for name in sorted(saved)]
 
 
-def _saved(model: DoRAModel, adapters: Tree) -> Tree:
+def _saved(layers: Iterable[Path], adapters: Tree) -> Tree:
     """Returns the part of an adapter tree that is of modules trained in full."""
-    for path in model.layers:
+    for path in layers:
         adapters = _set(adapters, path, {})
     return adapters
+
+
+def _check_saved(config: DoRAConfig, saved: Tree) -> None:
+    leaves = tree_shapes(saved)
+    modules = {".".join(path[:i]) for path in leaves for i in range(1, len(path))}
+    try:
+        match_modules(config.modules_to_save, modules, "modules_to_save")
+    except ConfigError as error:
+        raise AdapterError(f"the adapters lack a module trained in full: {error}") from error
 
 
 def _layers_from_shapes(
@@ -445,14 +507,22 @@ def _set(tree: Tree, path: Path, value: Any) -> Any:
     return {**tree, path[0]: _set(tree.get(path[0], {}), path[1:], value)}
 
 
-def _overlay(tree: Tree, over: Tree) -> dict[str, Any]:
+def _overlay(tree: Tree, over: Tree, path: Path = ()) -> dict[str, Any]:
     """Returns nested dicts with the leaves of `over` in place of those of `tree`, boxes kept."""
     result = dict(tree)
     for key, value in over.items():
+        inner = (*path, key)
+        if key not in tree:
+            raise AdapterError(f"the adapters have {'.'.join(inner)}, the parameters do not")
         if isinstance(value, Mapping):
-            result[key] = _overlay(result[key], value) if value else result[key]
+            result[key] = _overlay(tree[key], value, inner) if value else tree[key]
+        elif np.shape(value) != (shape := np.shape(meta.unbox(tree[key]))):
+            raise AdapterError(
+                f"{'.'.join(inner)} has shape {np.shape(value)} in the adapters and {shape} in "
+                "the parameters"
+            )
         else:
-            result[key] = meta.replace_boxed(result[key], value)
+            result[key] = meta.replace_boxed(tree[key], value)
     return result
 
 
@@ -460,4 +530,3 @@ def _without_adapters(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         return tree
     return {k: _without_adapters(v) for k, v in tree.items() if k != _BESIDE}
-

@@ -7,7 +7,7 @@ the base model, and the base checkpoints made for them, stay valid.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -15,10 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dora_jax.adapters import check_shapes, flatten
 from dora_jax.config import AdapterError, DoRAConfig, Path, match_modules, select_layers
 from dora_jax.decomposition import KernelAxes, base_changed, materialize
 from dora_jax.initializers import init_layer
-from dora_jax.layouts import Layout, adapted_output, find_layout, stored_axes
+from dora_jax.layouts import (
+    Call,
+    Layout,
+    adapted_attend,
+    adapted_output,
+    bind_call,
+    find_layout,
+    stored_axes,
+    why_refused,
+)
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -47,22 +57,26 @@ class DoRALayer(nnx.Module):
       base_norm, base_row: `BaseParam`, see `dora_jax.decomposition.describe_base`.
       lora_dropout: `nnx.Dropout` on the input of the low-rank branch.
       spec: the layer's settings.
+      call_axes: the axes of the kernel that one call sees.
     """
 
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        """Returns the adapted output, of the shape and dtype of the plain layer's."""
         layer_class = _plain_class(type(self))
         layout = _layout(layer_class)
+        bias = getattr(self, "bias", None)
         return adapted_output(
             self.spec,
             layout,
             self,
-            inputs,
-            layer_class.__call__(_without_bias(self), inputs, *args, **kwargs),
+            bind_call(layer_class.__call__, (self, *args), kwargs),
+            layer_class.__call__(_without_bias(self), *args, **kwargs),
             getattr(self, layout.kernel)[...],
-            None if self.bias is None else self.bias[...],
-            _values(self, self.spec.parameter_names),
-            {"norm": self.base_norm[...], "row": self.base_row[...]},
+            None if bias is None else bias[...],
+            _adapter(self),
+            _base(self),
             self.lora_dropout,
+            functools.partial(_run, self, layer_class),
         )
 
 
@@ -70,7 +84,26 @@ class DoRALinear(DoRALayer, nnx.Linear):
     """`nnx.Linear` with an adapter."""
 
 
-def apply_dora(model: M, config: DoRAConfig, *, rngs: nnx.Rngs) -> M:
+class DoRAEmbed(DoRALayer, nnx.Embed):
+    """`nnx.Embed` with an adapter, which `attend` sees too."""
+
+    def attend(self: Any, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """Attends over the adapted table, as `nnx.Embed.attend` over the plain one."""
+        return adapted_attend(
+            self.spec,
+            _layout(nnx.Embed),
+            self,
+            lambda query: nnx.Embed.attend(self, query, *args, **kwargs),
+            query,
+            self.embedding[...],
+            _adapter(self),
+            _base(self),
+        )
+
+
+def apply_dora(
+    model: M, config: DoRAConfig, *, rngs: nnx.Rngs, inputs: Sequence[Any] | None = None
+) -> M:
     """Returns a copy of an NNX model whose selected layers carry a DoRA adapter.
 
     The copy shares its arrays with `model`, which stays as it is. At this point both compute the
@@ -80,6 +113,8 @@ def apply_dora(model: M, config: DoRAConfig, *, rngs: nnx.Rngs) -> M:
       model: any `nnx.Module`; its arrays may be abstract (`nnx.eval_shape`).
       config: which layers, and how.
       rngs: draws `lora_a` (stream `params`), and serves the adapters' dropout.
+      inputs: arguments of a call of the model, arrays or `jax.ShapeDtypeStruct`; it is traced, not
+        run. Needed only for layers whose equation is given with each call.
 
     Raises:
       AdapterError: the model is adapted already.
@@ -99,30 +134,37 @@ def apply_dora(model: M, config: DoRAConfig, *, rngs: nnx.Rngs) -> M:
             f"the model is adapted already ({'.'.join(adapted[0])} has an adapter); merge it first"
         )
     model = _copy(model)
-    modules = {path: module for path, module in _modules(model)}
-    layers = {
+    modules = dict(_modules(model))
+    layers: dict[Path, tuple[Any, Layout]] = {
         path: (module, layout)
         for path, module in modules.items()
         if (layout := find_layout(type(module))) is not None
     }
     specs = select_layers(
-        config, {path: layout.all_linear for path, (_, layout) in layers.items()}, modules
+        config,
+        {path: layout.all_linear for path, (_, layout) in layers.items()},
+        modules,
+        {path: refusal for path, m in modules.items() if (refusal := why_refused(type(m)))},
     )
+    traced = {} if inputs is None else _trace_axes(model, layers, tuple(inputs))
     key = rngs.params()
     for path, spec in specs.items():
         layer, layout = layers[path]
         kernel = getattr(layer, layout.kernel).get_value()
-        axes = stored_axes(layout.axes(layer), kernel.ndim, ".".join(path))
+        call_axes = traced[path] if path in traced else layout.axes(layer, {})
+        axes = stored_axes(call_axes, kernel.ndim, ".".join(path))
         adapter, base = init_layer(config, spec, path, key, kernel, axes)
-        _become(layer, _dora_class(type(layer)))
-        layer.spec = spec
-        layer.lora_dropout = nnx.Dropout(spec.dropout, rngs=rngs if spec.dropout else None)
+        _become(layer, _dora_class(layer.__class__))
+        layer.spec, layer.call_axes = spec, call_axes
+        layer.lora_dropout = nnx.Dropout(spec.dropout)
+        if spec.dropout:  # a scan or vmap over the layer needs a key for each slice of its stack
+            layer.lora_dropout.rngs = rngs.dropout.split(tuple(kernel.shape[i] for i in axes.stack))
         for name, value in adapter.items():
             setattr(layer, name, DoRAParam(value))
         for name, value in base.items():
             setattr(layer, f"base_{name}", BaseParam(value))
-    for name in _saved_names(config, modules):
-        _retype_parameters(modules[name], nnx.Param, SavedParam)
+    for path in _saved_paths(config, modules):
+        _retype_parameters(modules[path], nnx.Param, SavedParam)
     return model
 
 
@@ -144,14 +186,11 @@ def merge(model: M) -> M:
     for _, layer in list(_adapted_layers(model)):
         kernel, axes = _kernel_and_axes(layer)
         spec = layer.spec
-        kernel[...] = _materialize(
-            spec, kernel[...], _values(layer, spec.parameter_names), _base(layer), axes
-        )
-        for name in (*spec.parameter_names, "base_norm", "base_row", "lora_dropout", "spec"):
+        kernel[...] = _materialize(spec, kernel[...], _adapter(layer), _base(layer), axes)
+        for name in (*spec.parameter_names, *_OWN_ATTRIBUTES):
             delattr(layer, name)
         _become(layer, _plain_class(type(layer)))
-    for _, module in _modules(model):
-        _retype_parameters(module, SavedParam, nnx.Param)
+    _retype_parameters(model, SavedParam, nnx.Param)
     return model
 
 
@@ -193,19 +232,8 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     """
     state = nnx.state(model, DoRAParam)
     wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
-    given = {
-        tuple(k.key for k in path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(dict(adapters))[0]
-    }
-    problems = [f"missing {'.'.join(p)}" for p in wanted if p not in given]
-    problems += [f"unknown {'.'.join(p)}" for p in given if p not in wanted]
-    problems += [
-        f"{'.'.join(p)} has shape {np.shape(given[p])}, the model needs {wanted[p].shape}"
-        for p in wanted
-        if p in given and np.shape(given[p]) != wanted[p].shape
-    ]
-    if problems:
-        raise AdapterError("the adapters are of another model: " + "; ".join(problems))
+    check_shapes(adapters, {path: variable.shape for path, variable in wanted.items()})
+    given = flatten(adapters)
     for path, variable in wanted.items():
         variable[...] = jnp.asarray(given[path], variable.dtype)
     nnx.update(model, state)
@@ -214,10 +242,15 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
 _materialize = jax.jit(materialize, static_argnums=(0, 4))
 
 
-@functools.lru_cache(maxsize=None)
+_OWN_ATTRIBUTES = ("base_norm", "base_row", "lora_dropout", "spec", "call_axes")
+
+
+@functools.cache
 def _dora_class(layer_class: type[nnx.Module]) -> type[nnx.Module]:
     if layer_class is nnx.Linear:
         return DoRALinear
+    if layer_class is nnx.Embed:
+        return DoRAEmbed
     return type(f"DoRA{layer_class.__name__}", (DoRALayer, layer_class), {})
 
 
@@ -236,30 +269,74 @@ def _become(layer: nnx.Module, layer_class: type[nnx.Module]) -> None:
     object.__setattr__(layer, "__class__", layer_class)
 
 
-def _without_bias(layer: Any) -> Any:
-    """Returns a view of a layer whose bias is zero; its variables are the layer's own.
-
-    Zero, not None: a bias takes part in the promotion of dtypes. XLA removes the addition.
-    """
+def _view(layer: Any, **attributes: Any) -> Any:
+    """Returns a view of a layer with some attributes exchanged; its variables are the layer's."""
     view = object.__new__(type(layer))
-    vars(view).update(vars(layer))
-    if layer.bias is not None:
-        vars(view)["bias"] = nnx.Param(jnp.zeros_like(layer.bias[...]))
+    vars(view).update(vars(layer), **attributes)
     return view
 
 
+def _without_bias(layer: Any) -> Any:
+    """Returns a view of a layer whose bias is zero.
+
+    Zero, not None: a bias takes part in the promotion of dtypes. XLA removes the addition.
+    """
+    bias = getattr(layer, "bias", None)
+    return layer if bias is None else _view(layer, bias=nnx.Param(jnp.zeros_like(bias[...])))
+
+
+def _run(
+    layer: Any, layer_class: type[nnx.Module], call: Call, kernel: jax.Array, features: int
+) -> jax.Array:
+    """Runs a layer's own method with another kernel, of `features` out features, and no bias."""
+    name = _layout(layer_class).kernel
+    view = _view(
+        layer,
+        **{name: nnx.Param(kernel)},
+        kernel_shape=kernel.shape,
+        out_features=features,
+        use_bias=False,
+        bias=None,
+    )
+    return layer_class.__call__(view, **call)
+
+
 def _kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
-    layout = _layout(_plain_class(type(layer)))
-    kernel = getattr(layer, layout.kernel)
-    return kernel, stored_axes(layout.axes(layer), kernel.ndim, type(layer).__name__)
+    kernel = getattr(layer, _layout(_plain_class(type(layer))).kernel)
+    return kernel, stored_axes(layer.call_axes, kernel.ndim, type(layer).__name__)
 
 
-def _values(layer: Any, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    return {name: getattr(layer, name)[...] for name in names}
+def _adapter(layer: Any) -> dict[str, jax.Array]:
+    return {name: getattr(layer, name)[...] for name in layer.spec.parameter_names}
 
 
 def _base(layer: Any) -> dict[str, jax.Array]:
     return {"norm": layer.base_norm[...], "row": layer.base_row[...]}
+
+
+def _trace_axes(
+    model: nnx.Module, layers: Mapping[Path, tuple[Any, Layout]], inputs: tuple[Any, ...]
+) -> dict[Path, KernelAxes]:
+    """Traces a call of the model; returns the axes of the kernel of each layer it calls."""
+    found: dict[Path, KernelAxes] = {}
+
+    def recorder(path: Path, layer_class: type[nnx.Module], layout: Layout) -> type[nnx.Module]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            bound = bind_call(layer_class.__call__, (self, *args), kwargs)
+            found[path] = layout.axes(self, bound)
+            return layer_class.__call__(self, *args, **kwargs)
+
+        return type(layer_class.__name__, (layer_class,), {"__call__": call})
+
+    plain = {path: layer.__class__ for path, (layer, _) in layers.items()}
+    for path, (layer, layout) in layers.items():
+        _become(layer, recorder(path, plain[path], layout))
+    try:
+        nnx.eval_shape(lambda model, inputs: model(*inputs), model, inputs)
+    finally:
+        for path, (layer, _) in layers.items():
+            _become(layer, plain[path])
+    return found
 
 
 def _copy(model: M) -> M:
@@ -275,7 +352,7 @@ def _adapted_layers(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
     return ((path, m) for path, m in _modules(model) if isinstance(m, DoRALayer))
 
 
-def _saved_names(config: DoRAConfig, modules: Mapping[Path, Any]) -> list[Path]:
+def _saved_paths(config: DoRAConfig, modules: Mapping[Path, Any]) -> list[Path]:
     by_name = {".".join(path): path for path in modules}
     saved = match_modules(config.modules_to_save, by_name, "modules_to_save")
     return [by_name[name] for name in sorted(saved)]

@@ -26,9 +26,9 @@ def dora_optimizer(
 ) -> optax.GradientTransformation:
     """An `optax.multi_transform` that gives each kind of adapter array its own learning rate.
 
-    The magnitude is a vector of numbers near a column's norm, the low-rank factors are matrices that
-    start at or near zero: one learning rate seldom suits both. Use it for adapters alone: what it is
-    given, it trains (`wrt=DoRAParam` in NNX, the adapter tree in Linen).
+    The magnitude is a vector of numbers near a column's norm, the low-rank factors are matrices
+    that start at or near zero: one learning rate seldom suits both. Use it for adapters alone:
+    what it is given, it trains (`wrt=DoRAParam` in NNX, the adapter tree in Linen).
 
     Args:
       learning_rate: of `lora_a` and of modules trained in full; a number or a schedule.

@@ -1,0 +1,73 @@
+# Needs only Python >= 3.11 (with pip and venv) and make. Everything installed goes into .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+ARGS ?=
+
+TEST_EXTRAS := experiments,notebooks,test,lint
+# Exact versions, for what is installed and for the build backend of the editable install alike
+# (newer releases of pip read the latter from a variable of its own). The path must be relative:
+# pip splits the value at spaces. Not exported: the experiments call pip too, for their data.
+PIN := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+INSTALL := -m pip install -q --disable-pip-version-check
+
+.PHONY: help quickstart test lint format constraints clean
+
+help:  ## List the targets (default)
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+
+quickstart: $(VENV)/.quickstart  ## Fine-tune a small model with DoRA; options in ARGS="..."
+	@$(BIN)/python -m experiments.quickstart $(ARGS)
+
+test: lint  ## Lint, types, tests, docstring examples and notebooks
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --nbmake
+
+lint: $(VENV)/.test  ## Lint, formatting and types only
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.test  ## Rewrite the code in the project's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+constraints:  ## Write constraints.txt anew from the newest releases (Python 3.11)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "The pins must hold on the oldest supported Python: make $@ PYTHON=python3.11" >&2; exit 1; }
+	@rm -rf build/pins && $(PYTHON) -m venv build/pins
+	@echo "Installing the newest releases into build/pins"
+	@build/pins/bin/python $(INSTALL) -e '.[$(TEST_EXTRAS)]' hatchling editables
+	@{ grep '^#' constraints.txt; build/pins/bin/python -m pip list --format=freeze \
+	  --exclude-editable --exclude pip --exclude setuptools; } > build/pins/constraints.txt
+	@mv build/pins/constraints.txt constraints.txt && rm -rf build/pins
+
+clean:  ## Remove the environment, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are newer than what they were installed from, so a second run installs nothing.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "dora_jax needs Python 3.11 or newer; '$(PYTHON)' is" \
+	    "$$($(PYTHON) --version 2>/dev/null || echo not to be found)." \
+	    "Name another one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/.python
+	@echo "Installing the experiments' packages into $(VENV)"
+	@$(PIN) $(BIN)/python $(INSTALL) -e '.[experiments]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.python
+	@echo "Installing the packages for experiments, notebooks, tests and lint into $(VENV)"
+	@$(PIN) $(BIN)/python $(INSTALL) -e '.[$(TEST_EXTRAS)]'
+	@touch $@ $(VENV)/.quickstart

@@ -1,0 +1,1 @@
+"""Weights and data for the experiments: verified downloads, reading, tokenising and batching."""

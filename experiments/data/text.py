@@ -1,0 +1,187 @@
+"""From texts to batches of token ids: tokenising with `tokenizers`, batching with `grain`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import grain
+import numpy as np
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32
+
+    Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Token ids of texts, all of one length.
+
+    Attributes:
+        input_ids: Token ids, padded on the right with the tokenizer's padding token.
+        attention_mask: 1 where there is a token of the text, 0 where there is padding.
+        truncated: How many texts lost tokens because they were longer.
+    """
+
+    input_ids: Int32[np.ndarray, "text token"]
+    attention_mask: Int32[np.ndarray, "text token"]
+    truncated: int
+
+
+def tokenize(
+    texts: Sequence[str], tokenizer_file: str | os.PathLike[str], max_length: int
+) -> TokenizedText:
+    """Tokenises `texts` to exactly `max_length` tokens each, special tokens included.
+
+    Args:
+        texts: What to tokenise.
+        tokenizer_file: A `tokenizer.json` of the `tokenizers` package. The padding and the
+            truncation that such a file may carry are not used.
+        max_length: Tokens per text; a longer text loses its end (not its final special token).
+
+    Raises:
+        ValueError: There are no texts, or `max_length` leaves no room for a token of the text, or
+            the tokenizer has no padding token.
+        FileNotFoundError: There is no such tokenizer file.
+    """
+    if not os.path.isfile(tokenizer_file):
+        raise FileNotFoundError(f"no tokenizer file at {os.fspath(tokenizer_file)}")
+    if not texts:
+        raise ValueError("no texts to tokenise")
+    tokenizer = Tokenizer.from_file(os.fspath(tokenizer_file))
+    special = tokenizer.num_special_tokens_to_add(is_pair=False)
+    if max_length <= special:
+        raise ValueError(
+            f"max_length={max_length} leaves no room for text: the tokenizer adds {special} "
+            f"special tokens, so it must be at least {special + 1}"
+        )
+    pad_id, pad_token = _padding(tokenizer)
+    tokenizer.enable_truncation(max_length=max_length)
+    tokenizer.enable_padding(length=max_length, pad_id=pad_id, pad_token=pad_token)
+    encodings = tokenizer.encode_batch(list(texts))
+    return TokenizedText(
+        input_ids=np.array([encoding.ids for encoding in encodings], np.int32),
+        attention_mask=np.array([encoding.attention_mask for encoding in encodings], np.int32),
+        truncated=sum(bool(encoding.overflowing) for encoding in encodings),
+    )
+
+
+def _padding(tokenizer: Tokenizer) -> tuple[int, str]:
+    if tokenizer.padding:
+        return tokenizer.padding["pad_id"], tokenizer.padding["pad_token"]
+    for token in ("[PAD]", "<pad>"):
+        pad_id = tokenizer.token_to_id(token)
+        if pad_id is not None:
+            return pad_id, token
+    raise ValueError(
+        "the tokenizer has no padding token: neither padding settings nor [PAD] or <pad> in its "
+        "vocabulary. Set one with enable_padding(pad_id=..., pad_token=...) and save the tokenizer."
+    )
+
+
+def train_batches(
+    tokens: TokenizedText,
+    labels: Int32[np.ndarray, " text"],
+    batch_size: int,
+    *,
+    seed: int,
+    num_epochs: int | None = None,
+) -> grain.DatasetIterator[Batch]:
+    """Shuffled batches for training, of one fixed shape, in a new order every epoch.
+
+    The order depends on `seed` and the number of texts alone. An epoch has
+    `len(labels) // batch_size` batches; the texts left over are others in every epoch. The
+    iterator's position is saved by `get_state()`, a small JSON-serialisable dictionary, and
+    restored by `set_state(state)` on an iterator made with the same arguments; the batches that
+    follow are those of an uninterrupted run.
+
+    Args:
+        tokens: What to batch.
+        labels: One label per text.
+        batch_size: Texts per batch.
+        seed: Seed of the shuffling, 0 <= seed < 2**32.
+        num_epochs: How often to go through the texts; None: without end.
+
+    Returns:
+        An iterator of `{"input_ids": int32 (batch, token), "attention_mask": int32 (batch, token),
+        "label": int32 (batch,), "weight": float32 (batch,)}`, with weight 1 throughout.
+
+    Raises:
+        ValueError: The labels do not fit the texts, or there are fewer texts than `batch_size`.
+
+    Example:
+        >>> tokens = TokenizedText(
+        ...     np.arange(10, dtype=np.int32)[:, None], np.ones((10, 1), np.int32), 0
+        ... )
+        >>> batches = train_batches(tokens, np.zeros(10, np.int32), 4, seed=0)
+        >>> next(batches)["input_ids"].shape
+        (4, 1)
+        >>> batches.get_state()
+        {'next_index': 1}
+    """
+    _check(tokens, labels, batch_size)
+    if len(labels) < batch_size:
+        raise ValueError(
+            f"{len(labels)} texts do not fill a batch of {batch_size}: choose a smaller batch_size"
+        )
+    dataset = grain.MapDataset.range(len(labels)).seed(seed).shuffle()
+    # Batch before repeating: a batch then never mixes two epochs.
+    dataset = dataset.batch(batch_size, drop_remainder=True).repeat(num_epochs)
+    return _iterator(dataset, tokens, labels)
+
+
+def eval_batches(
+    tokens: TokenizedText, labels: Int32[np.ndarray, " text"], batch_size: int
+) -> grain.DatasetIterator[Batch]:
+    """Batches for evaluation, in order, every text once, all of one fixed shape.
+
+    The last batch is filled up with copies of the first text at weight 0, so a mean over all texts
+    is `sum(weight * value) / sum(weight)`. Otherwise as `train_batches`.
+
+    Raises:
+        ValueError: The labels do not fit the texts, or `batch_size` is below 1.
+
+    Example:
+        >>> tokens = TokenizedText(
+        ...     np.arange(3, dtype=np.int32)[:, None], np.ones((3, 1), np.int32), 0
+        ... )
+        >>> [batch["weight"].tolist() for batch in eval_batches(tokens, np.zeros(3, np.int32), 2)]
+        [[1.0, 1.0], [1.0, 0.0]]
+    """
+    _check(tokens, labels, batch_size)
+    padded_length = -(-len(labels) // batch_size) * batch_size
+    return _iterator(grain.MapDataset.range(padded_length).batch(batch_size), tokens, labels)
+
+
+def _check(tokens: TokenizedText, labels: np.ndarray, batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if labels.shape != tokens.input_ids.shape[:1] or not len(labels):
+        raise ValueError(
+            f"need one label per text and at least one text, got labels of shape {labels.shape} "
+            f"for input_ids of shape {tokens.input_ids.shape}"
+        )
+
+
+def _iterator(
+    indices: grain.MapDataset[np.ndarray], tokens: TokenizedText, labels: np.ndarray
+) -> grain.DatasetIterator[Batch]:
+    """Looks up batches of indices; an index past the last text is padding."""
+
+    def look_up(index: np.ndarray) -> Batch:
+        is_text = index < len(labels)
+        row = np.where(is_text, index, 0)
+        return {
+            "input_ids": tokens.input_ids[row],
+            "attention_mask": tokens.attention_mask[row],
+            "label": labels[row].astype(np.int32),
+            "weight": is_text.astype(np.float32),
+        }
+
+    # No reading threads: the arrays are in memory and a batch is one look-up.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(indices.map(look_up).to_iter_dataset(options))

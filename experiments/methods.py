@@ -1,0 +1,59 @@
+"""The methods that are compared: full fine-tuning, LoRA, DoRA and its ablations."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import optax
+from flax import nnx
+
+import dora_jax as dora
+
+M = TypeVar("M", bound=nnx.Module)
+
+HEAD = "classifier"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Attributes:
+        title: As in tables and plots.
+        switches: Fields of `DoRAConfig` that differ from DoRA's; None trains everything.
+    """
+
+    title: str
+    switches: dict[str, Any] | None
+
+    @property
+    def trainable(self) -> type[nnx.Variable]:
+        """The type of the variables it trains."""
+        return nnx.Param if self.switches is None else dora.DoRAParam
+
+    def adapt(self, model: M, *, rank: int, alpha: float, seed: int) -> M:
+        """Every linear layer of the encoder adapted, the new head trained in full."""
+        if self.switches is None:
+            return model
+        config = dora.DoRAConfig(rank=rank, alpha=alpha, modules_to_save=[HEAD], **self.switches)
+        return dora.apply_dora(model, config, rngs=nnx.Rngs(seed))
+
+    def optimizer(
+        self, learning_rate: optax.ScalarOrSchedule, magnitude_lr_ratio: float
+    ) -> optax.GradientTransformation:
+        """AdamW without decay, gradients clipped to norm 1."""
+        if self.switches is None:
+            return optax.chain(
+                optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=0.0)
+            )
+        return dora.dora_optimizer(learning_rate, magnitude_lr_ratio=magnitude_lr_ratio)
+
+
+METHODS = {
+    "full": Method("full fine-tuning", None),
+    "lora": Method("LoRA", {"decompose": False}),
+    "dora": Method("DoRA", {}),
+    "dora-frozen-magnitude": Method("DoRA, magnitude frozen", {"magnitude_trainable": False}),
+    "dora-not-normalized": Method("DoRA, not normalised", {"normalize": False}),
+}

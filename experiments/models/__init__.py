@@ -1,0 +1,1 @@
+"""Models that the experiments adapt, and the readers of their pretrained checkpoints."""

@@ -1,0 +1,243 @@
+"""The training loop that the experiments share: resumable, with progress and metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from tqdm import tqdm
+
+from experiments.data.text import eval_batches, train_batches
+from experiments.metrics import MetricsWriter
+from experiments.task import Examples
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    Batch = dict[str, np.ndarray]
+
+# Texts per batch when nothing is differentiated.
+EVAL_BATCH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How long to train, and on what.
+
+    Attributes:
+        learning_rate: Peak, reached after the warm-up; falls to 0 along a cosine.
+        epochs: Passes over the training texts.
+        batch_size: Texts per step.
+        warmup: Share of all steps in which the learning rate rises.
+        seed: Of the order of the texts.
+    """
+
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    warmup: float = 0.1
+    seed: int = 0
+
+    def steps_per_epoch(self, examples: Examples) -> int:
+        """Steps of one pass; the texts that do not fill a batch are left out."""
+        return len(examples) // self.batch_size
+
+    def learning_rates(self, examples: Examples) -> optax.Schedule:
+        """The learning rate by step."""
+        return self.over(self.epochs * self.steps_per_epoch(examples))
+
+    def over(self, steps: int) -> optax.Schedule:
+        """The learning rate by step, for a run of so many steps."""
+        warmup = max(1, round(self.warmup * steps))
+        return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
+
+
+def cross_entropy(model: nnx.Module, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the mean cross-entropy (nats) and the accuracy of a batch, weighted."""
+    logits = predict(model, batch)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    correct = jnp.argmax(logits, axis=-1) == batch["label"]
+    weight = batch["weight"]
+    return jnp.average(losses, weights=weight), jnp.average(correct, weights=weight)
+
+
+def predict(model: nnx.Module, batch: Batch) -> Float[Array, "text class"]:
+    """Returns the logits, in float32."""
+    return model(batch["input_ids"], batch["attention_mask"]).astype(jnp.float32)
+
+
+jit_predict = nnx.jit(predict)
+
+
+@nnx.jit
+def train_step(
+    model: nnx.Module, optimizer: nnx.Optimizer, batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Takes one step, in place; differentiates what the optimiser trains and nothing else."""
+    trainable = nnx.DiffState(0, optimizer.wrt)
+    (loss, accuracy), grads = nnx.value_and_grad(cross_entropy, argnums=trainable, has_aux=True)(
+        model, batch
+    )
+    optimizer.update(model, grads)
+    return loss, accuracy
+
+
+def evaluate(model: nnx.Module, examples: Examples) -> dict[str, float]:
+    """Returns the mean cross-entropy and the accuracy over all examples, dropout off."""
+    logits = logits_of(model, examples)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels)
+    correct = logits.argmax(-1) == examples.labels
+    return {"loss": float(losses.mean()), "accuracy": float(correct.mean())}
+
+
+def logits_of(model: nnx.Module, examples: Examples) -> np.ndarray:
+    """Returns the logits of all examples, float32 (text, class), dropout off."""
+    evaluated = nnx.view(model, deterministic=True)
+    batches = eval_batches(examples.tokens, examples.labels, EVAL_BATCH)
+    return np.concatenate([np.asarray(jit_predict(evaluated, b)) for b in batches])[: len(examples)]
+
+
+def fit(
+    model: nnx.Module,
+    optimizer: nnx.Optimizer,
+    train: Examples,
+    validation: Examples,
+    schedule: Schedule,
+    writer: MetricsWriter,
+    *,
+    checkpoints: Checkpoints | None = None,
+    title: str = "training",
+) -> float:
+    """Trains in place; evaluates on the validation texts after each epoch.
+
+    With `checkpoints`, goes on from the newest one, if there is any, and ends bit for bit as an
+    uninterrupted run would.
+
+    Returns:
+        Median seconds per step, without the first two of this process (which compile).
+    """
+    batches = train_batches(
+        train.tokens, train.labels, schedule.batch_size, seed=schedule.seed, num_epochs=None
+    )
+    per_epoch = schedule.steps_per_epoch(train)
+    total = per_epoch * schedule.epochs
+    first = checkpoints.restore(model, optimizer, batches) if checkpoints else 0
+    model.train()
+    seconds: list[float] = []
+    with _progress(title, total, first, schedule.batch_size) as bar:
+        for step in range(first + 1, total + 1):
+            start = time.perf_counter()
+            loss, accuracy = (float(x) for x in train_step(model, optimizer, next(batches)))
+            seconds.append(time.perf_counter() - start)
+            values = {"loss": loss, "accuracy": accuracy}
+            writer.write(step, "train", values)
+            bar.set_postfix(
+                step=f"{step}/{total}",
+                loss=f"{loss:.3f}",
+                accuracy=f"{accuracy:.2f}",
+                refresh=False,
+            )
+            bar.update(schedule.batch_size)
+            if step % per_epoch == 0:
+                values = evaluate(model, validation)
+                writer.write(step, "validation", values)
+                bar.write(
+                    f"epoch {step // per_epoch}/{schedule.epochs}: validation "
+                    f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.4f}",
+                    file=sys.stdout,
+                )
+            if checkpoints and checkpoints.is_due(step, total):
+                checkpoints.save(step, model, optimizer, batches)
+    return float(np.median(seconds[2:])) if len(seconds) > 2 else float("nan")
+
+
+def _progress(title: str, total: int, first: int, batch_size: int) -> Any:
+    """A bar on a terminal; in a log file a line every 15 seconds."""
+    return tqdm(
+        desc=title,
+        total=total * batch_size,
+        initial=first * batch_size,
+        unit=" examples",
+        mininterval=0.2 if sys.stderr.isatty() else 15,
+        dynamic_ncols=True,
+    )
+
+
+class Checkpoints:
+    """What a run needs to go on: trained variables, optimiser, random state, data position.
+
+    Args:
+        folder: Where; the newest two are kept. A checkpoint that was not written to its end is
+            never taken for one (Orbax renames a finished one into place).
+        every: Steps between two.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {every}")
+        self.every = every
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest_step(self) -> int:
+        """The step of the newest checkpoint; 0 if there is none."""
+        return self._manager.latest_step() or 0
+
+    def is_due(self, step: int, total: int) -> bool:
+        """Whether to save after this step: every so many, and after the last."""
+        return step % self.every == 0 or step == total
+
+    def save(self, step: int, model: nnx.Module, optimizer: nnx.Optimizer, batches: Any) -> None:
+        """Saves, in the background."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_pure(model, optimizer)),
+                data=ocp.args.JsonSave(batches.get_state()),
+            ),
+        )
+
+    def restore(self, model: nnx.Module, optimizer: nnx.Optimizer, batches: Any) -> int:
+        """Restores the newest checkpoint in place; returns its step, 0 if there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return 0
+        target = _pure(model, optimizer)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
+            ),
+        )
+        nnx.update(model, restored["state"]["model"])
+        nnx.update(optimizer, restored["state"]["optimizer"])
+        batches.set_state(restored["data"])
+        return step
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _pure(model: nnx.Module, optimizer: nnx.Optimizer) -> dict[str, Any]:
+    """The arrays that training changes, as nested dicts; keys are made from the seed."""
+    changing = nnx.state(model, nnx.Any(optimizer.wrt, nnx.RngCount))
+    return {
+        "model": nnx.to_pure_dict(changing),
+        "optimizer": nnx.to_pure_dict(nnx.state(optimizer)),
+    }
+
+
+def count(model: nnx.Module, trainable: Any) -> int:
+    """Returns the number of parameters of a filter."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, trainable)))
