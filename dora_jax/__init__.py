@@ -8,13 +8,29 @@ Example:
   >>> optimizer = nnx.Optimizer(model, dora.dora_optimizer(1e-3), wrt=dora.DoRAParam)
 """
 
-from dora_jax.adapters import count_parameters
+from dora_jax.adapters import (
+    add_weighted,
+    cast_adapters,
+    count_parameters,
+    diff,
+    interpolate,
+    select_adapters,
+    stack_adapters,
+)
 from dora_jax.config import AdapterError, ConfigError, DoRAConfig, DoRAError, LayoutError
-from dora_jax.layouts import Layout, register_layout
+from dora_jax.decomposition import KernelAxes
+from dora_jax.layouts import Layout, einsum_layout, register_layout
 from dora_jax.linen import DoRAModel
-from dora_jax.nnx import DoRAParam, check_base, get_adapters, set_adapters
+from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
 from dora_jax.optim import dora_optimizer, label_adapters
-from dora_jax.transform import apply_dora, merge
+from dora_jax.transform import (
+    apply_dora,
+    apply_mixed,
+    check_base,
+    disabled_adapters,
+    hoist,
+    merge,
+)
 
 __all__ = [
     "AdapterError",
@@ -23,15 +39,26 @@ __all__ = [
     "DoRAError",
     "DoRAModel",
     "DoRAParam",
+    "KernelAxes",
     "Layout",
     "LayoutError",
+    "add_weighted",
     "apply_dora",
+    "apply_mixed",
+    "cast_adapters",
     "check_base",
     "count_parameters",
+    "diff",
+    "disabled_adapters",
     "dora_optimizer",
+    "einsum_layout",
     "get_adapters",
+    "hoist",
+    "interpolate",
     "label_adapters",
     "merge",
     "register_layout",
+    "select_adapters",
     "set_adapters",
+    "stack_adapters",
 ]

@@ -51,6 +51,7 @@ class AdapterSpec:
     decompose: bool = True
     norm_gradient: NormGradient = "exact"
     eps: float = 1e-8
+    hoisted: bool = False
 
     @property
     def has_magnitude(self) -> bool:
@@ -59,8 +60,10 @@ class AdapterSpec:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """The trainable arrays of the layer, in order."""
+        """The arrays of the layer's adapter, in order; `scale` where the scale was hoisted."""
         low_rank = ("lora_a", "lora_b") if self.rank else ()
+        if self.hoisted and self.decompose:
+            return (*low_rank, "scale")
         return low_rank + (("magnitude",) if self.has_magnitude else ())
 
 

@@ -166,12 +166,15 @@ def scale_minus_one(
     Args:
       spec: the layer's settings.
       kernel: the frozen kernel `W0`.
-      adapter: `lora_a`, `lora_b`, `magnitude`, as far as the settings have them.
+      adapter: `lora_a`, `lora_b`, `magnitude`, as far as the settings have them; or `scale`, `d`
+        itself, where it was hoisted.
       base: `norm` and `row` from `describe_base`.
       axes: the kernel's axes.
       dtype: the dtype in which the layer multiplies.
       precision: of the product with the kernel.
     """
+    if "scale" in adapter:
+        return adapter["scale"]
     norm = base["norm"]
     magnitude = adapter["magnitude"] if spec.has_magnitude else norm
     n = jnp.where(norm == 0, 1, norm)

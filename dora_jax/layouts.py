@@ -1,4 +1,4 @@
-"""For each Flax layer class: which kernel axes are stacked, contracted, output; its low-rank branch.
+"""For each Flax layer class: which kernel axes are stacked, contracted, output; its low rank.
 
 One `Layout` serves a Linen layer and its NNX namesake, since both have the same attributes.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Call = Mapping[str, Any]
 # Where the kernel's axes stand in a layer's output: a kernel axis, None for an axis of the inputs,
 # `...` for any number of those.
-OutputAxes = Sequence["int | None | EllipsisType"]
+OutputAxes = Sequence["int | EllipsisType | None"]
 # `run(call, kernel, features)`: the layer's own method with another kernel and no bias.
 Run = Callable[[Call, "Array", int], "Array"]
 
@@ -182,8 +182,8 @@ def adapted_output(
       plain_output: `x W0`, from the layer's own method.
       kernel: the frozen kernel `W0`.
       bias: the layer's bias, if it has one.
-      adapter: `lora_a`, `lora_b`, `magnitude`, as far as the settings have them; `scale` in place of
-        the magnitude if it was hoisted.
+      adapter: `lora_a`, `lora_b`, `magnitude`, as far as the settings have them; `scale` in place
+        of the magnitude if it was hoisted.
       base: `norm` and `row` of the kernel.
       dropout: acts on the input of the low-rank branch.
       run: runs the layer's own method with another kernel and no bias.
@@ -244,8 +244,6 @@ def layer_scale(
     base: Adapter,
 ) -> Float[Array, "*stack *out"]:
     """Returns `d` of a layer: as hoisted out of the model, or computed here."""
-    if "scale" in adapter:
-        return adapter["scale"]
     return scale_minus_one(
         spec,
         kernel,
@@ -332,8 +330,8 @@ def einsum_layout(
 ) -> Layout:
     """Returns the layout of a layer that computes `jnp.einsum(equation, inputs, kernel)`.
 
-    A kernel axis is *in* if the output does not have it, *stack* if inputs and output have it, *out*
-    if the output alone has it.
+    A kernel axis is *in* if the output does not have it, *stack* if inputs and output have it,
+    *out* if the output alone has it.
 
     Args:
       equation: `(layer, call) -> str`, from the layer's attributes or from the arguments of the
@@ -383,15 +381,15 @@ def _einsum_terms(equation: str | None, name: str) -> tuple[str, str, str]:
     """Splits an equation into the terms of inputs, kernel and output."""
     if equation is None:
         raise LayoutError(
-            f"{name}: its equation is given with each call, so it is not known from the layer alone: "
-            "pass inputs=(...) to apply_dora, so that a call can be traced"
+            f"{name}: its equation is given with each call, so it is not known from the layer "
+            "alone: pass inputs=(...) to apply_dora, so that a call can be traced"
         )
     operands, arrow, y = equation.replace(" ", "").partition("->")
     x, comma, w = operands.partition(",")
     if not (arrow and comma) or "." in w or len(set(w)) != len(w):
         raise LayoutError(
-            f"{name}: the equation {equation!r} must be explicit ('inputs,kernel->output') and name "
-            "each axis of the kernel once, without '...'"
+            f"{name}: the equation {equation!r} must be explicit ('inputs,kernel->output') and "
+            "name each axis of the kernel once, without '...'"
         )
     return x, w, y
 
@@ -399,8 +397,8 @@ def _einsum_terms(equation: str | None, name: str) -> tuple[str, str, str]:
 def _conv_axes(layer: Any, call: Call) -> KernelAxes:
     if getattr(layer, "mask", None) is not None:
         raise LayoutError(
-            f"{type(layer).__name__} has a mask on its kernel, through which a low-rank product does "
-            "not factor: exclude_modules"
+            f"{type(layer).__name__} has a mask on its kernel, through which a low-rank product "
+            "does not factor: exclude_modules"
         )
     spatial = 1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)
     inputs, outputs = (spatial, spatial + 1)

@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from dora_jax.adapters import check_shapes, tree_shapes
+from dora_jax.adapters import check_shapes, disable, select_adapters, tree_shapes
 from dora_jax.config import (
     AdapterError,
     AdapterSpec,
@@ -28,7 +28,13 @@ from dora_jax.config import (
     match_modules,
     select_layers,
 )
-from dora_jax.decomposition import KernelAxes, base_changed, describe_base, materialize
+from dora_jax.decomposition import (
+    KernelAxes,
+    base_changed,
+    describe_base,
+    materialize,
+    scale_minus_one,
+)
 from dora_jax.initializers import init_layer
 from dora_jax.layouts import (
     DENSE,
@@ -38,6 +44,7 @@ from dora_jax.layouts import (
     adapted_attend,
     adapted_output,
     bind_call,
+    compute_dtype,
     find_layout,
     stored_axes,
     why_refused,
@@ -56,6 +63,8 @@ class AdaptedLayer:
     spec: AdapterSpec
     layout: Layout
     axes: KernelAxes
+    dtype: Any = None
+    precision: Any = None
 
 
 class TracedLayer(NamedTuple):
@@ -64,6 +73,8 @@ class TracedLayer(NamedTuple):
     layout: Layout
     axes: KernelAxes
     kernel_shape: tuple[int, ...]
+    dtype: Any
+    precision: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -204,7 +215,8 @@ def apply_dora(
         axes = _stored_axes(path, found[path], kernel.shape)
         adapter, base[path] = init_layer(config, spec, path, rng, kernel, axes)
         adapters = _set(adapters, path, adapter)
-        layers[path] = AdaptedLayer(spec, layout, axes)
+        traced = found[path]
+        layers[path] = AdaptedLayer(spec, layout, axes, traced.dtype, traced.precision)
     for path in _saved_paths(config, modules):
         adapters = _set(adapters, path, meta.unbox(_get(params, path)))
     return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
@@ -256,9 +268,102 @@ def merge(params: Tree, adapters: Tree, config: DoRAConfig | DoRAModel) -> dict[
     return _overlay(merged, _saved(layers, adapters))
 
 
+def hoist(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
+    """Returns an adapter tree that holds each layer's scale, computed once, here.
+
+    `model.apply` takes it as it takes `adapters`. The scale depends on parameters alone: inside a
+    loss, hoist before a loop over microbatches, and the norm is evaluated, and differentiated, once
+    for all of them. For inference, hoisting freezes the scale: a call costs what LoRA's does.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> module, x = nn.Dense(3), jnp.ones((5, 4))
+      >>> params = module.init(jax.random.key(0), x)["params"]
+      >>> model, adapters = dora.apply_dora(
+      ...     module, dora.DoRAConfig(rank=2), params=params, rng=jax.random.key(1), inputs=(x,)
+      ... )
+      >>> hoist(model, params, adapters)["scale"]
+      Array([0., 0., 0.], dtype=float32)
+    """
+    check_adapters(model, adapters)
+    hoisted: Any = adapters
+    for path, layer in model.layers.items():
+        if not layer.spec.decompose:
+            continue
+        adapter = dict(_get(adapters, path))
+        scale = scale_minus_one(
+            layer.spec,
+            meta.unbox(_get(params, (*path, layer.layout.kernel))),
+            adapter,
+            model.base[path],
+            layer.axes,
+            dtype=layer.dtype,
+            precision=layer.precision,
+        )
+        adapter.pop("magnitude", None)
+        hoisted = _set(hoisted, path, {**adapter, "scale": scale})
+    return hoisted
+
+
+def disabled_adapters(model: DoRAModel, adapters: Tree) -> dict[str, Any]:
+    """Returns the adapter tree with which the model computes what its base computes.
+
+    It has the structure of `adapters`, so that switching between them compiles nothing anew.
+    Modules trained in full stay as they are.
+    """
+    return disable(adapters, {path: base["norm"] for path, base in model.base.items()})
+
+
+def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """Applies a model to a batch in which every example has an adapter of its own.
+
+    The outputs are those of one call for each adapter. Give hoisted adapters, so that norms are not
+    computed for each example.
+
+    Args:
+      model: the adapted model.
+      variables: its collections; the leaves of `dora` are stacked `(adapters, ...)`, as from
+        `dora_jax.stack_adapters`.
+      index: which of the adapters each example uses, int `(batch,)`.
+      *inputs: arrays with a leading batch axis.
+      **kwargs: further arguments, the same for every example.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> module, x = nn.Dense(3), jnp.ones((5, 4))
+      >>> params = module.init(jax.random.key(0), x)["params"]
+      >>> model, adapters = dora.apply_dora(
+      ...     module, dora.DoRAConfig(rank=2), params=params, rng=jax.random.key(1), inputs=(x,)
+      ... )
+      >>> both = dora.stack_adapters([adapters, dora.disabled_adapters(model, adapters)])
+      >>> apply_mixed(model, {"params": params, "dora": both}, jnp.array([0, 1, 1, 0, 1]), x).shape
+      (5, 3)
+    """
+    others = {name: value for name, value in variables.items() if name != "dora"}
+
+    def one(adapters: Tree, *example: Any) -> Any:
+        examples = (x[None] for x in example)
+        output = model.apply({**others, "dora": adapters}, *examples, **kwargs)
+        return jax.tree.map(lambda y: y[0], output)
+
+    return jax.vmap(one)(select_adapters(variables["dora"], index), *inputs)
+
+
 def check_adapters(model: DoRAModel, adapters: Tree) -> None:
-    """Raises `AdapterError` if an adapter array is missing, unknown or of a wrong shape."""
-    check_shapes(adapters, model.shapes)
+    """Raises `AdapterError` if an adapter array is missing, unknown or of a wrong shape.
+
+    Hoisted adapters, with a scale in place of the magnitude, fit too.
+    """
+    wanted = model.shapes
+    if any(path[-1] == "scale" for path in tree_shapes(adapters)):
+        scales = {
+            (*path, "scale"): model.base[path]["norm"].shape
+            for path, layer in model.layers.items()
+            if layer.spec.decompose
+        }
+        magnitudes = {(*path, "magnitude") for path in model.layers}
+        wanted = {p: s for p, s in wanted.items() if p not in magnitudes} | scales
+    check_shapes(adapters, wanted)
 
 
 def check_base(model: DoRAModel, params: Tree) -> None:
@@ -300,7 +405,7 @@ def _intercept(
     base = {name: beside[f"base_{name}"] for name in ("norm", "row")}
     if method == "attend":
         plain = functools.partial(_call_plain, module, params, method=method)
-        (query,) = bind_call(type(module).attend, (module, *args), kwargs).values()
+        (query,) = bind_call(getattr(type(module), method), (module, *args), kwargs).values()
         return adapted_attend(layer.spec, layer.layout, module, plain, query, kernel, beside, base)
     call = bind_call(type(module).__call__, (module, *args), kwargs)
     return adapted_output(
@@ -378,11 +483,17 @@ def _trace(
         layer = context.module
         layout, own = find_layout(type(layer)), layer.variables.get("params", {})
         modules[layer.path] = why_refused(type(layer))
-        if layout is not None and context.method_name in ("__call__", "attend"):
+        if layout is None or not _has(params, (*layer.path, layout.kernel)):
+            # Not a layer; or one run on variables that are not its own, as a tied head is.
+            return next_call(*args, **call_kwargs)
+        if context.method_name in ("__call__", "attend"):
             shape = np.shape(meta.unbox(own.get(layout.kernel)))
             method = type(layer).__call__
             bound = bind_call(method, (layer, *args), call_kwargs)
-            found[layer.path] = TracedLayer(layout, layout.axes(layer, bound), shape)
+            dtype = compute_dtype(layer, bound[layout.inputs], meta.unbox(own[layout.kernel]))
+            precision = getattr(layer, "precision", None)
+            axes = layout.axes(layer, bound)
+            found[layer.path] = TracedLayer(layout, axes, shape, dtype, precision)
         return next_call(*args, **call_kwargs)
 
     def call(params: Tree, inputs: tuple[Any, ...]) -> Any:
@@ -413,7 +524,7 @@ def _stored_axes(path: Path, traced: TracedLayer, stored_shape: tuple[int, ...])
     return axes
 
 
-def _saved_paths(config: DoRAConfig, modules: Sequence[Path]) -> list[Path]:
+def _saved_paths(config: DoRAConfig, modules: Iterable[Path]) -> list[Path]:
     by_name = {".".join(path): path for path in modules}
     saved = match_modules(config.modules_to_save, by_name, "modules_to_save")
     return [by_name[name] for name in sorted(saved)]
@@ -498,6 +609,14 @@ def _get(tree: Tree, path: Path) -> Tree:
             raise AdapterError(f"no entry {'.'.join(path[: i + 1])} in the tree of parameters")
         tree = tree[key]
     return tree
+
+
+def _has(tree: Any, path: Path) -> bool:
+    for key in path:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
 
 
 def _set(tree: Tree, path: Path, value: Any) -> Any:

@@ -6,6 +6,7 @@ the base model, and the base checkpoints made for them, stay valid.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dora_jax.adapters import check_shapes, flatten
+from dora_jax.adapters import check_shapes, disable, flatten, select_adapters, tree_shapes
 from dora_jax.config import AdapterError, DoRAConfig, Path, match_modules, select_layers
-from dora_jax.decomposition import KernelAxes, base_changed, materialize
+from dora_jax.decomposition import KernelAxes, base_changed, materialize, scale_minus_one
 from dora_jax.initializers import init_layer
 from dora_jax.layouts import (
     Call,
@@ -25,6 +26,7 @@ from dora_jax.layouts import (
     adapted_attend,
     adapted_output,
     bind_call,
+    compute_dtype,
     find_layout,
     stored_axes,
     why_refused,
@@ -194,15 +196,97 @@ def merge(model: M) -> M:
     return model
 
 
+def hoist(model: M) -> M:
+    """Returns a copy of an adapted model whose layers hold their scale, computed once, here.
+
+    The scale depends on parameters alone. Inside a loss, hoist before a loop over microbatches: the
+    norm is then evaluated, and differentiated, once for all of them. For inference, hoisting
+    freezes the scale: a call costs what LoRA's does.
+
+    Raises:
+      AdapterError: nothing is adapted.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> adapted = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
+      >>> hoist(adapted).scale[...]
+      Array([0., 0., 0.], dtype=float32)
+    """
+    model = _copy(model)
+    for layer in _checked_layers(model):
+        spec = layer.spec
+        if not spec.decompose or spec.hoisted:
+            continue
+        kernel, axes = _kernel_and_axes(layer)
+        value = kernel[...]
+        scale = scale_minus_one(
+            spec,
+            value,
+            _adapter(layer),
+            _base(layer),
+            axes,
+            dtype=compute_dtype(layer, value, value),
+            precision=getattr(layer, "precision", None),
+        )
+        if spec.has_magnitude:
+            delattr(layer, "magnitude")
+        layer.scale = DoRAParam(scale)
+        layer.spec = dataclasses.replace(spec, hoisted=True)
+    return model
+
+
+def disabled_adapters(model: nnx.Module) -> dict[str, Any]:
+    """Returns the adapter tree with which an adapted model computes what its base computes.
+
+    `set_adapters` switches to it and back; nothing is compiled anew. Modules trained in full stay
+    as they are.
+    """
+    tree = get_adapters(model)
+    norms = {path: layer.base_norm[...] for path, layer in _adapted_layers(model)}
+    return disable(tree, norms)
+
+
+def apply_mixed(model: nnx.Module, stacked: Any, index: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """Applies an adapted model to a batch in which every example has an adapter of its own.
+
+    The outputs are those of one call for each adapter. Give adapters of a hoisted model, so that
+    norms are not computed for each example.
+
+    Args:
+      model: the adapted model, as `hoist` returns it or not.
+      stacked: adapter trees of that model, from `dora_jax.stack_adapters`, with leaves
+        `(adapters, ...)`.
+      index: which of them each example uses, int `(batch,)`.
+      *inputs: arrays with a leading batch axis.
+      **kwargs: further arguments, the same for every example.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+      >>> model = dora.hoist(dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1)))
+      >>> both = dora.stack_adapters([dora.get_adapters(model), dora.disabled_adapters(model)])
+      >>> apply_mixed(model, both, jnp.array([0, 1, 0]), jnp.ones((3, 4))).shape
+      (3, 3)
+    """
+    check_shapes(jax.tree.map(lambda x: x[0], stacked), tree_shapes(get_adapters(model)))
+    graphdef, state = nnx.split(model)
+
+    def one(tree: Any, *example: Any) -> Any:
+        own = nnx.merge(graphdef, state, copy=True)
+        set_adapters(own, tree)
+        return jax.tree.map(lambda y: y[0], own(*(x[None] for x in example), **kwargs))
+
+    return jax.vmap(one)(select_adapters(stacked, index), *inputs)
+
+
 def check_base(model: nnx.Module) -> None:
     """Raises `AdapterError` if a kernel is not the one its adapter was made for, naming the layer.
 
     An adapted layer whose kernel was exchanged gives NaN; this says which.
     """
-    layers = list(_adapted_layers(model))
-    if not layers:
-        raise AdapterError("the model has no adapter: nothing to merge or check")
-    for path, layer in layers:
+    _checked_layers(model)
+    for path, layer in _adapted_layers(model):
         kernel, axes = _kernel_and_axes(layer)
         if np.any(base_changed(kernel[...], _base(layer), axes)):
             raise AdapterError(
@@ -350,6 +434,13 @@ def _modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
 
 def _adapted_layers(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
     return ((path, m) for path, m in _modules(model) if isinstance(m, DoRALayer))
+
+
+def _checked_layers(model: nnx.Module) -> list[Any]:
+    layers = [layer for _, layer in _adapted_layers(model)]
+    if not layers:
+        raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
+    return layers
 
 
 def _saved_paths(config: DoRAConfig, modules: Mapping[Path, Any]) -> list[Path]:

@@ -106,6 +106,11 @@ def label_adapters(adapters: Any) -> Any:
             "wrt=DoRAParam (NNX), not the base's parameters"
         )
     for path in paths:
+        if path[-1] == "scale" and path[:-1] in adapted:
+            raise AdapterError(
+                f"{'.'.join(path)} is a hoisted scale, which is computed and not trained: optimise "
+                "the adapters that were hoisted"
+            )
         if path[-1] not in GROUPS and path[:-1] in adapted:
             raise AdapterError(
                 f"{'.'.join(path)} is the frozen base of an adapted layer: optimise the adapters "

@@ -61,3 +61,47 @@ def merge(model_or_params: Any, adapters: Any = None, config: Any = None) -> Any
     if not adapters:
         raise AdapterError("the adapter tree is empty: nothing to merge")
     return dora_linen.merge(model_or_params, adapters, config)
+
+
+def hoist(model: Any, params: Any = None, adapters: Any = None) -> Any:
+    """Computes every layer's scale once, ahead of the calls that use it.
+
+    `hoist(model)` returns an NNX model, see `dora_jax.nnx.hoist`; `hoist(model, params, adapters)`
+    returns an adapter tree for a Linen one, see `dora_jax.linen.hoist`.
+    """
+    if isinstance(model, nnx.Module):
+        return dora_nnx.hoist(model)
+    return dora_linen.hoist(model, params, adapters)
+
+
+def disabled_adapters(model: Any, adapters: Any = None) -> Any:
+    """Returns the adapter tree with which an adapted model computes what its base computes.
+
+    `disabled_adapters(model)` for NNX, see `dora_jax.nnx.disabled_adapters`;
+    `disabled_adapters(model, adapters)` for Linen, see `dora_jax.linen.disabled_adapters`.
+    """
+    if isinstance(model, nnx.Module):
+        return dora_nnx.disabled_adapters(model)
+    return dora_linen.disabled_adapters(model, adapters)
+
+
+def apply_mixed(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Applies an adapted model to a batch in which every example has an adapter of its own.
+
+    `apply_mixed(model, stacked, index, *inputs)` for NNX, see `dora_jax.nnx.apply_mixed`;
+    `apply_mixed(model, variables, index, *inputs)` for Linen, see `dora_jax.linen.apply_mixed`.
+    """
+    if isinstance(model, nnx.Module):
+        return dora_nnx.apply_mixed(model, *args, **kwargs)
+    return dora_linen.apply_mixed(model, *args, **kwargs)
+
+
+def check_base(model: Any, params: Any = None) -> None:
+    """Raises `AdapterError` if a frozen kernel is not the one its adapter was made for.
+
+    `check_base(model)` for NNX; `check_base(model, params)` for Linen.
+    """
+    if isinstance(model, nnx.Module):
+        dora_nnx.check_base(model)
+    else:
+        dora_linen.check_base(model, params)

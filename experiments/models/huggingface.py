@@ -157,7 +157,7 @@ def save_bert(
     }
     if head is not None:
         for path, variable in nnx.to_flat_state(nnx.state(head, nnx.Param)):
-            parameters[f"classifier.{PARAMETER_NAMES[path[-1]]}"] = (path, variable)
+            parameters[f"classifier.{PARAMETER_NAMES[str(path[-1])]}"] = (path, variable)
     tensors = {
         name: np.ascontiguousarray(np.asarray(value[...]).T if path[-1] == "kernel" else value[...])
         for name, (path, value) in parameters.items()
