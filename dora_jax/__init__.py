@@ -23,6 +23,7 @@ from dora_jax.layouts import Layout, einsum_layout, register_layout
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
 from dora_jax.optim import dora_optimizer, label_adapters
+from dora_jax.summary import Summary, summary
 from dora_jax.transform import (
     apply_dora,
     apply_mixed,
@@ -42,6 +43,7 @@ __all__ = [
     "KernelAxes",
     "Layout",
     "LayoutError",
+    "Summary",
     "add_weighted",
     "apply_dora",
     "apply_mixed",
@@ -61,4 +63,5 @@ __all__ = [
     "select_adapters",
     "set_adapters",
     "stack_adapters",
+    "summary",
 ]

@@ -109,6 +109,11 @@ def add_weighted(
     Raises:
       AdapterError: structures or shapes differ, or the weights do not sum to 1.
     """
+    if config.changes_product:
+        raise AdapterError(
+            f"adapters that started with init={config.init!r} act by what they changed, which does "
+            "not join along the rank: merge each instead"
+        )
     mean, k = interpolate(trees, weights), len(trees)
     joined: Any = mean
     for path in [path for path in flatten(mean) if path[-1] == "lora_a"]:
@@ -175,20 +180,24 @@ def select_adapters(stacked: Tree, index: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0, mode="fill"), stacked)
 
 
-def disable(adapters: Tree, norms: Mapping[Path, Any]) -> Any:
+def disable(adapters: Tree, bases: Mapping[Path, Tree]) -> Any:
     """Returns the tree with which adapted layers compute what their frozen kernels do.
 
     Args:
       adapters: an adapter tree, hoisted or not.
-      norms: `||W0||` of each layer, by module path.
+      bases: what each layer keeps of its kernel, by module path.
     """
     disabled: Any = adapters
-    for path, norm in norms.items():
+    for path, base in bases.items():
         layer = _layer(adapters, path)
-        values = {"lora_b": jnp.zeros_like, "scale": jnp.zeros_like}
-        new = {name: values[name](x) for name, x in layer.items() if name in values}
-        if "magnitude" in layer:
-            new["magnitude"] = norm.astype(layer["magnitude"].dtype)
+        start = {"lora_b": 0, "scale": 0, "magnitude": base["norm"]}
+        if "start_a" in base:
+            start |= {"lora_a": base["start_a"], "lora_b": base["start_b"]}
+        new = {
+            name: jnp.broadcast_to(start[name], np.shape(x)).astype(x.dtype)
+            for name, x in layer.items()
+            if name in start
+        }
         disabled = _replace(disabled, path, new)
     return disabled
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 Path = tuple[str, ...]
 NormGradient = Literal["exact", "detached"]
-Init = Literal["kaiming_uniform", "gaussian"]
+Init = Literal["kaiming_uniform", "gaussian", "orthogonal", "pissa", "olora"]
 
 ALL_LINEAR = "all-linear"
 
@@ -52,6 +52,7 @@ class AdapterSpec:
     norm_gradient: NormGradient = "exact"
     eps: float = 1e-8
     hoisted: bool = False
+    indices: tuple[int, ...] | None = None
 
     @property
     def has_magnitude(self) -> bool:
@@ -91,8 +92,16 @@ class DoRAConfig:
       decompose: False is plain LoRA: no magnitude, no norm.
       norm_gradient: "exact" differentiates through the norm; "detached" holds it constant
         (DoRA, section 4.3; what PEFT does).
-      init: distribution of `lora_a` (`lora_b` is zero): "kaiming_uniform" is
-        `U(-1/sqrt(in), 1/sqrt(in))`, "gaussian" is `N(0, 1/rank^2)`, both as in PEFT.
+      layers_to_transform: indices of the layers adapted, out of those that `target_modules`
+        selects; a layer's index is the first number in its path (`layers.3.mlp`, `block_3.mlp`),
+        or the position in the outermost stack of scanned and vmapped layers.
+      layers_pattern: the name that the number follows (`"layers"`), if it is not the first.
+      init: how the low-rank factors start. With `lora_b` at zero, `lora_a` is drawn as
+        "kaiming_uniform", `U(-1/sqrt(in), 1/sqrt(in))`, "gaussian", `N(0, 1/rank^2)` (both as in
+        PEFT), or "orthogonal" (orthonormal columns). "pissa" (arXiv 2404.02948) starts from the
+        largest singular vectors of the kernel, "olora" (arXiv 2406.01775) from its QR
+        decomposition; the layer acts by the change of the product, so that the kernel stays the
+        pretrained one and the start is an identity to rounding.
       eps: smallest norm of a kernel's column that is divided by.
       adapter_dtype: dtype of the adapter arrays. A bfloat16 magnitude does not move at usual
         learning rates, hence float32.
@@ -118,6 +127,8 @@ class DoRAConfig:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
+    layers_to_transform: Sequence[int] | None = None
+    layers_pattern: str | None = None
     use_rslora: bool = False
     magnitude_trainable: bool = True
     normalize: bool = True
@@ -140,6 +151,8 @@ class DoRAConfig:
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
         object.__setattr__(self, "adapter_dtype", _float_dtype_name(self.adapter_dtype))
+        if self.layers_to_transform is not None:
+            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
         self._validate()
         for field in ("alpha", "dropout", "eps"):
             object.__setattr__(self, field, float(getattr(self, field)))
@@ -173,6 +186,13 @@ class DoRAConfig:
         for field in ("use_rslora", "magnitude_trainable", "normalize", "decompose"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field} must be True or False, got {getattr(self, field)!r}")
+        indices = self.layers_to_transform
+        if indices is not None and (not indices or not all(_is_index(i) for i in indices)):
+            raise ConfigError(
+                f"layers_to_transform must hold integers of at least 0, got {list(indices)}"
+            )
+        if self.layers_pattern is not None and indices is None:
+            raise ConfigError("layers_pattern needs layers_to_transform")
         has_magnitude = self.decompose and self.magnitude_trainable
         if 0 in (self.rank, *self.rank_pattern.values()) and not has_magnitude:
             raise ConfigError(
@@ -190,6 +210,11 @@ class DoRAConfig:
     def to_json(self) -> str:
         """Returns the configuration as a JSON object."""
         return json.dumps(self.to_dict(), indent=2)
+
+    @property
+    def changes_product(self) -> bool:
+        """Whether layers act by the change of `lora_a lora_b`, which does not start at zero."""
+        return self.init in ("pissa", "olora")
 
     @classmethod
     def from_json(cls, text: str) -> DoRAConfig:
@@ -221,7 +246,25 @@ class DoRAConfig:
             decompose=self.decompose,
             norm_gradient=self.norm_gradient,
             eps=self.eps,
+            indices=tuple(self.layers_to_transform)
+            if self.layers_to_transform is not None and self.layer_index(path) is None
+            else None,
         )
+
+    def layer_index(self, path: Path) -> int | None:
+        """Returns the number of the layer that a path is in, None if the path has none.
+
+        Example:
+          >>> DoRAConfig().layer_index(("layers", "3", "mlp"))
+          3
+        """
+        numbers = []
+        for i, part in enumerate(path):
+            if match := re.fullmatch(r"(?:(.*)_)?(\d+)", part):
+                name = match[1] or (path[i - 1] if i else "")
+                if self.layers_pattern in (None, name):
+                    numbers.append(int(match[2]))
+        return numbers[0] if numbers else None
 
 
 def select_layers(
@@ -262,6 +305,7 @@ def select_layers(
     else:
         targets = _match(config.target_modules, {*names, *reasons}, "target_modules", all_names)
     targets = {t for t in targets if not any(_is_inside(t, e) for e in saved | excluded)}
+    targets = _with_indices(config, targets, names)
     for name in sorted(targets & reasons.keys()):
         raise LayoutError(f"{name} cannot be adapted: {reasons[name][0]}")
     if not targets and not saved:
@@ -275,6 +319,20 @@ def select_layers(
                     f"{field} key {pattern!r} matches no adapted layer. {_known(targets)}"
                 )
     return {names[n]: config.spec(names[n]) for n in names if n in targets}
+
+
+def _with_indices(config: DoRAConfig, targets: set[str], names: Mapping[str, Path]) -> set[str]:
+    """Returns the targets of `layers_to_transform`; those without a number may be a stack."""
+    if config.layers_to_transform is None:
+        return targets
+    indices = {name: config.layer_index(names.get(name, ())) for name in targets}
+    missing = set(config.layers_to_transform) - set(indices.values())
+    if missing and None not in indices.values():
+        raise ConfigError(
+            f"layers_to_transform asks for {sorted(missing)}, but the layers selected have the "
+            f"numbers {sorted({i for i in indices.values() if i is not None})}"
+        )
+    return {n for n, i in indices.items() if i is None or i in config.layers_to_transform}
 
 
 def match_modules(patterns: Sequence[str], modules: Iterable[str], field: str) -> set[str]:
@@ -360,8 +418,12 @@ def _check_positive(field: str, value: Any) -> None:
         raise ConfigError(f"{field} must be a finite number above 0, got {value!r}")
 
 
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _check_rank(field: str, rank: Any) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+    if not _is_index(rank):
         raise ConfigError(f"{field} must be an integer of at least 0, got {rank!r}")
 
 

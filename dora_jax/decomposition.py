@@ -147,6 +147,22 @@ def direction_norm(
     return safe * jnp.sqrt(jnp.maximum(1 + relative_change, least))
 
 
+def acting_factors(adapter: Adapter, base: Adapter, axes: KernelAxes) -> tuple[Array, Array]:
+    """Returns the factors `A (*stack, *in, k)` and `B (*stack, k, *out)` as they act on the kernel.
+
+    A `mask (*stack,)` in `base` switches slices of a stack off. Factors that did not start at a
+    product of zero (`start_a`, `start_b` in `base`) act by what they changed, `A B - A0 B0`, as one
+    product of twice the rank: the frozen kernel stays the pretrained one.
+    """
+    a, b = adapter["lora_a"], adapter["lora_b"]
+    if "start_a" in base:
+        a = jnp.concatenate([a, base["start_a"]], axis=-1)
+        b = jnp.concatenate([b, -base["start_b"]], axis=len(axes.stack))
+    if "mask" in base:
+        b = b * _over_trailing(base["mask"], b.ndim).astype(b.dtype)
+    return a, b
+
+
 def scale_minus_one(
     spec: AdapterSpec,
     kernel: Float[Array, "..."],
@@ -168,7 +184,8 @@ def scale_minus_one(
       kernel: the frozen kernel `W0`.
       adapter: `lora_a`, `lora_b`, `magnitude`, as far as the settings have them; or `scale`, `d`
         itself, where it was hoisted.
-      base: `norm` and `row` from `describe_base`.
+      base: `norm` and `row` from `describe_base`; `mask`, `start_a`, `start_b` where there are
+        any, see `acting_factors`.
       axes: the kernel's axes.
       dtype: the dtype in which the layer multiplies.
       precision: of the product with the kernel.
@@ -181,8 +198,7 @@ def scale_minus_one(
     if spec.normalize and spec.rank:
         change = relative_square_change(
             kernel,
-            adapter["lora_a"],
-            adapter["lora_b"],
+            *acting_factors(adapter, base, axes),
             norm,
             spec.scaling,
             axes,
@@ -193,6 +209,8 @@ def scale_minus_one(
         if spec.norm_gradient == "detached":
             n = jax.lax.stop_gradient(n)
     d = jnp.where(norm == 0, -1, (magnitude.astype(n.dtype) - n) / n)
+    if "mask" in base:
+        d = jnp.where(_over_trailing(base["mask"], d.ndim), d, 0)
     return jnp.where(_same_base(kernel, base, axes), d, jnp.nan)
 
 
@@ -225,7 +243,7 @@ def materialize(
     letters, stack, inputs, outputs = axes.letters()
     merged = kernel.astype(_wide(kernel.dtype))
     if spec.rank:
-        a, b = (adapter[k].astype(merged.dtype) for k in ("lora_a", "lora_b"))
+        a, b = (x.astype(merged.dtype) for x in acting_factors(adapter, base, axes))
         delta = jnp.einsum(
             f"{stack}{inputs}y,{stack}y{outputs}->{letters}", a, b, precision="highest"
         )
@@ -262,6 +280,11 @@ def _same_base(kernel: Array, base: Adapter, axes: KernelAxes) -> Array:
 
 def _wide(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def _over_trailing(mask: Array, ndim: int) -> Array:
+    """Gives a mask of leading axes trailing ones of length 1, for broadcasting."""
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
 
 
 def _over_inputs(x: Array, axes: KernelAxes) -> Array:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 ArrayDict = dict[str, "Array"]
 
 
+def transforms(spec: AdapterSpec, axes: KernelAxes) -> bool:
+    """Whether a layer is adapted: not if `layers_to_transform` finds neither number nor stack."""
+    return spec.indices is None or bool(axes.stack)
+
+
 def init_layer(
     config: DoRAConfig,
     spec: AdapterSpec,
@@ -36,10 +41,11 @@ def init_layer(
 
     Returns:
       `{"lora_a", "lora_b", "magnitude"}`, as far as the settings have them, and `{"norm", "row"}`
-      from `describe_base`.
+      from `describe_base`, with `mask`, `start_a` and `start_b` where `acting_factors` needs them.
 
     Raises:
-      ConfigError: the rank is above the smaller side of the kernel.
+      ConfigError: the rank is above the smaller side of the kernel, or `layers_to_transform` asks
+        for a slice that a stack does not have.
 
     Warns:
       UserWarning: columns of the kernel are exactly zero; they stay zero.
@@ -50,6 +56,10 @@ def init_layer(
         raise ConfigError(
             f"{name}: rank {spec.rank} is above the smaller side of its kernel "
             f"({sides[0]} in, {sides[1]} out); lower it with rank_pattern"
+        )
+    if spec.indices is not None and max(spec.indices) >= (length := kernel.shape[axes.stack[0]]):
+        raise ConfigError(
+            f"{name}: layers_to_transform asks for {list(spec.indices)}, the stack has {length} layers"
         )
     build = functools.partial(_build, spec, config.init, config.adapter_dtype, axes)
     if isinstance(kernel, jax.ShapeDtypeStruct):
@@ -66,10 +76,22 @@ def _build(
     base = describe_base(kernel, axes, spec.eps)
     shapes = axes.shapes(kernel.shape, spec.rank)
     adapter = {}
-    if spec.rank:
+    if spec.rank and init in ("pissa", "olora"):
+        factors = (_singular_vectors if init == "pissa" else _orthogonal_basis)(
+            _as_matrices(kernel, axes), spec.rank
+        )
+        for name, factor in zip("ab", factors, strict=True):
+            # The product is scaled by s: both factors carry half of 1 / s.
+            start = factor.reshape(shapes[f"lora_{name}"]) / math.sqrt(spec.scaling)
+            adapter[f"lora_{name}"] = base[f"start_{name}"] = start.astype(dtype)
+    elif spec.rank:
         fan_in = math.prod(kernel.shape[i] for i in axes.inputs)
         adapter["lora_a"] = _draw(init, key, shapes["lora_a"], fan_in, spec.rank).astype(dtype)
         adapter["lora_b"] = jnp.zeros(shapes["lora_b"], dtype)
+    if spec.indices is not None:
+        stack = tuple(kernel.shape[i] for i in axes.stack)
+        chosen = jnp.isin(jnp.arange(stack[0]), jnp.array(spec.indices))
+        base["mask"] = jnp.broadcast_to(chosen.reshape((-1,) + (1,) * (len(stack) - 1)), stack)
     if spec.has_magnitude:
         adapter["magnitude"] = base["norm"].astype(dtype)
     return adapter, base
@@ -81,8 +103,35 @@ _build_jit = jax.jit(_build, static_argnums=(0, 1, 2, 3))
 def _draw(init: str, key: Array, shape: tuple[int, ...], fan_in: int, rank: int) -> Array:
     if init == "gaussian":
         return jax.random.normal(key, shape) / rank
+    if init == "orthogonal":
+        matrices = (math.prod(shape) // (fan_in * rank), fan_in, rank)
+        return jnp.linalg.qr(jax.random.normal(key, matrices))[0].reshape(shape)
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _as_matrices(kernel: Array, axes: KernelAxes) -> Float[Array, "*stack in out"]:
+    """Returns a kernel as matrices, its in and out axes joined, in float32."""
+    stack, inputs, outputs = (tuple(kernel.shape[i] for i in group) for group in axes)
+    ordered = jnp.transpose(kernel, axes.stack + axes.inputs + axes.outputs)
+    return ordered.astype(jnp.float32).reshape(*stack, math.prod(inputs), math.prod(outputs))
+
+
+def _singular_vectors(
+    kernel: Float[Array, "*stack in out"], rank: int
+) -> tuple[Float[Array, "*stack in r"], Float[Array, "*stack r out"]]:
+    """Returns `U sqrt(S)` and `sqrt(S) V^T` of the largest singular values (PiSSA, eq. 2 and 3)."""
+    u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
+
+
+def _orthogonal_basis(
+    kernel: Float[Array, "*stack in out"], rank: int
+) -> tuple[Float[Array, "*stack in r"], Float[Array, "*stack r out"]]:
+    """Returns the first columns of Q and rows of R of the QR decomposition (OLoRA, section 3)."""
+    q, r = jnp.linalg.qr(kernel)
+    return q[..., :rank], r[..., :rank, :]
 
 
 def _warn_of_zero_columns(name: str, norm: Array) -> None:

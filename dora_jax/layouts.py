@@ -17,7 +17,13 @@ from flax import linen, nnx
 from jax import lax
 
 from dora_jax.config import AdapterSpec, LayoutError
-from dora_jax.decomposition import Adapter, KernelAxes, apply_scale, scale_minus_one
+from dora_jax.decomposition import (
+    Adapter,
+    KernelAxes,
+    acting_factors,
+    apply_scale,
+    scale_minus_one,
+)
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -194,7 +200,7 @@ def adapted_output(
     if spec.rank:
         inputs = call[layout.inputs]
         dropped = {**call, layout.inputs: dropout(inputs) if layout.dropout else inputs}
-        a, b = adapter["lora_a"], adapter["lora_b"]
+        a, b = acting_factors(adapter, base, axes)
         h = h + layout.low_rank(layer, dropped, a, b, spec.scaling, dtype, run).astype(h.dtype)
     if spec.decompose:
         d = layer_scale(spec, layout, layer, call, kernel, adapter, base)
@@ -230,7 +236,8 @@ def adapted_attend(
     logits = attend(query)
     if not spec.rank:
         return logits
-    a, b = (adapter[name].astype(dtype) for name in ("lora_a", "lora_b"))
+    axes = layout.axes(layer, {})
+    a, b = (x.astype(dtype) for x in acting_factors(adapter, base, axes))
     return logits + (spec.scaling * (query @ b.T) @ a.T).astype(logits.dtype)
 
 

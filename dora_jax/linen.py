@@ -35,7 +35,7 @@ from dora_jax.decomposition import (
     materialize,
     scale_minus_one,
 )
-from dora_jax.initializers import init_layer
+from dora_jax.initializers import init_layer, transforms
 from dora_jax.layouts import (
     DENSE,
     Call,
@@ -58,13 +58,14 @@ _BESIDE = "dora"
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLayer:
-    """What `DoRAModel` knows of one adapted layer."""
+    """What `DoRAModel` knows of one adapted layer: `dtype` and `precision` of its products."""
 
     spec: AdapterSpec
     layout: Layout
     axes: KernelAxes
     dtype: Any = None
     precision: Any = None
+    name: str = ""
 
 
 class TracedLayer(NamedTuple):
@@ -75,6 +76,7 @@ class TracedLayer(NamedTuple):
     kernel_shape: tuple[int, ...]
     dtype: Any
     precision: Any
+    name: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,10 +215,12 @@ def apply_dora(
         layout = found[path].layout
         kernel = meta.unbox(_get(params, (*path, layout.kernel)))
         axes = _stored_axes(path, found[path], kernel.shape)
+        if not transforms(spec, axes):
+            continue
         adapter, base[path] = init_layer(config, spec, path, rng, kernel, axes)
         adapters = _set(adapters, path, adapter)
         traced = found[path]
-        layers[path] = AdaptedLayer(spec, layout, axes, traced.dtype, traced.precision)
+        layers[path] = AdaptedLayer(spec, layout, axes, traced.dtype, traced.precision, traced.name)
     for path in _saved_paths(config, modules):
         adapters = _set(adapters, path, meta.unbox(_get(params, path)))
     return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
@@ -311,7 +315,7 @@ def disabled_adapters(model: DoRAModel, adapters: Tree) -> dict[str, Any]:
     It has the structure of `adapters`, so that switching between them compiles nothing anew.
     Modules trained in full stay as they are.
     """
-    return disable(adapters, {path: base["norm"] for path, base in model.base.items()})
+    return disable(adapters, model.base)
 
 
 def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -402,7 +406,8 @@ def _intercept(
     layer, beside = layers[module.path], own[_BESIDE]
     params = {name: value for name, value in own.items() if name != _BESIDE}
     kernel = meta.unbox(params[layer.layout.kernel])
-    base = {name: beside[f"base_{name}"] for name in ("norm", "row")}
+    prefix = "base_"
+    base = {k.removeprefix(prefix): v for k, v in beside.items() if k.startswith(prefix)}
     if method == "attend":
         plain = functools.partial(_call_plain, module, params, method=method)
         (query,) = bind_call(getattr(type(module), method), (module, *args), kwargs).values()
@@ -493,7 +498,9 @@ def _trace(
             dtype = compute_dtype(layer, bound[layout.inputs], meta.unbox(own[layout.kernel]))
             precision = getattr(layer, "precision", None)
             axes = layout.axes(layer, bound)
-            found[layer.path] = TracedLayer(layout, axes, shape, dtype, precision)
+            found[layer.path] = TracedLayer(
+                layout, axes, shape, dtype, precision, type(layer).__name__
+            )
         return next_call(*args, **call_kwargs)
 
     def call(params: Tree, inputs: tuple[Any, ...]) -> Any:
@@ -553,6 +560,11 @@ def _layers_from_shapes(
     layers = {}
     for path in _adapter_paths(adapters):
         adapter, spec = _get(adapters, path), config.spec(path)
+        if config.changes_product or spec.indices is not None:
+            raise AdapterError(
+                f"{'.'.join(path)}: init={config.init!r} and layers_to_transform need what was kept "
+                "of the base: pass the adapted model in place of the configuration"
+            )
         _check_names(path, spec, adapter)
         own = _get(params, path)
         if "kernel" not in own:

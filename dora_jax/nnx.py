@@ -19,7 +19,7 @@ from flax import nnx
 from dora_jax.adapters import check_shapes, disable, flatten, select_adapters, tree_shapes
 from dora_jax.config import AdapterError, DoRAConfig, Path, match_modules, select_layers
 from dora_jax.decomposition import KernelAxes, base_changed, materialize, scale_minus_one
-from dora_jax.initializers import init_layer
+from dora_jax.initializers import init_layer, transforms
 from dora_jax.layouts import (
     Call,
     Layout,
@@ -56,7 +56,8 @@ class DoRALayer(nnx.Module):
     Attributes:
       lora_a, lora_b, magnitude: `DoRAParam` of shapes `(*stack, *in, r)`, `(*stack, r, *out)`,
         `(*stack, *out)`; absent where the settings have none.
-      base_norm, base_row: `BaseParam`, see `dora_jax.decomposition.describe_base`.
+      base_norm, base_row: `BaseParam`, see `dora_jax.decomposition.describe_base`; base_mask,
+        base_start_a, base_start_b where there are any, see `acting_factors` there.
       lora_dropout: `nnx.Dropout` on the input of the low-rank branch.
       spec: the layer's settings.
       call_axes: the axes of the kernel that one call sees.
@@ -131,7 +132,7 @@ def apply_dora(
       >>> bool((adapted(x) == model(x)).all()), adapted.magnitude.shape
       (True, (3,))
     """
-    if adapted := [path for path, _ in _adapted_layers(model)]:
+    if adapted := [path for path, _ in adapted_layers(model)]:
         raise AdapterError(
             f"the model is adapted already ({'.'.join(adapted[0])} has an adapter); merge it first"
         )
@@ -155,6 +156,8 @@ def apply_dora(
         kernel = getattr(layer, layout.kernel).get_value()
         call_axes = traced[path] if path in traced else layout.axes(layer, {})
         axes = stored_axes(call_axes, kernel.ndim, ".".join(path))
+        if not transforms(spec, axes):
+            continue
         adapter, base = init_layer(config, spec, path, key, kernel, axes)
         _become(layer, _dora_class(layer.__class__))
         layer.spec, layer.call_axes = spec, call_axes
@@ -185,11 +188,12 @@ def merge(model: M) -> M:
     """
     check_base(model)
     model = _copy(model)
-    for _, layer in list(_adapted_layers(model)):
-        kernel, axes = _kernel_and_axes(layer)
+    for _, layer in list(adapted_layers(model)):
+        kernel, axes = kernel_and_axes(layer)
         spec = layer.spec
         kernel[...] = _materialize(spec, kernel[...], _adapter(layer), _base(layer), axes)
-        for name in (*spec.parameter_names, *_OWN_ATTRIBUTES):
+        base_names = [f"base_{name}" for name in _base(layer)]
+        for name in (*spec.parameter_names, *base_names, *_OWN_ATTRIBUTES):
             delattr(layer, name)
         _become(layer, _plain_class(type(layer)))
     _retype_parameters(model, SavedParam, nnx.Param)
@@ -218,7 +222,7 @@ def hoist(model: M) -> M:
         spec = layer.spec
         if not spec.decompose or spec.hoisted:
             continue
-        kernel, axes = _kernel_and_axes(layer)
+        kernel, axes = kernel_and_axes(layer)
         value = kernel[...]
         scale = scale_minus_one(
             spec,
@@ -243,8 +247,7 @@ def disabled_adapters(model: nnx.Module) -> dict[str, Any]:
     as they are.
     """
     tree = get_adapters(model)
-    norms = {path: layer.base_norm[...] for path, layer in _adapted_layers(model)}
-    return disable(tree, norms)
+    return disable(tree, {path: _base(layer) for path, layer in adapted_layers(model)})
 
 
 def apply_mixed(model: nnx.Module, stacked: Any, index: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -286,8 +289,8 @@ def check_base(model: nnx.Module) -> None:
     An adapted layer whose kernel was exchanged gives NaN; this says which.
     """
     _checked_layers(model)
-    for path, layer in _adapted_layers(model):
-        kernel, axes = _kernel_and_axes(layer)
+    for path, layer in adapted_layers(model):
+        kernel, axes = kernel_and_axes(layer)
         if np.any(base_changed(kernel[...], _base(layer), axes)):
             raise AdapterError(
                 f"{'.'.join(path)}: the kernel changed since apply_dora, so its stored norm is "
@@ -326,7 +329,7 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
 _materialize = jax.jit(materialize, static_argnums=(0, 4))
 
 
-_OWN_ATTRIBUTES = ("base_norm", "base_row", "lora_dropout", "spec", "call_axes")
+_OWN_ATTRIBUTES = ("lora_dropout", "spec", "call_axes")
 
 
 @functools.cache
@@ -385,7 +388,8 @@ def _run(
     return layer_class.__call__(view, **call)
 
 
-def _kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
+def kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
+    """Returns the frozen kernel of an adapted layer, and the axes of what is stored."""
     kernel = getattr(layer, _layout(_plain_class(type(layer))).kernel)
     return kernel, stored_axes(layer.call_axes, kernel.ndim, type(layer).__name__)
 
@@ -395,7 +399,8 @@ def _adapter(layer: Any) -> dict[str, jax.Array]:
 
 
 def _base(layer: Any) -> dict[str, jax.Array]:
-    return {"norm": layer.base_norm[...], "row": layer.base_row[...]}
+    prefix = "base_"
+    return {k.removeprefix(prefix): v[...] for k, v in vars(layer).items() if k.startswith(prefix)}
 
 
 def _trace_axes(
@@ -432,12 +437,13 @@ def _modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
         yield tuple(map(str, path)), module
 
 
-def _adapted_layers(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
+def adapted_layers(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
+    """Returns the layers that carry an adapter, by path; a shared one once."""
     return ((path, m) for path, m in _modules(model) if isinstance(m, DoRALayer))
 
 
 def _checked_layers(model: nnx.Module) -> list[Any]:
-    layers = [layer for _, layer in _adapted_layers(model)]
+    layers = [layer for _, layer in adapted_layers(model)]
     if not layers:
         raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
     return layers

@@ -10,7 +10,8 @@ import optax
 
 from dora_jax.config import AdapterError, ConfigError
 
-GROUPS = ("lora_a", "lora_b", "magnitude", "saved")
+ADAPTER_ARRAYS = ("lora_a", "lora_b", "magnitude")
+GROUPS = (*ADAPTER_ARRAYS, "saved")
 
 
 def dora_optimizer(
@@ -99,7 +100,7 @@ def label_adapters(adapters: Any) -> Any:
       {'head': {'bias': 'saved'}, 'query': {'lora_a': 'lora_a', 'magnitude': 'magnitude'}}
     """
     paths = [_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(adapters)[0]]
-    adapted = {path[:-1] for path in paths if path[-1] in GROUPS}
+    adapted = {path[:-1] for path in paths if path[-1] in ADAPTER_ARRAYS}
     if paths and not adapted:
         raise AdapterError(
             "no adapter among the parameters to optimise: give the adapter tree (Linen) or "
@@ -111,13 +112,13 @@ def label_adapters(adapters: Any) -> Any:
                 f"{'.'.join(path)} is a hoisted scale, which is computed and not trained: optimise "
                 "the adapters that were hoisted"
             )
-        if path[-1] not in GROUPS and path[:-1] in adapted:
+        if path[-1] not in ADAPTER_ARRAYS and path[:-1] in adapted:
             raise AdapterError(
                 f"{'.'.join(path)} is the frozen base of an adapted layer: optimise the adapters "
                 "alone (wrt=DoRAParam in NNX, the adapter tree in Linen)"
             )
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: name if (name := _names(path)[-1]) in GROUPS else "saved", adapters
+        lambda path, _: name if (name := _names(path)[-1]) in ADAPTER_ARRAYS else "saved", adapters
     )
 
 
