@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -200,6 +201,20 @@ def disable(adapters: Tree, bases: Mapping[Path, Tree]) -> Any:
         }
         disabled = _replace(disabled, path, new)
     return disabled
+
+
+def warn_of_rounding(lost: Mapping[Path, Any], stacklevel: int = 3) -> None:
+    """Warns of what merging cost: the share of each layer's change that its dtype rounds away."""
+    shares = {p: float(s) for p, s in lost.items() if not isinstance(s, jax.core.Tracer)}
+    rounded = {path: share for path, share in shares.items() if share > 1e-3}
+    if rounded:
+        worst = max(rounded, key=lambda path: rounded[path])
+        warnings.warn(
+            f"merging rounds to the kernels' dtype: {len(rounded)} of {len(shares)} layers lose "
+            f"some of their change, {'.'.join(worst)} the most ({rounded[worst]:.1%}). Where that is "
+            "too much, keep the adapters, or merge into float32 kernels",
+            stacklevel=stacklevel,
+        )
 
 
 def flatten(adapters: Mapping[str, Any]) -> dict[Path, Any]:

@@ -15,6 +15,7 @@ Shapes are written `stack`, `in`, `out` for possibly several axes each.
 
 from __future__ import annotations
 
+import functools
 import string
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
@@ -235,10 +236,13 @@ def materialize(
     adapter: Adapter,
     base: Adapter,
     axes: KernelAxes,
+    *,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """Returns the merged kernel `m (W0 + s A B) / n` in the shape and dtype of `kernel`.
 
     Computed in float32 or wider. The kernel itself, bit for bit, while the adapter is untrained.
+    `dtype` is that of the result, if not the kernel's.
     """
     letters, stack, inputs, outputs = axes.letters()
     merged = kernel.astype(_wide(kernel.dtype))
@@ -252,7 +256,27 @@ def materialize(
         wide = kernel.astype(merged.dtype)
         d = scale_minus_one(spec, wide, adapter, base, axes, precision="highest")
         merged = merged + merged * _over_inputs(d, axes)
-    return merged.astype(kernel.dtype)
+    return merged.astype(kernel.dtype if dtype is None else dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "axes"))
+def merge_kernel(
+    spec: AdapterSpec,
+    kernel: Float[Array, "..."],
+    adapter: Adapter,
+    base: Adapter,
+    axes: KernelAxes,
+) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """Returns the merged kernel, and the share of the change that its dtype rounds away.
+
+    The share is `||rounded - W'|| / ||W' - W0||` in float32 or wider; 0 where nothing changed.
+    """
+    exact = materialize(spec, kernel, adapter, base, axes, dtype=_wide(kernel.dtype))
+    rounded = exact.astype(kernel.dtype)
+    error, change = (
+        jnp.linalg.norm((exact - x.astype(exact.dtype)).ravel()) for x in (rounded, kernel)
+    )
+    return rounded, jnp.where(change == 0, 0, error / jnp.where(change == 0, 1, change))
 
 
 def describe_base(

@@ -59,7 +59,8 @@ def init_layer(
         )
     if spec.indices is not None and max(spec.indices) >= (length := kernel.shape[axes.stack[0]]):
         raise ConfigError(
-            f"{name}: layers_to_transform asks for {list(spec.indices)}, the stack has {length} layers"
+            f"{name}: layers_to_transform asks for {list(spec.indices)}, but the stack has "
+            f"{length} layers"
         )
     build = functools.partial(_build, spec, config.init, config.adapter_dtype, axes)
     if isinstance(kernel, jax.ShapeDtypeStruct):

@@ -17,7 +17,13 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from dora_jax.adapters import check_shapes, disable, select_adapters, tree_shapes
+from dora_jax.adapters import (
+    check_shapes,
+    disable,
+    select_adapters,
+    tree_shapes,
+    warn_of_rounding,
+)
 from dora_jax.config import (
     AdapterError,
     AdapterSpec,
@@ -32,7 +38,7 @@ from dora_jax.decomposition import (
     KernelAxes,
     base_changed,
     describe_base,
-    materialize,
+    merge_kernel,
     scale_minus_one,
 )
 from dora_jax.initializers import init_layer, transforms
@@ -239,6 +245,9 @@ def merge(params: Tree, adapters: Tree, config: DoRAConfig | DoRAModel) -> dict[
       AdapterError: an adapter has no kernel in `params`, its shapes do not fit, or an array that
         `config` asks for is missing; names the layer.
 
+    Warns:
+      UserWarning: kernels of a narrow dtype round some of the change away; says how much.
+
     Example:
       >>> import dora_jax as dora
       >>> module, x = nn.Dense(3), jnp.ones((5, 4))
@@ -258,6 +267,7 @@ def merge(params: Tree, adapters: Tree, config: DoRAConfig | DoRAModel) -> dict[
         layers = _layers_from_shapes(params, adapters, config)
         _check_saved(config, _saved(layers, adapters))
     merged: Tree = params
+    lost = {}
     for path, layer in layers.items():
         spec, layout, axes = layer.spec, layer.layout, layer.axes
         own = _get(params, path)
@@ -266,9 +276,10 @@ def merge(params: Tree, adapters: Tree, config: DoRAConfig | DoRAModel) -> dict[
             base = config.base[path]
         else:
             base = _describe_base(kernel, axes, spec.eps)
-        new = _materialize(spec, kernel, _get(adapters, path), base, axes)
+        new, lost[path] = merge_kernel(spec, kernel, _get(adapters, path), base, axes)
         new = meta.replace_boxed(own[layout.kernel], new)
         merged = _set(merged, path, {**own, layout.kernel: new})
+    warn_of_rounding(lost)
     return _overlay(merged, _saved(layers, adapters))
 
 
@@ -373,18 +384,19 @@ def check_adapters(model: DoRAModel, adapters: Tree) -> None:
 def check_base(model: DoRAModel, params: Tree) -> None:
     """Raises `AdapterError` if a kernel is not the one its adapter was made for, naming the layer.
 
-    An adapted layer whose kernel was exchanged gives NaN; this says which.
+    An adapted layer whose kernel was exchanged gives NaN, and merges to NaN; this says which,
+    except under a transformation such as `jax.jit`, where the values are not known.
     """
     for path, layer in model.layers.items():
         kernel = meta.unbox(_get(params, path)[layer.layout.kernel])
-        if np.any(base_changed(kernel, model.base[path], layer.axes)):
+        changed = base_changed(kernel, model.base[path], layer.axes)
+        if not isinstance(changed, jax.core.Tracer) and np.any(changed):
             raise AdapterError(
                 f"{'.'.join(path)}: the kernel changed since apply_dora, so its stored norm is "
                 "wrong. Load the base first, then adapt it"
             )
 
 
-_materialize = jax.jit(materialize, static_argnums=(0, 4))
 _describe_base = jax.jit(describe_base, static_argnums=(1, 2))
 
 
@@ -453,7 +465,7 @@ def _run(module: Any, kernel_name: str, call: Call, kernel: jax.Array, features:
 
 
 def _dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
-    if not module.has_rng("dropout"):
+    if not (module.has_rng("dropout") or module.has_rng("params")):  # make_rng takes either
         raise AdapterError(
             f"{'.'.join(module.path)}: adapter dropout needs the stream 'dropout', which a lifted "
             "transform around this layer does not pass on; add it to split_rngs"
@@ -562,8 +574,8 @@ def _layers_from_shapes(
         adapter, spec = _get(adapters, path), config.spec(path)
         if config.changes_product or spec.indices is not None:
             raise AdapterError(
-                f"{'.'.join(path)}: init={config.init!r} and layers_to_transform need what was kept "
-                "of the base: pass the adapted model in place of the configuration"
+                f"{'.'.join(path)}: init={config.init!r} and layers_to_transform need what was "
+                "kept of the base: pass the adapted model in place of the configuration"
             )
         _check_names(path, spec, adapter)
         own = _get(params, path)

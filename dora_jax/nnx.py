@@ -16,9 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dora_jax.adapters import check_shapes, disable, flatten, select_adapters, tree_shapes
+from dora_jax.adapters import (
+    check_shapes,
+    disable,
+    flatten,
+    select_adapters,
+    tree_shapes,
+    warn_of_rounding,
+)
 from dora_jax.config import AdapterError, DoRAConfig, Path, match_modules, select_layers
-from dora_jax.decomposition import KernelAxes, base_changed, materialize, scale_minus_one
+from dora_jax.decomposition import KernelAxes, base_changed, merge_kernel, scale_minus_one
 from dora_jax.initializers import init_layer, transforms
 from dora_jax.layouts import (
     Call,
@@ -176,8 +183,13 @@ def apply_dora(
 def merge(model: M) -> M:
     """Returns a copy of an adapted model with plain layers whose kernels are the merged ones.
 
+    The adapted model stays as it is: keep it, or the base, to have the adapter apart again.
+
     Raises:
       AdapterError: nothing is adapted, or a base kernel changed since `apply_dora`.
+
+    Warns:
+      UserWarning: kernels of a narrow dtype round some of the change away; says how much.
 
     Example:
       >>> import dora_jax as dora
@@ -188,15 +200,19 @@ def merge(model: M) -> M:
     """
     check_base(model)
     model = _copy(model)
-    for _, layer in list(adapted_layers(model)):
+    lost = {}
+    for path, layer in list(adapted_layers(model)):
         kernel, axes = kernel_and_axes(layer)
         spec = layer.spec
-        kernel[...] = _materialize(spec, kernel[...], _adapter(layer), _base(layer), axes)
+        kernel[...], lost[path] = merge_kernel(
+            spec, kernel[...], _adapter(layer), _base(layer), axes
+        )
         base_names = [f"base_{name}" for name in _base(layer)]
         for name in (*spec.parameter_names, *base_names, *_OWN_ATTRIBUTES):
             delattr(layer, name)
         _become(layer, _plain_class(type(layer)))
     _retype_parameters(model, SavedParam, nnx.Param)
+    warn_of_rounding(lost)
     return model
 
 
@@ -286,12 +302,14 @@ def apply_mixed(model: nnx.Module, stacked: Any, index: Any, *inputs: Any, **kwa
 def check_base(model: nnx.Module) -> None:
     """Raises `AdapterError` if a kernel is not the one its adapter was made for, naming the layer.
 
-    An adapted layer whose kernel was exchanged gives NaN; this says which.
+    An adapted layer whose kernel was exchanged gives NaN, and merges to NaN; this says which,
+    except under a transformation such as `jax.jit`, where the values are not known.
     """
     _checked_layers(model)
     for path, layer in adapted_layers(model):
         kernel, axes = kernel_and_axes(layer)
-        if np.any(base_changed(kernel[...], _base(layer), axes)):
+        changed = base_changed(kernel[...], _base(layer), axes)
+        if not isinstance(changed, jax.core.Tracer) and np.any(changed):
             raise AdapterError(
                 f"{'.'.join(path)}: the kernel changed since apply_dora, so its stored norm is "
                 "wrong. Load the base first, then adapt it"
@@ -324,9 +342,6 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     for path, variable in wanted.items():
         variable[...] = jnp.asarray(given[path], variable.dtype)
     nnx.update(model, state)
-
-
-_materialize = jax.jit(materialize, static_argnums=(0, 4))
 
 
 _OWN_ATTRIBUTES = ("lora_dropout", "spec", "call_axes")

@@ -3,7 +3,7 @@
 Every method has the same data, steps and learning-rate grid. Its learning rate is chosen on the
 validation texts with the first seed; all seeds are then trained at that rate, and the test texts
 are looked at for those runs alone. Finished runs are kept in the run folder, so an interrupted
-comparison goes on where it stopped. With the default settings: an hour or two on two CPU cores.
+comparison goes on where it stopped. With the default settings: about an hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Config:
     magnitude_lr_ratio: float = 3.0
 
     # Schedule
-    epochs: int = 2
+    epochs: int = 1
     batch_size: int = 32
 
     # Data
@@ -262,7 +262,7 @@ def report(config: Config, task: Task, rows: dict[str, dict[str, Any]], folder: 
             f"Made by `{command.strip()}` with jax {jax.__version__} on {machine}.",
             "",
             f"{len(task.train)} training, {len(task.validation)} validation, {len(task.test)} test "
-            f"texts of at most {config.max_length} tokens; {config.epochs} epochs of batch "
+            f"texts of at most {config.max_length} tokens; {config.epochs} epoch(s) of batch "
             f"{config.batch_size}; rank {config.rank}, alpha {config.alpha:g}, magnitude learning "
             f"rate {config.magnitude_lr_ratio:g} x; AdamW, linear warm-up, cosine decay, clipped "
             f"to norm 1. Learning rate of each method from "
