@@ -211,8 +211,8 @@ def warn_of_rounding(lost: Mapping[Path, Any], stacklevel: int = 3) -> None:
         worst = max(rounded, key=lambda path: rounded[path])
         warnings.warn(
             f"merging rounds to the kernels' dtype: {len(rounded)} of {len(shares)} layers lose "
-            f"some of their change, {'.'.join(worst)} the most ({rounded[worst]:.1%}). Where that is "
-            "too much, keep the adapters, or merge into float32 kernels",
+            f"some of their change, {'.'.join(worst)} the most ({rounded[worst]:.1%}). Where that "
+            "is too much, keep the adapters, or merge into float32 kernels",
             stacklevel=stacklevel,
         )
 
