@@ -55,6 +55,8 @@ class Config:
     batch_size: int = 32
 
     # Data
+    # A BERT or RoBERTa checkpoint folder in Hugging Face's format; by default MiniLM.
+    checkpoint: Path | None = None
     train_examples: int = 4000
     max_length: int = 24
 
@@ -86,7 +88,10 @@ class Run:
         """What the run's result depends on."""
         shared = ("rank", "alpha", "magnitude_lr_ratio", "epochs", "batch_size", "train_examples")
         settings = {name: getattr(self.config, name) for name in (*shared, "max_length")}
-        own = {"method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
+        own: dict[str, Any] = {"method": self.method, "learning_rate": self.learning_rate}
+        own["seed"] = self.seed
+        if self.config.checkpoint is not None:
+            own["checkpoint"] = str(self.config.checkpoint)
         return settings | own
 
     @property
@@ -313,7 +318,9 @@ def plot(rows: dict[str, dict[str, Any]], file: Path) -> None:
 def run(config: Config) -> str:
     """Runs what has not been run, and reports; returns the Markdown."""
     config.run_folder.mkdir(parents=True, exist_ok=True)
-    task = load_task(max_length=config.max_length, train=config.train_examples)
+    task = load_task(
+        max_length=config.max_length, train=config.train_examples, checkpoint=config.checkpoint
+    )
     rows = {}
     for i, method in enumerate(config.methods, 1):
         print(f"[{i}/{len(config.methods)}] {METHODS[method].title}", flush=True)

@@ -1,8 +1,6 @@
 """The quickstart end to end on a tiny budget, whole and interrupted."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,45 +11,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from tokenizers import Tokenizer
-from tokenizers.implementations import BertWordPieceTokenizer
 
 import dora_jax as dora
 from experiments import quickstart
-from experiments.data.download import DownloadError, minilm_folder, sarcasm_file
-from experiments.data.sarcasm import load_sarcasm
 from experiments.metrics import read_metrics
 from experiments.models.huggingface import load_bert
-
-TINY_BERT = Path(__file__).parents[1] / "fixtures" / "bert" / "bert_tiny"
-
-
-@pytest.fixture(scope="session")
-def sarcasm() -> Path:
-    return _downloaded(sarcasm_file)
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(sarcasm, tmp_path_factory) -> Path:
-    """A random BERT of two layers, with a tokenizer for its 100 tokens."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(TINY_BERT / name, folder)
-    tokenizer = BertWordPieceTokenizer()
-    texts = load_sarcasm(sarcasm).train.texts
-    tokenizer.train_from_iterator(texts, vocab_size=100, limit_alphabet=40, show_progress=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    assert Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() <= 100
-    return folder
-
-
-def _downloaded(download) -> Path:
-    try:
-        return download()
-    except DownloadError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"needs a download: {error}")
 
 
 def _adapter(folder: Path) -> dict[str, np.ndarray]:
@@ -61,8 +25,7 @@ def _adapter(folder: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def test_it_adapts_the_real_encoder_and_leaves_what_it_says(sarcasm, tmp_path, capsys):
-    checkpoint = _downloaded(minilm_folder)
+def test_it_adapts_the_real_encoder_and_leaves_what_it_says(minilm, tmp_path, capsys):
     config = quickstart.Config(
         run_folder=tmp_path / "run", train_examples=64, epochs=1, max_length=16
     )
@@ -91,7 +54,7 @@ def test_it_adapts_the_real_encoder_and_leaves_what_it_says(sarcasm, tmp_path, c
     saved = dora.DoRAConfig.from_json((folder / "adapter" / "dora_config.json").read_text())
     assert saved.modules_to_save == ("classifier",)
     before, after = (
-        dict(nnx.to_flat_state(nnx.state(load_bert(f)))) for f in (checkpoint, folder / "merged")
+        dict(nnx.to_flat_state(nnx.state(load_bert(f)))) for f in (minilm, folder / "merged")
     )
     changed = {
         path for path, leaf in before.items() if not np.array_equal(leaf[...], after[path][...])

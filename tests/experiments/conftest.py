@@ -1,0 +1,49 @@
+"""Checkpoints and data that several tests of the experiments use."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
+
+from experiments.data.download import DownloadError, minilm_folder, sarcasm_file
+from experiments.data.sarcasm import load_sarcasm
+
+TINY_BERT = Path(__file__).parents[1] / "fixtures" / "bert" / "bert_tiny"
+
+
+@pytest.fixture(scope="session")
+def sarcasm() -> Path:
+    return _downloaded(sarcasm_file)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(sarcasm, tmp_path_factory) -> Path:
+    """A random BERT of two layers, with a tokenizer for its 100 tokens."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY_BERT / name, folder)
+    tokenizer = BertWordPieceTokenizer()
+    texts = load_sarcasm(sarcasm).train.texts
+    tokenizer.train_from_iterator(texts, vocab_size=100, limit_alphabet=40, show_progress=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() <= 100
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm(sarcasm) -> Path:
+    """The pretrained MiniLM's folder; the texts are there too."""
+    return _downloaded(minilm_folder)
+
+
+def _downloaded(download: Callable[[], Path]) -> Path:
+    try:
+        return download()
+    except DownloadError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"needs a download: {error}")
