@@ -500,10 +500,12 @@ def _trace(
         layer = context.module
         layout, own = find_layout(type(layer)), layer.variables.get("params", {})
         modules[layer.path] = why_refused(type(layer))
-        if layout is None or not _has(params, (*layer.path, layout.kernel)):
-            # Not a layer; or one run on variables that are not its own, as a tied head is.
+        if layout is None or context.method_name not in ("__call__", "attend"):
             return next_call(*args, **call_kwargs)
-        if context.method_name in ("__call__", "attend"):
+        if layout.kernel not in own:  # Flax would make a new one in silence
+            _get(params, (*layer.path, layout.kernel))
+        # A layer may be run on variables that are not its own, as a tied head is.
+        if _has(params, (*layer.path, layout.kernel)):
             shape = np.shape(meta.unbox(own.get(layout.kernel)))
             method = type(layer).__call__
             bound = bind_call(method, (layer, *args), call_kwargs)

@@ -43,7 +43,7 @@ class Config:
     # How many seeds; the first, 0, chooses the learning rate.
     seeds: int = 3
     # Peak learning rates tried for every method.
-    learning_rates: tuple[float, ...] = (2e-4, 6e-4, 2e-3)
+    learning_rates: tuple[float, ...] = (6e-5, 2e-4, 6e-4, 2e-3, 6e-3)
 
     # Adapter
     rank: int = 8

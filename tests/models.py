@@ -22,8 +22,8 @@ class Adapted:
     """A chain of dense layers `layer_0`, `layer_1`, ... and its adapters.
 
     Attributes:
-      base: `(params, x) -> y`, the model before `apply_dora`.
-      apply: `(params, adapters, x) -> y`, the adapted one.
+      base: `(params, x) -> y`, the model before `apply_dora`, under jit.
+      apply: `(params, adapters, x) -> y`, the adapted one, under jit.
       merge: `(params, adapters) -> params`.
     """
 
@@ -114,8 +114,10 @@ def _linen_chain(config, widths, dtype, param_dtype, params) -> Adapted:
     return Adapted(
         params,
         adapters,
-        base=lambda params, x: module.apply({"params": params}, x),
-        apply=lambda params, adapters, x: model.apply({"params": params, "dora": adapters}, x),
+        base=jax.jit(lambda params, x: module.apply({"params": params}, x)),
+        apply=jax.jit(
+            lambda params, adapters, x: model.apply({"params": params, "dora": adapters}, x)
+        ),
         merge=lambda params, adapters: dora.merge(params, adapters, model),
     )
 
@@ -139,8 +141,8 @@ def _nnx_chain(config, widths, dtype, param_dtype, params) -> Adapted:
     return Adapted(
         params,
         dora.get_adapters(adapted),
-        base=lambda params, x: load(base, params)(x),
-        apply=lambda params, adapters, x: load(adapted, params, adapters)(x),
+        base=jax.jit(lambda params, x: load(base, params)(x)),
+        apply=jax.jit(lambda params, adapters, x: load(adapted, params, adapters)(x)),
         merge=merge,
     )
 

@@ -77,6 +77,9 @@ UPS = {"block_0.mlp.up", "block_1.mlp.up"}
         ({"target_modules": [""]}, r"^target_modules must hold non-empty strings, got ''"),
         ({"exclude_modules": [3]}, r"^exclude_modules must hold non-empty strings, got 3"),
         ({"modules_to_save": "head"}, r"^modules_to_save must be a list of names: \['head'\]"),
+        ({"layers_to_transform": [-1]}, r"^layers_to_transform must hold integers of at least 0"),
+        ({"layers_to_transform": [True]}, r"^layers_to_transform must hold integers"),
+        ({"layers_pattern": "layers"}, r"^layers_pattern needs layers_to_transform"),
         ({"rank_pattern": {"query": -2}}, r"^rank_pattern\['query'\] must be an integer"),
         ({"rank_pattern": {"(": 2}}, r"^rank_pattern: '\(' is no regular expression"),
         ({"alpha_pattern": {"query": 0}}, r"^alpha_pattern\['query'\] must be a finite number"),
@@ -105,6 +108,8 @@ EVERY_FIELD = DoRAConfig(
     rank_pattern={"query": 2, r"block_\d+\.mlp.*": 0},
     alpha_pattern={"query": 1.0},
     modules_to_save=["head"],
+    layers_to_transform=[0, 2],
+    layers_pattern="layers",
     use_rslora=True,
     normalize=False,
     norm_gradient="detached",
@@ -141,7 +146,7 @@ def test_every_valid_configuration_round_trips(rank, alpha, dropout, names, rslo
 
 
 def test_every_field_tells_configurations_apart():
-    default = DoRAConfig()
+    default = DoRAConfig(layers_to_transform=[1])
     others = {name: getattr(EVERY_FIELD, name) for name in EVERY_FIELD.to_dict()}
     others |= {"decompose": False, "magnitude_trainable": False}
     for name, value in others.items():
@@ -200,7 +205,7 @@ def test_a_bad_json_configuration_says_what_is_wrong(text, message):
         (
             {"target_modules": r"block_0\..*"},
             {"block_0.attention.query", "block_0.attention.value", "block_0.mlp.up"},
-        ),  # fmt: skip
+        ),
         ({"target_modules": "head"}, {"head"}),
         ({"target_modules": "all-linear"}, QUERIES | VALUES | UPS | {"head"}),
         ({"exclude_modules": ["head"]}, QUERIES | VALUES | UPS),
@@ -209,13 +214,19 @@ def test_a_bad_json_configuration_says_what_is_wrong(text, message):
         (
             {"target_modules": ["query", "up"], "exclude_modules": ["block_0"]},
             {"block_1.attention.query", "block_1.mlp.up"},
-        ),  # fmt: skip
+        ),
         ({"modules_to_save": ["head"]}, QUERIES | VALUES | UPS),
         (
             {"modules_to_save": ["block_1"], "target_modules": ["query"]},
             {"block_0.attention.query"},
-        ),  # fmt: skip
+        ),
         ({"modules_to_save": ["norm"], "target_modules": []}, set()),
+        ({"target_modules": ["query"], "layers_to_transform": [1]}, {"block_1.attention.query"}),
+        ({"target_modules": ["query"], "layers_to_transform": [0, 1]}, QUERIES),
+        (
+            {"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": "block"},
+            {"block_0.mlp.up"},
+        ),
     ],
 )
 def test_layers_are_selected(fields, expected):
@@ -284,7 +295,7 @@ def test_switches_say_which_arrays_are_trained(switches, names):
         (
             {"target_modules": ["qeury"]},
             ConfigError,
-            r"target_modules entry 'qeury' matches nothing. Nearest names: \['block_\d.attention.query'",
+            r"target_modules entry 'qeury' matches nothing. Nearest names: \['block_\d.*query'",
         ),
         (
             {"target_modules": ["query", "attention.qvalue"]},
@@ -294,12 +305,17 @@ def test_switches_say_which_arrays_are_trained(switches, names):
         (
             {"target_modules": r".*\.qeury"},
             ConfigError,
-            r"target_modules='.*qeury' fully matches no layer's dotted path.*block_0.attention.query",
+            r"target_modules='.*qeury' fully matches no layer's dotted path.*block_0.attention.q",
         ),
         ({"target_modules": ["norm"]}, LayoutError, "target_modules names 'norm'.*layout is known"),
         ({"exclude_modules": ["qeury"]}, ConfigError, "exclude_modules entry 'qeury' matches noth"),
         ({"exclude_modules": "x.*"}, ConfigError, "exclude_modules='x.*' fully matches no layer"),
         ({"modules_to_save": ["haed"]}, ConfigError, r"modules_to_save entry 'haed'.*\['head'"),
+        (
+            {"target_modules": ["query"], "layers_to_transform": [1, 7]},
+            ConfigError,
+            r"layers_to_transform asks for \[7\], but the layers selected have .* \[0, 1\]",
+        ),
         ({"exclude_modules": ".*"}, ConfigError, "no layer matched target_modules='all-linear'"),
         ({"alpha_pattern": {"key": 2.0}}, ConfigError, "alpha_pattern key 'key' matches no adapt"),
         (

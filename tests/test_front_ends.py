@@ -90,65 +90,87 @@ def expected_output(config, params, adapters, x):
 
 
 @functools.cache
-def float32_chain(front_end: str, switch: str) -> Adapted:
-    return adapted_chain(front_end, config(**SWITCHES[switch]))
+def chain_with(front_end: str, switch: str = "default", dtypes: tuple = DTYPES[0]) -> Adapted:
+    dtype, param_dtype = dtypes
+    return adapted_chain(
+        front_end, config(**SWITCHES[switch]), dtype=dtype, param_dtype=param_dtype
+    )
 
 
-@pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_adapting_changes_no_bit_of_the_output(front_end, switch, jit):
-    chain, x = float32_chain(front_end, switch), inputs(7, 24)
-    base, apply = (jax.jit(chain.base), jax.jit(chain.apply)) if jit else (chain.base, chain.apply)
-    assert same(apply(chain.params, chain.adapters, x), base(chain.params, x))
+def test_adapting_changes_no_bit_of_the_output(front_end, switch):
+    chain, x = chain_with(front_end, switch), inputs(7, 24)
+    before = chain_with(front_end).base(chain.params, x)
+    assert same(chain.apply(chain.params, chain.adapters, x), before)
 
 
-@pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize(("dtype", "param_dtype"), DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_adapting_changes_no_bit_in_any_dtype(front_end, dtype, param_dtype, batch):
-    chain = adapted_chain(
-        front_end, config(rank=8), (96, 384, 33), dtype=dtype, param_dtype=param_dtype
-    )
-    x = inputs(batch, 96, dtype or param_dtype)
-    for wrap in (jax.jit, lambda f: f):
-        before = wrap(chain.base)(chain.params, x)
-        assert before.dtype == (dtype or param_dtype)
-        assert same(wrap(chain.apply)(chain.params, chain.adapters, x), before)
+def test_adapting_changes_no_bit_in_any_dtype(front_end, dtypes):
+    chain, dtype = chain_with(front_end, dtypes=dtypes), dtypes[0] or dtypes[1]
+    x = inputs(7, 24, dtype)
+    before = chain.base(chain.params, x)
+    assert before.dtype == dtype
+    assert same(chain.apply(chain.params, chain.adapters, x), before)
 
 
-@settings(max_examples=12)
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_adapting_changes_no_bit_without_jit(front_end, dtypes):
+    chain = chain_with(front_end, dtypes=dtypes)
+    x = inputs(7, 24, dtypes[1])
+    with jax.disable_jit():
+        before = chain.base(chain.params, x)
+        assert same(chain.apply(chain.params, chain.adapters, x), before)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_adapting_changes_no_bit_of_any_batch(front_end, dtype, batch):
+    chain = wide_chain(front_end, dtype)
+    x = inputs(6, 384, dtype)[: int(np.prod(batch))].reshape(*batch, 384)
+    before = chain.base(chain.params, x)
+    assert same(chain.apply(chain.params, chain.adapters, x), before)
+
+
+@functools.cache
+def wide_chain(front_end, dtype=jnp.float32) -> Adapted:
+    return adapted_chain(front_end, config(rank=16), (384, 1536), param_dtype=dtype)
+
+
+@settings(max_examples=8)
 @given(
-    st.sampled_from(FRONT_ENDS),
-    st.lists(st.integers(1, 70), min_size=2, max_size=3),
-    st.integers(1, 8),
-    st.floats(0.1, 64),
-    st.sampled_from(DTYPES),
-    st.integers(1, 5),
-    st.integers(0, 2**31),
+    # One input feature and the bias make one multiply-add on a CPU, whose last bit is another.
+    widths=st.tuples(st.integers(2, 70), st.integers(1, 70)),
+    rank=st.integers(1, 8),
+    alpha=st.floats(0.1, 64),
+    dtypes=st.sampled_from(DTYPES),
+    batch=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
 )
-def test_adapting_changes_no_bit_at_any_size(front_end, widths, rank, alpha, dtypes, batch, seed):
+def test_adapting_changes_no_bit_at_any_size(widths, rank, alpha, dtypes, batch, seed):
     dtype, param_dtype = dtypes
     chain = adapted_chain(
-        front_end,
+        "linen",
         config(rank=min(rank, *widths), alpha=alpha),
-        tuple(widths),
+        widths,
         dtype=dtype,
         param_dtype=param_dtype,
         params=chain_params(widths, param_dtype, seed),
     )
     x = inputs(batch, widths[0], dtype or param_dtype, seed)
-    before = jax.jit(chain.base)(chain.params, x)
-    assert same(jax.jit(chain.apply)(chain.params, chain.adapters, x), before)
-    assert same(chain.merge(chain.params, chain.adapters), chain.params)
+    before = chain.base(chain.params, x)
+    assert same(chain.apply(chain.params, chain.adapters, x), before)
 
 
 @pytest.mark.parametrize("switch", sorted(SWITCHES.keys() - {"dropout"}))
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_output_and_merged_kernels_are_those_of_the_reference(front_end, switch):
-    chain, x = float32_chain(front_end, switch), inputs(7, 24)
+    chain, x = chain_with(front_end, switch), inputs(7, 24)
     settings, adapters = config(**SWITCHES[switch]), random_adapters(chain.adapters)
-    y = jax.jit(chain.apply)(chain.params, adapters, x)
+    y = chain.apply(chain.params, adapters, x)
     assert reference.relative_error(y, expected_output(settings, chain.params, adapters, x)) <= 2e-6
     before = jax.tree.map(jnp.copy, (chain.params, adapters))
     merged = chain.merge(chain.params, adapters)
@@ -159,16 +181,14 @@ def test_output_and_merged_kernels_are_those_of_the_reference(front_end, switch)
         expected = expected_kernel(settings, name, plain, adapters.get(name, {}))
         assert reference.relative_error(layer["kernel"], expected) <= 2e-6
         assert same(layer["bias"], plain["bias"])
-    assert reference.relative_error(jax.jit(chain.base)(merged, x), y) <= 1e-5
+    assert reference.relative_error(chain_with(front_end).base(merged, x), y) <= 1e-5
 
 
-@pytest.mark.parametrize("widths", [(384, 1536), (1536, 384)])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_wide_layers_agree_with_the_reference(front_end, widths):
-    chain = adapted_chain(front_end, config(rank=16), widths)
-    adapters = random_adapters(chain.adapters, spread=0.05)
-    x = inputs(8, widths[0])
-    y = jax.jit(chain.apply)(chain.params, adapters, x)
+def test_a_wide_layer_agrees_with_the_reference(front_end):
+    chain = wide_chain(front_end)
+    adapters, x = random_adapters(chain.adapters, spread=0.05), inputs(8, 384)
+    y = chain.apply(chain.params, adapters, x)
     expected = expected_output(config(rank=16), chain.params, adapters, x)
     assert reference.relative_error(y, expected) <= 2e-6
 
@@ -202,9 +222,9 @@ def test_gradients_are_those_of_the_reference(front_end, norm_gradient):
 @pytest.mark.parametrize("switch", ["not normalised", "magnitude frozen", "plain LoRA"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_gradients_of_the_ablations_are_finite_differences(front_end, switch):
-    chain, settings = float32_chain(front_end, switch), config(**SWITCHES[switch])
+    chain, settings = chain_with(front_end, switch), config(**SWITCHES[switch])
     adapters, x, dy = random_adapters(chain.adapters), inputs(7, 24), inputs(7, 17, seed=3)
-    found = jax.grad(lambda a: jnp.sum(dy * chain.apply(chain.params, a, x)))(adapters)
+    found = jax.jit(jax.grad(lambda a: jnp.sum(dy * chain.apply(chain.params, a, x))))(adapters)
     for name in settings.spec(()).parameter_names:
 
         def loss(value, name=name):
@@ -239,26 +259,27 @@ def test_the_bias_is_not_scaled(front_end):
 @pytest.mark.parametrize("adapter_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_adapters_have_the_dtype_asked_for(front_end, adapter_dtype):
-    chain = adapted_chain(front_end, config(adapter_dtype=adapter_dtype), param_dtype=jnp.bfloat16)
+    chain = adapted_chain(
+        front_end, config(adapter_dtype=adapter_dtype), (24, 17), param_dtype=jnp.bfloat16
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(chain.adapters)} == {jnp.dtype(adapter_dtype)}
 
 
-@pytest.mark.parametrize(("dtype", "param_dtype"), DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_trained_adapter_keeps_the_dtype_and_finite_gradients(front_end, dtype, param_dtype):
-    chain = adapted_chain(front_end, config(), dtype=dtype, param_dtype=param_dtype)
-    adapters, x = random_adapters(chain.adapters), inputs(7, 24, dtype or param_dtype)
+def test_a_trained_adapter_keeps_the_dtype_and_finite_gradients(front_end, dtypes):
+    chain, dtype = chain_with(front_end, dtypes=dtypes), dtypes[0] or dtypes[1]
+    adapters, x = random_adapters(chain.adapters), inputs(7, 24, dtype)
 
     def loss(adapters):
         y = chain.apply(chain.params, adapters, x)
         return jnp.mean(jnp.square(y.astype(jnp.float32))), y
 
     (_, y), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters)
-    assert y.dtype == (dtype or param_dtype)
+    assert y.dtype == dtype
     expected = expected_output(config(), chain.params, adapters, x)
-    assert reference.relative_error(y, expected) <= (
-        2e-6 if dtype in (None, jnp.float32) and param_dtype == jnp.float32 else 5e-2
-    )
+    tolerance = 2e-6 if dtype == jnp.float32 else 3e-2
+    assert reference.relative_error(y, expected) <= tolerance
     for leaf in jax.tree.leaves(gradients):
         assert leaf.dtype == jnp.float32
         assert np.all(np.isfinite(leaf))
@@ -268,7 +289,7 @@ def test_a_trained_adapter_keeps_the_dtype_and_finite_gradients(front_end, dtype
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_merging_keeps_dtypes_and_agrees_with_the_adapted_model(front_end, param_dtype):
-    chain = adapted_chain(front_end, config(), param_dtype=param_dtype)
+    chain = chain_with(front_end, dtypes=(None, param_dtype))
     assert same(chain.merge(chain.params, chain.adapters), chain.params)
     adapters, x = random_adapters(chain.adapters), inputs(7, 24, param_dtype)
     merged = chain.merge(chain.params, adapters)
@@ -292,7 +313,8 @@ def test_saved_modules_are_trained_with_the_adapters_and_restored_by_merge(front
     merged = chain.merge(chain.params, adapters)
     assert jax.tree.structure(merged) == jax.tree.structure(chain.params)
     assert same(merged["layer_1"], head)
-    gradients = jax.grad(lambda a: jnp.sum(jnp.sin(chain.apply(chain.params, a, x))))(adapters)
+    gradient = jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(chain.apply(chain.params, a, x)))))
+    gradients = gradient(adapters)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients["layer_1"]))
 
 
@@ -311,7 +333,7 @@ def test_zero_columns_stay_zero_and_are_named(front_end, norm_gradient):
     y, columns = chain.apply(params, adapters, x), jnp.array([2, 9])
     assert same(y[:, columns], jnp.broadcast_to(params["layer_0"]["bias"][columns], (7, 2)))
     assert np.all(np.asarray(chain.merge(params, adapters)["layer_0"]["kernel"][:, columns]) == 0)
-    gradients = jax.grad(lambda a: jnp.sum(jnp.sin(chain.apply(params, a, x))))(adapters)
+    gradients = jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(chain.apply(params, a, x)))))(adapters)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradients))
 
 
@@ -328,22 +350,22 @@ def test_columns_below_eps_change_no_bit(front_end, size):
     params = chain_params((24, 17))
     params["layer_0"]["kernel"] = params["layer_0"]["kernel"].at[:, 3].multiply(size)
     chain, x = adapted_chain(front_end, config(), (24, 17), params=params), inputs(7, 24)
-    assert same(jax.jit(chain.apply)(params, chain.adapters, x), jax.jit(chain.base)(params, x))
+    assert same(chain.apply(params, chain.adapters, x), chain.base(params, x))
     assert same(chain.merge(params, chain.adapters), params)
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_another_base_gives_nan_and_is_named(front_end):
-    chain, x = float32_chain(front_end, "default"), inputs(7, 24)
+    chain, x = chain_with(front_end, "default"), inputs(7, 24)
     other = {**chain.params, "layer_1": chain_params((24, 40, 17), seed=9)["layer_1"]}
-    assert np.all(np.isnan(chain.apply(other, chain.adapters, x)))
+    assert np.all(np.any(np.isnan(chain.apply(other, chain.adapters, x)), axis=-1))
     with pytest.raises(dora.AdapterError, match=r"layer_1: the kernel changed since apply_dora"):
         chain.merge(other, chain.adapters)
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_a_base_cast_to_bfloat16_is_still_the_base(front_end):
-    chain, x = float32_chain(front_end, "default"), inputs(7, 24)
+    chain, x = chain_with(front_end, "default"), inputs(7, 24)
     adapters = random_adapters(chain.adapters)
     cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), chain.params)
     y = chain.apply(cast, adapters, x)
