@@ -17,6 +17,7 @@ from dora_jax.adapters import (
     select_adapters,
     stack_adapters,
 )
+from dora_jax.analysis import WeightChange, weight_change
 from dora_jax.config import AdapterError, ConfigError, DoRAConfig, DoRAError, LayoutError
 from dora_jax.decomposition import KernelAxes
 from dora_jax.layouts import Layout, einsum_layout, register_layout
@@ -44,6 +45,7 @@ __all__ = [
     "Layout",
     "LayoutError",
     "Summary",
+    "WeightChange",
     "add_weighted",
     "apply_dora",
     "apply_mixed",
@@ -64,4 +66,5 @@ __all__ = [
     "set_adapters",
     "stack_adapters",
     "summary",
+    "weight_change",
 ]

@@ -194,7 +194,7 @@ def scale_minus_one(
     if "scale" in adapter:
         return adapter["scale"]
     norm = base["norm"]
-    magnitude = adapter["magnitude"] if spec.has_magnitude else norm
+    magnitude = _magnitude(adapter["magnitude"], norm) if spec.has_magnitude else norm
     n = jnp.where(norm == 0, 1, norm)
     if spec.normalize and spec.rank:
         change = relative_square_change(
@@ -209,7 +209,7 @@ def scale_minus_one(
         n = direction_norm(change, norm, spec.eps)
         if spec.norm_gradient == "detached":
             n = jax.lax.stop_gradient(n)
-    d = jnp.where(norm == 0, -1, (magnitude.astype(n.dtype) - n) / n)
+    d = jnp.where(norm == 0, -1, (magnitude - n) / n)
     if "mask" in base:
         d = jnp.where(_over_trailing(base["mask"], d.ndim), d, 0)
     return jnp.where(_same_base(kernel, base, axes), d, jnp.nan)
@@ -303,6 +303,22 @@ def _same_base(kernel: Array, base: Adapter, axes: KernelAxes) -> Array:
     row, now = (x.astype(jnp.float32) for x in (base["row"], kernel_row(kernel, axes)))
     # The absolute part is for float16, in which numbers under 6e-8 become 0.
     return jnp.abs(now - row) <= _CAST_TOLERANCE * jnp.abs(row) + 1e-7
+
+
+def _magnitude(
+    magnitude: Float[Array, "*stack *out"], norm: Float[Array, "*stack *out"]
+) -> Float[Array, "*stack *out"]:
+    """Returns the magnitude in the dtype of the norm.
+
+    A narrower one that still is the norm, rounded, stands for the norm itself, so that an untrained
+    adapter is an identity in any dtype. (XLA may leave out a cast to and fro, not this rounding.)
+    """
+    if magnitude.dtype == norm.dtype:
+        return magnitude
+    narrow = jnp.finfo(magnitude.dtype)
+    rounded = jax.lax.reduce_precision(norm, narrow.nexp, narrow.nmant)
+    magnitude = magnitude.astype(norm.dtype)
+    return magnitude + jnp.where(magnitude == rounded, norm - rounded, 0)
 
 
 def _wide(dtype: DTypeLike) -> jnp.dtype:

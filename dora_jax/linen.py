@@ -388,7 +388,7 @@ def check_base(model: DoRAModel, params: Tree) -> None:
     except under a transformation such as `jax.jit`, where the values are not known.
     """
     for path, layer in model.layers.items():
-        kernel = meta.unbox(_get(params, path)[layer.layout.kernel])
+        kernel = meta.unbox(_get(params, (*path, layer.layout.kernel)))
         changed = base_changed(kernel, model.base[path], layer.axes)
         if not isinstance(changed, jax.core.Tracer) and np.any(changed):
             raise AdapterError(

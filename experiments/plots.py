@@ -13,10 +13,9 @@ from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dora_jax.analysis import WeightChange, weight_change
-from dora_jax.decomposition import KernelAxes
+import dora_jax as dora
 
-LINEAR = KernelAxes((), (0,), (1,))
+LINEAR = dora.KernelAxes((), (0,), (1,))
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -43,7 +42,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def layer_changes(before: nnx.Module, after: nnx.Module) -> dict[str, WeightChange]:
+def layer_changes(before: nnx.Module, after: nnx.Module) -> dict[str, dora.WeightChange]:
     """Returns the change of every linear kernel that is not as it was, by dotted path.
 
     Args:
@@ -58,11 +57,11 @@ def layer_changes(before: nnx.Module, after: nnx.Module) -> dict[str, WeightChan
     for path, old in kernels[0].items():
         new = kernels[1][path]
         if path.endswith("kernel") and not bool(jnp.array_equal(old[...], new[...])):
-            changes[path.removesuffix(".kernel")] = weight_change(old[...], new[...], LINEAR)
+            changes[path.removesuffix(".kernel")] = dora.weight_change(old[...], new[...], LINEAR)
     return changes
 
 
-def plot_layer_changes(changes: Mapping[str, WeightChange], file: Path) -> None:
+def plot_layer_changes(changes: Mapping[str, dora.WeightChange], file: Path) -> None:
     """Draws magnitude and direction change as two maps: kind of projection by layer.
 
     Args:
