@@ -215,8 +215,8 @@ def scale_minus_one(
     return jnp.where(_same_base(kernel, base, axes), d, jnp.nan)
 
 
-# Rematerialised, so that what is kept for the backward pass is `h` in its own dtype: the float32 copy
-# lives within the fused epilogue alone.
+# Rematerialised, so that what is kept for the backward pass is `h` in its own dtype: the float32
+# copy lives within the fused epilogue alone.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def apply_scale(
     h: Float[Array, "*batch out"], d: Float[Array, "#*batch out"]
