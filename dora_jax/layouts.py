@@ -51,8 +51,10 @@ class Layout:
       output_axes: `(layer, call, axes) -> OutputAxes`: by default the stack axes first, then those
         of the inputs, then the out axes.
       kernel: the name of the kernel among the layer's parameters.
+      bias: the name of what the layer adds to its output, if it adds anything: it is not scaled.
       inputs: the name of the argument that the kernel is multiplied with.
       dropout: whether adapter dropout can act on that argument.
+      attend: whether the layer has a method `attend(query)` that computes `query kernel^T`.
       all_linear: whether `target_modules="all-linear"` covers the layer.
     """
 
@@ -64,9 +66,16 @@ class Layout:
         *axes.outputs,
     )
     kernel: str = "kernel"
+    bias: str = "bias"
     inputs: str = "inputs"
     dropout: bool = True
+    attend: bool = False
     all_linear: bool = True
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods of a layer that use its kernel."""
+        return ("__call__", "attend") if self.attend else ("__call__",)
 
 
 class Refusal(NamedTuple):
@@ -82,6 +91,9 @@ _REFUSED: dict[type, Refusal] = {}
 
 def register_layout(layer_class: type, layout: Layout) -> None:
     """Makes a layer class known, so that `apply_dora` adapts its instances.
+
+    Raises:
+      LayoutError: the layout names an argument that the class's `__call__` does not take.
 
     Example:
       >>> from flax import linen as nn
@@ -99,19 +111,31 @@ def register_layout(layer_class: type, layout: Layout) -> None:
       >>> find_layout(Projection).kernel
       'w'
     """
+    arguments = list(inspect.signature(layer_class.__call__).parameters)[1:]
+    if layout.inputs not in arguments:
+        raise LayoutError(
+            f"{layer_class.__name__}.__call__ takes {arguments}, not {layout.inputs!r}: name the "
+            "argument that the kernel is multiplied with"
+        )
     _LAYOUTS[layer_class] = layout
 
 
 def find_layout(layer_class: type) -> Layout | None:
     """Returns the layout of a class, or None where it is not known.
 
-    A subclass of a known class has its layout, unless it has a `__call__` of its own: then what it
-    does with the kernel is not known, and it must be registered itself.
+    A subclass of a known class has its layout, unless it has a `__call__` (or `attend`) of its own:
+    then what it does with the kernel is not known, and it must be registered itself.
     """
     for known in layer_class.__mro__:
         if known in _LAYOUTS:
-            return _LAYOUTS[known] if layer_class.__call__ is known.__call__ else None
+            return None if _own_method(layer_class, known) else _LAYOUTS[known]
     return None
+
+
+def _own_method(layer_class: type, known: type) -> str | None:
+    """Returns the name of a method with which a subclass uses the kernel in a way of its own."""
+    methods = _LAYOUTS[known].methods
+    return next((m for m in methods if getattr(layer_class, m) is not getattr(known, m)), None)
 
 
 def why_refused(layer_class: type) -> Refusal | None:
@@ -119,10 +143,12 @@ def why_refused(layer_class: type) -> Refusal | None:
     for known in layer_class.__mro__:
         if known in _REFUSED:
             return _REFUSED[known]
-        if known in _LAYOUTS and layer_class.__call__ is not known.__call__:
+        if known in _LAYOUTS:
+            if (method := _own_method(layer_class, known)) is None:
+                return None
             name = layer_class.__name__
             reason = (
-                f"{name} has a __call__ of its own, so what it does with the kernel of "
+                f"{name} has a method {method} of its own, so what it does with the kernel of "
                 f"{known.__name__} is not known: register_layout({name}, ...), or exclude_modules"
             )
             return Refusal(reason, _LAYOUTS[known].all_linear)
@@ -137,10 +163,11 @@ def bind_call(
     Example:
       >>> layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
       >>> list(bind_call(nnx.Linear.__call__, (layer, jnp.ones(3)), {}))
-      ['inputs']
+      ['inputs', 'out_sharding']
     """
-    arguments = inspect.signature(method).bind(*args, **kwargs).arguments
-    return dict(list(arguments.items())[1:])
+    bound = inspect.signature(method).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])
 
 
 def stored_axes(axes: KernelAxes, stored_ndim: int, path: str) -> KernelAxes:
@@ -167,6 +194,7 @@ def adapted_output(
     layout: Layout,
     layer: Any,
     call: Call,
+    axes: KernelAxes,
     plain_output: Float[Array, "..."],
     kernel: Float[Array, "..."],
     bias: Float[Array, "..."] | None,
@@ -185,6 +213,7 @@ def adapted_output(
       layout: the layout of its class.
       layer: the Linen or NNX layer, for its attributes.
       call: the arguments of the call.
+      axes: those of the kernel that the adapter was made for, as one call sees it.
       plain_output: `x W0`, from the layer's own method.
       kernel: the frozen kernel `W0`.
       bias: the layer's bias, if it has one.
@@ -193,8 +222,16 @@ def adapted_output(
       base: `norm` and `row` of the kernel.
       dropout: acts on the input of the low-rank branch.
       run: runs the layer's own method with another kernel and no bias.
+
+    Raises:
+      LayoutError: this call uses the kernel in another way than the one that was traced.
     """
-    h, axes = plain_output, layout.axes(layer, call)
+    if layout.axes(layer, call) != axes:
+        raise LayoutError(
+            f"{type(layer).__name__} was adapted for a kernel of {axes}, this call uses it as "
+            f"{layout.axes(layer, call)}; one adapter cannot serve both: exclude_modules"
+        )
+    h = plain_output
     output_axes = layout.output_axes(layer, call, axes)
     dtype = compute_dtype(layer, call[layout.inputs], kernel)
     if spec.rank:
@@ -319,7 +356,7 @@ def _general_low_rank(
 ) -> Array:
     x = call["inputs"].astype(dtype)
     axes = _general_axes(layer, call)
-    contracted = tuple(axis % x.ndim for axis in _tuple(layer.axis))
+    contracted = tuple(sorted(axis % x.ndim for axis in _tuple(layer.axis)))  # as Flax does
     xa = lax.dot_general(
         x, a.astype(dtype), ((contracted, axes.inputs), (axes.stack, axes.stack)), layer.precision
     )
@@ -333,6 +370,7 @@ def einsum_layout(
     equation: Callable[[Any, Call], str | None],
     *,
     kernel: str = "kernel",
+    bias: str = "bias",
     inputs: str = "inputs",
 ) -> Layout:
     """Returns the layout of a layer that computes `jnp.einsum(equation, inputs, kernel)`.
@@ -342,13 +380,18 @@ def einsum_layout(
 
     Args:
       equation: `(layer, call) -> str`, from the layer's attributes or from the arguments of the
-        call, by name. None where it is not known without a call.
+        call, by name.
       kernel: the name of the kernel among the layer's parameters.
+      bias: the name of what the layer adds to the product, if it adds anything.
       inputs: the name of the argument that is multiplied with the kernel.
     """
 
     def terms(layer: Any, call: Call) -> tuple[str, str, str]:
-        return _einsum_terms(equation(layer, call), type(layer).__name__)
+        try:
+            known = equation(layer, call)
+        except KeyError:  # an argument of a call that is yet to come
+            known = None
+        return _einsum_terms(known, type(layer).__name__)
 
     def axes(layer: Any, call: Call) -> KernelAxes:
         x, w, y = terms(layer, call)
@@ -381,7 +424,7 @@ def einsum_layout(
             ... if c == "." else (w.index(c) if c in w else None) for c in y.replace("...", ".")
         ]
 
-    return Layout(axes, low_rank, output_axes, kernel=kernel, inputs=inputs)
+    return Layout(axes, low_rank, output_axes, kernel=kernel, bias=bias, inputs=inputs)
 
 
 def _einsum_terms(equation: str | None, name: str) -> tuple[str, str, str]:
@@ -451,7 +494,14 @@ DENSE = Layout(_dense_axes, _dense_low_rank)
 GENERAL = Layout(_general_axes, _general_low_rank)
 EINSUM = einsum_layout(_flax_equation)
 CONV = Layout(_conv_axes, _conv_low_rank, all_linear=False)
-EMBED = Layout(_dense_axes, _embed_low_rank, kernel="embedding", dropout=False, all_linear=False)
+EMBED = Layout(
+    _dense_axes,
+    _embed_low_rank,
+    kernel="embedding",
+    dropout=False,
+    attend=True,
+    all_linear=False,
+)
 
 _LAYOUTS.update(
     {

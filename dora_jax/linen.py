@@ -69,6 +69,7 @@ class AdaptedLayer:
     spec: AdapterSpec
     layout: Layout
     axes: KernelAxes
+    call_axes: KernelAxes
     dtype: Any = None
     precision: Any = None
     name: str = ""
@@ -226,7 +227,9 @@ def apply_dora(
         adapter, base[path] = init_layer(config, spec, path, rng, kernel, axes)
         adapters = _set(adapters, path, adapter)
         traced = found[path]
-        layers[path] = AdaptedLayer(spec, layout, axes, traced.dtype, traced.precision, traced.name)
+        layers[path] = AdaptedLayer(
+            spec, layout, axes, traced.axes, traced.dtype, traced.precision, traced.name
+        )
     for path in _saved_paths(config, modules):
         adapters = _set(adapters, path, meta.unbox(_get(params, path)))
     return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
@@ -410,7 +413,8 @@ def _intercept(
 ) -> Any:
     """Runs an adapted layer in place of its own `__call__`; leaves every other call alone."""
     module, method = context.module, context.method_name
-    if method not in ("__call__", "attend") or find_layout(type(module)) is None:
+    layout = find_layout(type(module))
+    if layout is None or method not in layout.methods:
         return next_call(*args, **kwargs)
     own = module.variables.get("params", {})
     if _BESIDE not in own:
@@ -424,15 +428,16 @@ def _intercept(
         plain = functools.partial(_call_plain, module, params, method=method)
         (query,) = bind_call(getattr(type(module), method), (module, *args), kwargs).values()
         return adapted_attend(layer.spec, layer.layout, module, plain, query, kernel, beside, base)
-    call = bind_call(type(module).__call__, (module, *args), kwargs)
+    bias = layer.layout.bias
     return adapted_output(
         layer.spec,
         layer.layout,
         module,
-        call,
-        _call_plain(module, _zero_bias(params), **call),
+        bind_call(type(module).__call__, (module, *args), kwargs),
+        layer.call_axes,
+        _call_plain(module, _zero_bias(params, bias), *args, **kwargs),
         kernel,
-        meta.unbox(params["bias"]) if "bias" in params else None,
+        meta.unbox(params[bias]) if bias in params else None,
         beside,
         base,
         functools.partial(_dropout, module, layer.spec.dropout) if dropout else lambda x: x,
@@ -440,14 +445,14 @@ def _intercept(
     )
 
 
-def _zero_bias(params: Tree) -> Tree:
+def _zero_bias(params: Tree, name: str) -> Tree:
     """Returns a layer's parameters with a bias of zero.
 
     Zero, not none: a bias takes part in the promotion of dtypes. XLA removes the addition.
     """
-    if "bias" not in params:
+    if name not in params:
         return params
-    return {**params, "bias": jax.tree.map(jnp.zeros_like, params["bias"])}
+    return {**params, name: jax.tree.map(jnp.zeros_like, params[name])}
 
 
 def _call_plain(
@@ -499,8 +504,8 @@ def _trace(
     ) -> Any:
         layer = context.module
         layout, own = find_layout(type(layer)), layer.variables.get("params", {})
-        modules[layer.path] = why_refused(type(layer))
-        if layout is None or context.method_name not in ("__call__", "attend"):
+        modules.setdefault(layer.path, why_refused(type(layer)))
+        if layout is None or context.method_name not in layout.methods:
             return next_call(*args, **call_kwargs)
         if layout.kernel not in own:  # Flax would make a new one in silence
             _get(params, (*layer.path, layout.kernel))
@@ -511,10 +516,14 @@ def _trace(
             bound = bind_call(method, (layer, *args), call_kwargs)
             dtype = compute_dtype(layer, bound[layout.inputs], meta.unbox(own[layout.kernel]))
             precision = getattr(layer, "precision", None)
-            axes = layout.axes(layer, bound)
-            found[layer.path] = TracedLayer(
-                layout, axes, shape, dtype, precision, type(layer).__name__
-            )
+            try:
+                axes = layout.axes(layer, bound)
+            except LayoutError as error:  # raised only if the layer is selected
+                modules[layer.path] = Refusal(str(error), layout.all_linear)
+            else:
+                found[layer.path] = TracedLayer(
+                    layout, axes, shape, dtype, precision, type(layer).__name__
+                )
         return next_call(*args, **call_kwargs)
 
     def call(params: Tree, inputs: tuple[Any, ...]) -> Any:
@@ -586,7 +595,7 @@ def _layers_from_shapes(
                 f"{'.'.join(path)}: there is an adapter, but no 'kernel' among its parameters"
             )
         axes = _axes_from_shapes(path, np.shape(meta.unbox(own["kernel"])), adapter)
-        layers[path] = AdaptedLayer(spec, DENSE, axes)
+        layers[path] = AdaptedLayer(spec, DENSE, axes, axes)
     return layers
 
 

@@ -24,7 +24,14 @@ from dora_jax.adapters import (
     tree_shapes,
     warn_of_rounding,
 )
-from dora_jax.config import AdapterError, DoRAConfig, Path, match_modules, select_layers
+from dora_jax.config import (
+    AdapterError,
+    DoRAConfig,
+    LayoutError,
+    Path,
+    match_modules,
+    select_layers,
+)
 from dora_jax.decomposition import KernelAxes, base_changed, merge_kernel, scale_minus_one
 from dora_jax.initializers import init_layer, transforms
 from dora_jax.layouts import (
@@ -74,13 +81,14 @@ class DoRALayer(nnx.Module):
         """Returns the adapted output, of the shape and dtype of the plain layer's."""
         layer_class = _plain_class(type(self))
         layout = _layout(layer_class)
-        bias = getattr(self, "bias", None)
+        bias = getattr(self, layout.bias, None)
         return adapted_output(
             self.spec,
             layout,
             self,
             bind_call(layer_class.__call__, (self, *args), kwargs),
-            layer_class.__call__(_without_bias(self), *args, **kwargs),
+            self.call_axes,
+            layer_class.__call__(_without_bias(self, layout.bias), *args, **kwargs),
             getattr(self, layout.kernel)[...],
             None if bias is None else bias[...],
             _adapter(self),
@@ -94,21 +102,26 @@ class DoRALinear(DoRALayer, nnx.Linear):
     """`nnx.Linear` with an adapter."""
 
 
+def _attend(self: Any, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """Attends over the adapted table, as the layer's own `attend` over the plain one."""
+    layer_class: Any = _plain_class(type(self))
+    layout = _layout(layer_class)
+    return adapted_attend(
+        self.spec,
+        layout,
+        self,
+        lambda query: layer_class.attend(self, query, *args, **kwargs),
+        query,
+        getattr(self, layout.kernel)[...],
+        _adapter(self),
+        _base(self),
+    )
+
+
 class DoRAEmbed(DoRALayer, nnx.Embed):
     """`nnx.Embed` with an adapter, which `attend` sees too."""
 
-    def attend(self: Any, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        """Attends over the adapted table, as `nnx.Embed.attend` over the plain one."""
-        return adapted_attend(
-            self.spec,
-            _layout(nnx.Embed),
-            self,
-            lambda query: nnx.Embed.attend(self, query, *args, **kwargs),
-            query,
-            self.embedding[...],
-            _adapter(self),
-            _base(self),
-        )
+    attend = _attend
 
 
 def apply_dora(
@@ -156,12 +169,13 @@ def apply_dora(
         modules,
         {path: refusal for path, m in modules.items() if (refusal := why_refused(type(m)))},
     )
+    layers = {path: layers[path] for path in specs}
     traced = {} if inputs is None else _trace_axes(model, layers, tuple(inputs))
     key = rngs.params()
     for path, spec in specs.items():
         layer, layout = layers[path]
         kernel = getattr(layer, layout.kernel).get_value()
-        call_axes = traced[path] if path in traced else layout.axes(layer, {})
+        call_axes = traced[path] if path in traced else _call_axes(path, layer, layout, {})
         axes = stored_axes(call_axes, kernel.ndim, ".".join(path))
         if not transforms(spec, axes):
             continue
@@ -353,7 +367,8 @@ def _dora_class(layer_class: type[nnx.Module]) -> type[nnx.Module]:
         return DoRALinear
     if layer_class is nnx.Embed:
         return DoRAEmbed
-    return type(f"DoRA{layer_class.__name__}", (DoRALayer, layer_class), {})
+    methods = {"attend": _attend} if _layout(layer_class).attend else {}
+    return type(f"DoRA{layer_class.__name__}", (DoRALayer, layer_class), methods)
 
 
 def _plain_class(dora_class: type[nnx.Module]) -> type[nnx.Module]:
@@ -378,13 +393,15 @@ def _view(layer: Any, **attributes: Any) -> Any:
     return view
 
 
-def _without_bias(layer: Any) -> Any:
+def _without_bias(layer: Any, name: str) -> Any:
     """Returns a view of a layer whose bias is zero.
 
     Zero, not None: a bias takes part in the promotion of dtypes. XLA removes the addition.
     """
-    bias = getattr(layer, "bias", None)
-    return layer if bias is None else _view(layer, bias=nnx.Param(jnp.zeros_like(bias[...])))
+    bias = getattr(layer, name, None)
+    if bias is None:
+        return layer
+    return _view(layer, **{name: nnx.Param(jnp.zeros_like(bias[...]))})
 
 
 def _run(
@@ -418,6 +435,13 @@ def _base(layer: Any) -> dict[str, jax.Array]:
     return {k.removeprefix(prefix): v[...] for k, v in vars(layer).items() if k.startswith(prefix)}
 
 
+def _call_axes(path: Path, layer: Any, layout: Layout, call: Call) -> KernelAxes:
+    try:
+        return layout.axes(layer, call)
+    except LayoutError as error:
+        raise LayoutError(f"{'.'.join(path)} cannot be adapted: {error}") from error
+
+
 def _trace_axes(
     model: nnx.Module, layers: Mapping[Path, tuple[Any, Layout]], inputs: tuple[Any, ...]
 ) -> dict[Path, KernelAxes]:
@@ -427,7 +451,7 @@ def _trace_axes(
     def recorder(path: Path, layer_class: type[nnx.Module], layout: Layout) -> type[nnx.Module]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             bound = bind_call(layer_class.__call__, (self, *args), kwargs)
-            found[path] = layout.axes(self, bound)
+            found[path] = _call_axes(path, self, layout, bound)
             return layer_class.__call__(self, *args, **kwargs)
 
         return type(layer_class.__name__, (layer_class,), {"__call__": call})
