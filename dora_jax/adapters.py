@@ -41,6 +41,9 @@ def cast_adapters(adapters: Tree, dtype: DTypeLike) -> Any:
 
     A magnitude is best kept in float32 while it is trained: see `DoRAConfig.adapter_dtype`.
 
+    Raises:
+      AdapterError: the dtype is not a floating one, in which most adapters would be zero.
+
     Example:
       >>> import jax.numpy as jnp
       >>> cast_adapters({"query": {"magnitude": jnp.ones(3)}}, jnp.bfloat16)["query"][
@@ -48,6 +51,8 @@ def cast_adapters(adapters: Tree, dtype: DTypeLike) -> Any:
       ... ].dtype
       dtype(bfloat16)
     """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise AdapterError(f"adapters are cast to a floating dtype, got {jnp.dtype(dtype).name}")
 
     def cast(x: Any) -> Any:
         return jnp.asarray(x, dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
@@ -67,7 +72,8 @@ def interpolate(trees: Sequence[Tree], weights: Sequence[float]) -> Any:
         another sum they would be scaled.
 
     Raises:
-      AdapterError: the trees differ in structure or shapes, or the weights do not sum to 1.
+      AdapterError: the trees differ in structure or shapes, are hoisted (a mean of scales is not
+        the scale of the mean), or the weights do not sum to 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -80,6 +86,7 @@ def interpolate(trees: Sequence[Tree], weights: Sequence[float]) -> Any:
         raise AdapterError(f"the weights must sum to 1, these sum to {sum(weights):g}")
     for tree in trees[1:]:
         check_shapes(tree, tree_shapes(trees[0]))
+    label_adapters(trees[0])
     return jax.tree.map(
         lambda *leaves: sum(w * x for w, x in zip(weights, leaves, strict=True)), *trees
     )
@@ -108,7 +115,8 @@ def add_weighted(
       The tree and the configuration with which the base is adapted to take it.
 
     Raises:
-      AdapterError: structures or shapes differ, or the weights do not sum to 1.
+      AdapterError: structures or shapes differ, the ranks are not those of `config`, or the weights
+        do not sum to 1.
     """
     if config.changes_product:
         raise AdapterError(
@@ -119,6 +127,11 @@ def add_weighted(
     joined: Any = mean
     for path in [path for path in flatten(mean) if path[-1] == "lora_a"]:
         layers = [_layer(tree, path[:-1]) for tree in trees]
+        if (rank := np.shape(layers[0]["lora_a"])[-1]) != config.spec(path[:-1]).rank:
+            raise AdapterError(
+                f"{'.'.join(path[:-1])}: the adapters have rank {rank}, the configuration "
+                f"{config.spec(path[:-1]).rank}; its scaling would not be theirs"
+            )
         scaled = [w * layer["lora_b"] for w, layer in zip(weights, layers, strict=True)]
         stack = (stack_axes or {}).get(".".join(path[:-1]))
         if stack is None:
@@ -175,10 +188,31 @@ def stack_adapters(trees: Sequence[Tree]) -> Any:
 def select_adapters(stacked: Tree, index: Any) -> Any:
     """Returns the adapters of each example: leaves `(adapters, ...)` become `(*index, ...)`.
 
-    An index out of range gives NaN, not another adapter.
+    An index out of range, a negative one too, gives NaN, not another adapter.
+
+    Raises:
+      AdapterError: the index is not of integers.
     """
     index = jnp.asarray(index)
-    return jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0, mode="fill"), stacked)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise AdapterError(f"adapters are selected by integers, got an index of {index.dtype}")
+
+    def select(leaf: Any) -> Any:
+        number = np.shape(leaf)[0]
+        return jnp.take(leaf, jnp.where(index < 0, number, index), axis=0, mode="fill")
+
+    return jax.tree.map(select, stacked)
+
+
+def check_index(index: Any, inputs: Sequence[Any]) -> None:
+    """Raises `AdapterError` unless there is one index for each example of a batch."""
+    shape = np.shape(index)
+    for x in inputs:
+        if len(shape) != 1 or np.shape(x)[:1] != shape:
+            raise AdapterError(
+                f"every example needs the index of its adapter: the index has shape {shape}, an "
+                f"input has shape {np.shape(x)}, batch first"
+            )
 
 
 def disable(adapters: Tree, bases: Mapping[Path, Tree]) -> Any:

@@ -148,11 +148,12 @@ class DoRAConfig:
         object.__setattr__(
             self, "modules_to_save", _patterns("modules_to_save", self.modules_to_save)
         )
-        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
-        object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+        for field in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, field, _pattern_dict(field, getattr(self, field)))
         object.__setattr__(self, "adapter_dtype", _float_dtype_name(self.adapter_dtype))
         if self.layers_to_transform is not None:
-            object.__setattr__(self, "layers_to_transform", tuple(self.layers_to_transform))
+            indices = _entries("layers_to_transform", self.layers_to_transform)
+            object.__setattr__(self, "layers_to_transform", indices)
         self._validate()
         for field in ("alpha", "dropout", "eps"):
             object.__setattr__(self, field, float(getattr(self, field)))
@@ -193,6 +194,10 @@ class DoRAConfig:
             )
         if self.layers_pattern is not None and indices is None:
             raise ConfigError("layers_pattern needs layers_to_transform")
+        if not isinstance(self.layers_pattern, str | None):
+            raise ConfigError(
+                f"layers_pattern must be one name, such as 'layers', got {self.layers_pattern!r}"
+            )
         has_magnitude = self.decompose and self.magnitude_trainable
         if 0 in (self.rank, *self.rank_pattern.values()) and not has_magnitude:
             raise ConfigError(
@@ -305,7 +310,7 @@ def select_layers(
     else:
         targets = _match(config.target_modules, {*names, *reasons}, "target_modules", all_names)
     targets = {t for t in targets if not any(_is_inside(t, e) for e in saved | excluded)}
-    targets = _with_indices(config, targets, names)
+    targets = _with_indices(config, targets)
     for name in sorted(targets & reasons.keys()):
         raise LayoutError(f"{name} cannot be adapted: {reasons[name][0]}")
     if not targets and not saved:
@@ -321,11 +326,11 @@ def select_layers(
     return {names[n]: config.spec(names[n]) for n in names if n in targets}
 
 
-def _with_indices(config: DoRAConfig, targets: set[str], names: Mapping[str, Path]) -> set[str]:
+def _with_indices(config: DoRAConfig, targets: set[str]) -> set[str]:
     """Returns the targets of `layers_to_transform`; those without a number may be a stack."""
     if config.layers_to_transform is None:
         return targets
-    indices = {name: config.layer_index(names.get(name, ())) for name in targets}
+    indices = {name: config.layer_index(tuple(name.split("."))) for name in targets}
     missing = set(config.layers_to_transform) - set(indices.values())
     if missing and None not in indices.values():
         raise ConfigError(
@@ -333,6 +338,22 @@ def _with_indices(config: DoRAConfig, targets: set[str], names: Mapping[str, Pat
             f"numbers {sorted({i for i in indices.values() if i is not None})}"
         )
     return {n for n, i in indices.items() if i is None or i in config.layers_to_transform}
+
+
+def check_indices(config: DoRAConfig, adapted: Mapping[Path, AdapterSpec]) -> None:
+    """Checks that `layers_to_transform` found every layer, now that stacks are known as such.
+
+    Raises:
+      ConfigError: there is no layer of some number, and no stack that it could be a place in.
+    """
+    if config.layers_to_transform is None or any(spec.indices for spec in adapted.values()):
+        return
+    if missing := set(config.layers_to_transform) - {config.layer_index(p) for p in adapted}:
+        raise ConfigError(
+            f"layers_to_transform asks for {sorted(missing)}, but no layer that target_modules "
+            f"selects has such a number in its path (layers_pattern={config.layers_pattern!r}), "
+            "nor is one a stack"
+        )
 
 
 def match_modules(patterns: Sequence[str], modules: Iterable[str], field: str) -> set[str]:
@@ -346,11 +367,23 @@ def _patterns(field: str, value: str | Iterable[str]) -> str | tuple[str, ...]:
         if value != ALL_LINEAR:
             _check_regex(field, value)
         return value
-    names = tuple(value)
+    names = _entries(field, value)
     for name in names:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"{field} must hold non-empty strings, got {name!r}")
     return tuple(name.replace("/", ".") for name in names)
+
+
+def _entries(field: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise ConfigError(f"{field} must be a list, got {value!r}")
+    return tuple(value)
+
+
+def _pattern_dict(field: str, value: Any) -> dict[str, Any]:
+    if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise ConfigError(f"{field} must be a dict with patterns for keys, got {value!r}")
+    return dict(value)
 
 
 def _match(

@@ -272,14 +272,18 @@ def merge_kernel(
 ) -> tuple[Float[Array, "..."], Float[Array, ""]]:
     """Returns the merged kernel, and the share of the change that its dtype rounds away.
 
-    The share is `||rounded - W'|| / ||W' - W0||` in float32 or wider; 0 where nothing changed.
+    The share is `||rounded - W'|| / ||W' - W0||` in float32 or wider; 0 where nothing changed, but
+    for what products that cancel leave of rounding.
     """
     exact = materialize(spec, kernel, adapter, base, axes, dtype=_wide(kernel.dtype))
     rounded = exact.astype(kernel.dtype)
-    error, change = (
-        jnp.linalg.norm((exact - x.astype(exact.dtype)).ravel()) for x in (rounded, kernel)
+    wide = kernel.astype(exact.dtype)
+    error, change, whole = (
+        jnp.linalg.norm(x.ravel())
+        for x in (exact - rounded.astype(exact.dtype), exact - wide, wide)
     )
-    return rounded, jnp.where(change == 0, 0, error / jnp.where(change == 0, 1, change))
+    unchanged = change <= 1e-6 * whole
+    return rounded, jnp.where(unchanged, 0, error / jnp.where(unchanged, 1, change))
 
 
 def describe_base(

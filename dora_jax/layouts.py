@@ -93,6 +93,7 @@ def register_layout(layer_class: type, layout: Layout) -> None:
     """Makes a layer class known, so that `apply_dora` adapts its instances.
 
     Raises:
+      TypeError: what is given is no class, or no `Layout`.
       LayoutError: the layout names an argument that the class's `__call__` does not take.
 
     Example:
@@ -111,6 +112,8 @@ def register_layout(layer_class: type, layout: Layout) -> None:
       >>> find_layout(Projection).kernel
       'w'
     """
+    if not (isinstance(layer_class, type) and isinstance(layout, Layout)):
+        raise TypeError(f"expected a class and a Layout, got {layer_class!r} and {type(layout)}")
     arguments = list(inspect.signature(layer_class.__call__).parameters)[1:]
     if layout.inputs not in arguments:
         raise LayoutError(

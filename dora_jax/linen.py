@@ -18,6 +18,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from dora_jax.adapters import (
+    check_index,
     check_shapes,
     disable,
     select_adapters,
@@ -31,6 +32,7 @@ from dora_jax.config import (
     DoRAConfig,
     LayoutError,
     Path,
+    check_indices,
     match_modules,
     select_layers,
 )
@@ -44,6 +46,7 @@ from dora_jax.decomposition import (
 from dora_jax.initializers import init_layer, transforms
 from dora_jax.layouts import (
     DENSE,
+    EMBED,
     Call,
     Layout,
     Refusal,
@@ -60,6 +63,10 @@ Tree = Mapping[str, Any]
 
 # The name under which a layer's adapter stands among its parameters while the model runs.
 _BESIDE = "dora"
+_TIED = (
+    "a tied head reads its table without calling it (attend), so it would not see the adapter, and "
+    "merging would change what the model computes: leave it out of target_modules"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +135,7 @@ class DoRAModel:
         Raises:
           AdapterError: `dora` is missing, or does not fit the model; names the layer.
         """
-        if "dora" not in variables:
-            raise AdapterError(
-                "variables has no collection 'dora': apply to {'params': ..., 'dora': adapters}, "
-                "or use the module itself to run the base"
-            )
+        _check_collections(variables)
         adapters = variables["dora"]
         check_adapters(self, adapters)
         others = {name: value for name, value in variables.items() if name != "dora"}
@@ -230,6 +233,7 @@ def apply_dora(
         layers[path] = AdaptedLayer(
             spec, layout, axes, traced.axes, traced.dtype, traced.precision, traced.name
         )
+    check_indices(config, {path: layer.spec for path, layer in layers.items()})
     for path in _saved_paths(config, modules):
         adapters = _set(adapters, path, meta.unbox(_get(params, path)))
     return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
@@ -346,6 +350,9 @@ def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **k
       *inputs: arrays with a leading batch axis.
       **kwargs: further arguments, the same for every example.
 
+    Raises:
+      AdapterError: the adapters do not fit, or an example has no index.
+
     Example:
       >>> import dora_jax as dora
       >>> module, x = nn.Dense(3), jnp.ones((5, 4))
@@ -357,6 +364,8 @@ def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **k
       >>> apply_mixed(model, {"params": params, "dora": both}, jnp.array([0, 1, 1, 0, 1]), x).shape
       (5, 3)
     """
+    _check_collections(variables)
+    check_index(index, inputs)
     others = {name: value for name, value in variables.items() if name != "dora"}
 
     def one(adapters: Tree, *example: Any) -> Any:
@@ -367,13 +376,22 @@ def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **k
     return jax.vmap(one)(select_adapters(variables["dora"], index), *inputs)
 
 
+def _check_collections(variables: Tree) -> None:
+    if missing := {"params", "dora"} - set(variables):
+        raise AdapterError(
+            f"variables has no collection {min(missing)!r}: apply to {{'params': ..., 'dora': "
+            "adapters}, or use the module itself to run the base"
+        )
+
+
 def check_adapters(model: DoRAModel, adapters: Tree) -> None:
     """Raises `AdapterError` if an adapter array is missing, unknown or of a wrong shape.
 
     Hoisted adapters, with a scale in place of the magnitude, fit too.
     """
     wanted = model.shapes
-    if any(path[-1] == "scale" for path in tree_shapes(adapters)):
+    given = tree_shapes(adapters)
+    if any((*path, "scale") in given for path in model.layers):
         scales = {
             (*path, "scale"): model.base[path]["norm"].shape
             for path, layer in model.layers.items()
@@ -495,6 +513,7 @@ def _trace(
     """Traces one call; returns the adaptable layers, and every module with why it is refused."""
     found: dict[Path, TracedLayer] = {}
     modules: dict[Path, Refusal | None] = {}
+    borrowed: set[tuple[int, ...]] = set()  # shapes of kernels that layers run on, not their own
 
     def record(
         next_call: Callable[..., Any],
@@ -524,6 +543,8 @@ def _trace(
                 found[layer.path] = TracedLayer(
                     layout, axes, shape, dtype, precision, type(layer).__name__
                 )
+        else:
+            borrowed.add(np.shape(meta.unbox(own[layout.kernel])))
         return next_call(*args, **call_kwargs)
 
     def call(params: Tree, inputs: tuple[Any, ...]) -> Any:
@@ -539,6 +560,10 @@ def _trace(
             )
 
     jax.eval_shape(call, params, tuple(inputs))
+    for path in [
+        p for p, x in found.items() if x.layout is EMBED and x.kernel_shape[::-1] in borrowed
+    ]:
+        modules[path] = Refusal(_TIED, found.pop(path).layout.all_linear)
     return found, modules
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from dora_jax.adapters import (
+    check_index,
     check_shapes,
     disable,
     flatten,
@@ -29,6 +30,7 @@ from dora_jax.config import (
     DoRAConfig,
     LayoutError,
     Path,
+    check_indices,
     match_modules,
     select_layers,
 )
@@ -62,6 +64,11 @@ class SavedParam(DoRAParam, nnx.Param):
 
 class BaseParam(nnx.Variable):
     """What an adapted layer keeps of its frozen kernel: derived from the base, never trained."""
+
+
+# The names of their collections where nnx.bridge takes them to Linen; "dora" as in a `DoRAModel`.
+nnx.register_variable_name("dora", DoRAParam)
+nnx.register_variable_name("dora_base", BaseParam)
 
 
 class DoRALayer(nnx.Module):
@@ -140,6 +147,7 @@ def apply_dora(
         run. Needed only for layers whose equation is given with each call.
 
     Raises:
+      TypeError: `rngs` is a key.
       AdapterError: the model is adapted already.
       ConfigError: a pattern matches nothing, or a rank is too high; names the layer.
       LayoutError: a named layer is of a class whose layout is not known.
@@ -152,6 +160,8 @@ def apply_dora(
       >>> bool((adapted(x) == model(x)).all()), adapted.magnitude.shape
       (True, (3,))
     """
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs must be an nnx.Rngs, as in rngs=nnx.Rngs(0), got {type(rngs)}")
     if adapted := [path for path, _ in adapted_layers(model)]:
         raise AdapterError(
             f"the model is adapted already ({'.'.join(adapted[0])} has an adapter); merge it first"
@@ -189,6 +199,7 @@ def apply_dora(
             setattr(layer, name, DoRAParam(value))
         for name, value in base.items():
             setattr(layer, f"base_{name}", BaseParam(value))
+    check_indices(config, {path: layer.spec for path, layer in adapted_layers(model)})
     for path in _saved_paths(config, modules):
         _retype_parameters(modules[path], nnx.Param, SavedParam)
     return model
@@ -276,6 +287,7 @@ def disabled_adapters(model: nnx.Module) -> dict[str, Any]:
     `set_adapters` switches to it and back; nothing is compiled anew. Modules trained in full stay
     as they are.
     """
+    _checked_layers(model)
     tree = get_adapters(model)
     return disable(tree, {path: _base(layer) for path, layer in adapted_layers(model)})
 
@@ -294,6 +306,9 @@ def apply_mixed(model: nnx.Module, stacked: Any, index: Any, *inputs: Any, **kwa
       *inputs: arrays with a leading batch axis.
       **kwargs: further arguments, the same for every example.
 
+    Raises:
+      AdapterError: nothing is adapted, the adapters do not fit, or an example has no index.
+
     Example:
       >>> import dora_jax as dora
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
@@ -302,6 +317,8 @@ def apply_mixed(model: nnx.Module, stacked: Any, index: Any, *inputs: Any, **kwa
       >>> apply_mixed(model, both, jnp.array([0, 1, 0]), jnp.ones((3, 4))).shape
       (3, 3)
     """
+    _checked_layers(model)
+    check_index(index, inputs)
     check_shapes(jax.tree.map(lambda x: x[0], stacked), tree_shapes(get_adapters(model)))
     graphdef, state = nnx.split(model)
 
@@ -349,6 +366,8 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     Raises:
       AdapterError: names, shapes or the presence of a magnitude differ; names each.
     """
+    if adapters:
+        _checked_layers(model)
     state = nnx.state(model, DoRAParam)
     wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     check_shapes(adapters, {path: variable.shape for path, variable in wanted.items()})
@@ -483,7 +502,7 @@ def adapted_layers(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
 
 def _checked_layers(model: nnx.Module) -> list[Any]:
     layers = [layer for _, layer in adapted_layers(model)]
-    if not layers:
+    if not layers and not jax.tree.leaves(nnx.state(model, DoRAParam)):
         raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
     return layers
 

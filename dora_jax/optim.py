@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +48,7 @@ def dora_optimizer(
       An `optax.GradientTransformation`.
 
     Raises:
-      ConfigError: a ratio, decay or norm is negative.
+      ConfigError: a learning rate, ratio, decay or norm is negative or no finite number.
       AdapterError: from `init`, if the tree holds the frozen kernels, or no adapter.
 
     Example:
@@ -63,9 +65,15 @@ def dora_optimizer(
         ("weight_decay", weight_decay),
         ("magnitude_weight_decay", magnitude_weight_decay),
     ):
-        if value < 0:
+        if not _allows(value):
             raise ConfigError(f"{name} must be at least 0, got {value}")
-    if max_grad_norm is not None and max_grad_norm <= 0:
+    for name, rate in (
+        ("learning_rate", learning_rate),
+        ("magnitude_learning_rate", magnitude_learning_rate),
+    ):
+        if not (rate is None or callable(rate) or _allows(rate)):
+            raise ConfigError(f"{name} must be a schedule or a number of at least 0, got {rate!r}")
+    if max_grad_norm is not None and not _allows(max_grad_norm, zero=False):
         raise ConfigError(f"max_grad_norm must be above 0, or None, got {max_grad_norm}")
     if magnitude_learning_rate is None:
         magnitude_learning_rate = _times(learning_rate, magnitude_lr_ratio)
@@ -109,8 +117,8 @@ def label_adapters(adapters: Any) -> Any:
     for path in paths:
         if path[-1] == "scale" and path[:-1] in adapted:
             raise AdapterError(
-                f"{'.'.join(path)} is a hoisted scale, which is computed and not trained: optimise "
-                "the adapters that were hoisted"
+                f"{'.'.join(path)} is a hoisted scale, which is computed and not trained: use the "
+                "adapters that were hoisted"
             )
         if path[-1] not in ADAPTER_ARRAYS and path[:-1] in adapted:
             raise AdapterError(
@@ -125,6 +133,14 @@ def label_adapters(adapters: Any) -> Any:
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """Returns the dictionary keys of a leaf's path; a Variable's own entry is left out."""
     return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)) or ("",)
+
+
+def _allows(value: Any, *, zero: bool = True) -> bool:
+    """Whether an option is a finite number of at least 0, or above it."""
+    if isinstance(value, jax.Array):  # traced perhaps, as by optax.inject_hyperparams
+        return True
+    in_range = isinstance(value, numbers.Real) and 0 <= value < math.inf
+    return in_range and (zero or value != 0)
 
 
 def _times(rate: optax.ScalarOrSchedule, ratio: float) -> optax.ScalarOrSchedule:

@@ -14,8 +14,8 @@ from flax.core import meta
 
 from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
-from dora_jax.adapters import flatten
 from dora_jax.config import AdapterError, AdapterSpec, DoRAConfig
+from dora_jax.decomposition import KernelAxes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,18 +97,27 @@ class Summary:
         )
 
 
-def summary(model: Any, config: DoRAConfig | None = None, **kwargs: Any) -> Summary:
+def summary(
+    model: Any,
+    config: DoRAConfig | None = None,
+    *,
+    params: Any = None,
+    adapters: Any = None,
+    **kwargs: Any,
+) -> Summary:
     """Returns what of a model is adapted; with `config`, what would be (no array is made).
 
     Args:
-      model: an adapted NNX model, or a `DoRAModel` (then `params` and `adapters` as keywords); with
-        `config`, a model not yet adapted, whose arrays may be abstract.
+      model: an adapted NNX model, or a `DoRAModel`; with `config`, a model not yet adapted, whose
+        arrays may be abstract.
       config: for a dry run.
-      **kwargs: for Linen, `params`, and `adapters` or, in a dry run, the further arguments of
-        `apply_dora` (`inputs`).
+      params: of a Linen model.
+      adapters: of a `DoRAModel`, to be checked against it.
+      **kwargs: in a dry run, the further arguments of `apply_dora` (`inputs`).
 
     Raises:
-      AdapterError: nothing is adapted and there is no `config`.
+      TypeError: the model is of neither kind, or `params` are missing.
+      AdapterError: nothing is adapted and there is no `config`; or the contrary.
       DoRAError: in a dry run, what `apply_dora` raises.
 
     Example:
@@ -123,53 +132,52 @@ def summary(model: Any, config: DoRAConfig | None = None, **kwargs: Any) -> Summ
         if config is not None:
             model = dora_nnx.apply_dora(_abstract_nnx(model), config, rngs=nnx.Rngs(0), **kwargs)
         return _summarize_nnx(model)
-    params = kwargs.pop("params")
+    if not isinstance(model, (linen.Module, dora_linen.DoRAModel)):
+        raise TypeError(f"expected a Flax module or a DoRAModel, got {type(model)}")
+    if params is None:
+        raise TypeError("a Linen model needs params too")
     if isinstance(model, linen.Module):
         if config is None:
             raise AdapterError("the module is not adapted: pass config=... for a dry run")
         params = _abstract(params)
-        model, adapters = dora_linen.apply_dora(
+        model, _ = dora_linen.apply_dora(
             model, config, params=params, rng=jax.random.key(0), **kwargs
         )
-    else:
-        adapters = kwargs.pop("adapters")
-    return _summarize_linen(model, params, adapters)
+    elif config is not None:
+        raise AdapterError("the model is adapted already: a dry run takes the module itself")
+    elif adapters is not None:
+        dora_linen.check_adapters(model, adapters)
+    return _summarize_linen(model, params)
 
 
 def _summarize_nnx(model: nnx.Module) -> Summary:
     layers = []
     for path, layer in dora_nnx.adapted_layers(model):
         kernel, axes = dora_nnx.kernel_and_axes(layer)
-        parameters = sum(math.prod(getattr(layer, n).shape) for n in layer.spec.parameter_names)
         name = type(layer).__mro__[2].__name__
-        layers.append(_row(".".join(path), name, kernel, axes, layer.spec, parameters))
+        layers.append(_row(".".join(path), name, kernel, axes, layer.spec))
     if not layers and not jax.tree.leaves(nnx.state(model, dora_nnx.DoRAParam)):
         raise AdapterError("the model is not adapted: pass config=... for a dry run")
     base = _size(nnx.state(model, nnx.Param))
     return Summary(tuple(layers), _size(nnx.state(model, dora_nnx.SavedParam)), base)
 
 
-def _summarize_linen(
-    model: dora_linen.DoRAModel, params: Mapping[str, Any], adapters: Mapping[str, Any]
-) -> Summary:
-    arrays = flatten(adapters)
-    layers, adapted = [], 0
+def _summarize_linen(model: dora_linen.DoRAModel, params: Mapping[str, Any]) -> Summary:
+    layers = []
     for path, layer in model.layers.items():
-        sizes = (math.prod(np.shape(arrays[(*path, n)])) for n in layer.spec.parameter_names)
         own: Any = params
         for key in path:
             own = own[key]
         kernel = meta.unbox(own[layer.layout.kernel])
-        row = _row(".".join(path), layer.name, kernel, layer.axes, layer.spec, sum(sizes))
-        layers.append(row)
-        adapted += row.parameters
-    total = sum(math.prod(np.shape(x)) for x in arrays.values())
-    return Summary(tuple(layers), total - adapted, _size(params))
+        layers.append(_row(".".join(path), layer.name, kernel, layer.axes, layer.spec))
+    saved = (math.prod(s) for path, s in model.shapes.items() if path[:-1] not in model.layers)
+    return Summary(tuple(layers), sum(saved), _size(params))
 
 
-def _row(
-    path: str, layer: str, kernel: Any, axes: Any, spec: AdapterSpec, parameters: int
-) -> LayerSummary:
+def _row(path: str, layer: str, kernel: Any, axes: KernelAxes, spec: AdapterSpec) -> LayerSummary:
+    sizes = axes.shapes(kernel.shape, spec.rank)
+    trained = dataclasses.replace(spec, hoisted=False).parameter_names
+    parameters = sum(math.prod(sizes[name]) for name in trained)
     stack, inputs, outputs = (tuple(kernel.shape[i] for i in group) for group in axes)
     dtype = str(np.dtype(kernel.dtype))
     return LayerSummary(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import linen, nnx
@@ -19,7 +20,7 @@ def apply_dora(model: Any, config: DoRAConfig, **kwargs: Any) -> Any:
     inputs=(...)) -> (model, adapters)`, see `dora_jax.linen.apply_dora`.
 
     Raises:
-      TypeError: `model` is of neither kind.
+      TypeError: `model` is of neither kind, or another argument of a wrong one.
       DoRAError: see the function of the front end.
 
     Example:
@@ -28,6 +29,10 @@ def apply_dora(model: Any, config: DoRAConfig, **kwargs: Any) -> Any:
       >>> dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1)).lora_a.shape
       (4, 2)
     """
+    if not isinstance(config, DoRAConfig):
+        raise TypeError(f"expected a DoRAConfig, got {type(config)}")
+    if not isinstance(kwargs.get("inputs"), (tuple, list, type(None))):
+        raise TypeError("inputs must be a tuple of the call's arguments, as in inputs=(x,)")
     if isinstance(model, nnx.Module):
         return dora_nnx.apply_dora(model, config, **kwargs)
     if isinstance(model, (linen.Module, dora_linen.DoRAModel)):
@@ -56,8 +61,12 @@ def merge(model_or_params: Any, adapters: Any = None, config: Any = None) -> Any
         if adapters is not None or config is not None:
             raise TypeError("merge(model) takes an NNX model alone: it carries its adapters")
         return dora_nnx.merge(model_or_params)
-    if adapters is None or config is None:
-        raise TypeError("merge takes an NNX model, or params, adapters and config of a Linen one")
+    of_linen = isinstance(model_or_params, Mapping) and isinstance(adapters, Mapping)
+    if not (of_linen and isinstance(config, (DoRAConfig, dora_linen.DoRAModel))):
+        raise TypeError(
+            "merge takes an NNX model, or params, adapters and config (or the DoRAModel) of a "
+            "Linen one"
+        )
     if not adapters:
         raise AdapterError("the adapter tree is empty: nothing to merge")
     return dora_linen.merge(model_or_params, adapters, config)
@@ -69,7 +78,7 @@ def hoist(model: Any, params: Any = None, adapters: Any = None) -> Any:
     `hoist(model)` returns an NNX model, see `dora_jax.nnx.hoist`; `hoist(model, params, adapters)`
     returns an adapter tree for a Linen one, see `dora_jax.linen.hoist`.
     """
-    if isinstance(model, nnx.Module):
+    if _front_end(model, params=params, adapters=adapters) is dora_nnx:
         return dora_nnx.hoist(model)
     return dora_linen.hoist(model, params, adapters)
 
@@ -80,7 +89,7 @@ def disabled_adapters(model: Any, adapters: Any = None) -> Any:
     `disabled_adapters(model)` for NNX, see `dora_jax.nnx.disabled_adapters`;
     `disabled_adapters(model, adapters)` for Linen, see `dora_jax.linen.disabled_adapters`.
     """
-    if isinstance(model, nnx.Module):
+    if _front_end(model, adapters=adapters) is dora_nnx:
         return dora_nnx.disabled_adapters(model)
     return dora_linen.disabled_adapters(model, adapters)
 
@@ -91,9 +100,7 @@ def apply_mixed(model: Any, *args: Any, **kwargs: Any) -> Any:
     `apply_mixed(model, stacked, index, *inputs)` for NNX, see `dora_jax.nnx.apply_mixed`;
     `apply_mixed(model, variables, index, *inputs)` for Linen, see `dora_jax.linen.apply_mixed`.
     """
-    if isinstance(model, nnx.Module):
-        return dora_nnx.apply_mixed(model, *args, **kwargs)
-    return dora_linen.apply_mixed(model, *args, **kwargs)
+    return _front_end(model).apply_mixed(model, *args, **kwargs)
 
 
 def check_base(model: Any, params: Any = None) -> None:
@@ -101,7 +108,25 @@ def check_base(model: Any, params: Any = None) -> None:
 
     `check_base(model)` for NNX; `check_base(model, params)` for Linen.
     """
-    if isinstance(model, nnx.Module):
+    if _front_end(model, params=params) is dora_nnx:
         dora_nnx.check_base(model)
     else:
         dora_linen.check_base(model, params)
+
+
+def _front_end(model: Any, **of_linen: Any) -> Any:
+    """Returns the functions for an adapted model, `dora_nnx` or `dora_linen`.
+
+    `of_linen` are arguments that a Linen model needs and an NNX model, which carries them, refuses.
+    """
+    if isinstance(model, nnx.Module):
+        if given := [name for name, value in of_linen.items() if value is not None]:
+            raise TypeError(f"an NNX model carries its arrays: leave out {', '.join(given)}")
+        return dora_nnx
+    if isinstance(model, dora_linen.DoRAModel):
+        if missing := [name for name, value in of_linen.items() if value is None]:
+            raise TypeError(f"a Linen model needs {', '.join(missing)} too")
+        return dora_linen
+    if isinstance(model, linen.Module):
+        raise AdapterError("the module is not adapted: give the DoRAModel that apply_dora returned")
+    raise TypeError(f"expected an adapted flax.nnx.Module or a DoRAModel, got {type(model)}")
