@@ -139,7 +139,7 @@ def _allows(value: Any, *, zero: bool = True) -> bool:
     """Whether an option is a finite number of at least 0, or above it."""
     if isinstance(value, jax.Array):  # traced perhaps, as by optax.inject_hyperparams
         return True
-    in_range = isinstance(value, numbers.Real) and 0 <= value < math.inf
+    in_range = isinstance(value, numbers.Real) and 0 <= float(value) < math.inf
     return in_range and (zero or value != 0)
 
 
