@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dora_jax.config import AdapterError, DoRAConfig, Path
+from dora_jax.config import AdapterError, DoRAConfig, Path, layer_name
 from dora_jax.optim import GROUPS, label_adapters
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def add_weighted(
         layers = [_layer(tree, path[:-1]) for tree in trees]
         if (rank := np.shape(layers[0]["lora_a"])[-1]) != config.spec(path[:-1]).rank:
             raise AdapterError(
-                f"{'.'.join(path[:-1])}: the adapters have rank {rank}, the configuration "
+                f"{layer_name(path[:-1])}: the adapters have rank {rank}, the configuration "
                 f"{config.spec(path[:-1]).rank}; its scaling would not be theirs"
             )
         scaled = [w * layer["lora_b"] for w, layer in zip(weights, layers, strict=True)]
@@ -245,8 +245,8 @@ def warn_of_rounding(lost: Mapping[Path, Any], stacklevel: int = 3) -> None:
         worst = max(rounded, key=lambda path: rounded[path])
         warnings.warn(
             f"merging rounds to the kernels' dtype: {len(rounded)} of {len(shares)} layers lose "
-            f"some of their change, {'.'.join(worst)} the most ({rounded[worst]:.1%}). Where that "
-            "is too much, keep the adapters, or merge into float32 kernels",
+            f"some of their change, {layer_name(worst)} the most ({rounded[worst]:.1%}). Where "
+            "that is too much, keep the adapters, or merge into float32 kernels",
             stacklevel=stacklevel,
         )
 
@@ -295,7 +295,7 @@ def _count_stack_axes(layer: Tree, path: Path) -> int:
     fits = [n for n in range(min(len(a), len(b)) - 1) if (*a[:n], a[-1]) == b[: n + 1]]
     if len(fits) != 1:
         raise AdapterError(
-            f"{'.'.join(path)}: the shapes {a} of lora_a and {b} of lora_b do not tell how many "
+            f"{layer_name(path)}: the shapes {a} of lora_a and {b} of lora_b do not tell how many "
             "axes are stack; pass stack_axes"
         )
     return fits[0]
@@ -304,7 +304,7 @@ def _count_stack_axes(layer: Tree, path: Path) -> int:
 def _layer(tree: Tree, path: Path) -> Tree:
     for key in path:
         if key not in tree:
-            raise AdapterError(f"no adapter of {'.'.join(path)} in the tree")
+            raise AdapterError(f"no adapter of {layer_name(path)} in the tree")
         tree = tree[key]
     return tree
 

@@ -35,6 +35,11 @@ class AdapterError(DoRAError):
     """Adapters and model do not belong together, or a model is adapted or merged twice."""
 
 
+def layer_name(path: Path) -> str:
+    """Returns the dotted path of a layer, as errors name it; the model may be a layer itself."""
+    return ".".join(path) or "the model"
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterSpec:
     """The settings of one adapted layer, resolved from a `DoRAConfig`.
@@ -312,7 +317,7 @@ def select_layers(
     targets = {t for t in targets if not any(_is_inside(t, e) for e in saved | excluded)}
     targets = _with_indices(config, targets)
     for name in sorted(targets & reasons.keys()):
-        raise LayoutError(f"{name} cannot be adapted: {reasons[name][0]}")
+        raise LayoutError(f"{name or 'the model'} cannot be adapted: {reasons[name][0]}")
     if not targets and not saved:
         raise ConfigError(
             f"no layer matched target_modules={config.target_modules!r}. {_known(names)}"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dora_jax.config import AdapterSpec, ConfigError, DoRAConfig, Path
+from dora_jax.config import AdapterSpec, ConfigError, DoRAConfig, Path, layer_name
 from dora_jax.decomposition import KernelAxes, describe_base
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def init_layer(
     Warns:
       UserWarning: columns of the kernel are exactly zero; they stay zero.
     """
-    name = ".".join(path)
+    name = layer_name(path)
     sides = [math.prod(kernel.shape[i] for i in group) for group in (axes.inputs, axes.outputs)]
     if spec.rank > min(sides):
         raise ConfigError(
@@ -65,7 +65,7 @@ def init_layer(
     build = functools.partial(_build, spec, config.init, config.adapter_dtype, axes)
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return jax.eval_shape(build, key, kernel)
-    key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+    key = jax.random.fold_in(key, zlib.crc32(".".join(path).encode()))
     adapter, base = _build_jit(spec, config.init, config.adapter_dtype, axes, key, kernel)
     _warn_of_zero_columns(name, base["norm"])
     return adapter, base

@@ -33,6 +33,7 @@ from dora_jax.config import (
     LayoutError,
     Path,
     check_indices,
+    layer_name,
     match_modules,
     select_layers,
 )
@@ -55,9 +56,9 @@ from dora_jax.layouts import (
     bind_call,
     compute_dtype,
     find_layout,
-    stored_axes,
     why_refused,
 )
+from dora_jax.stack_axes import PositionBox, axes_of_stack, is_in_front, stack_at
 
 Tree = Mapping[str, Any]
 
@@ -71,12 +72,23 @@ _TIED = (
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLayer:
-    """What `DoRAModel` knows of one adapted layer: `dtype` and `precision` of its products."""
+    """What `DoRAModel` knows of one adapted layer.
+
+    Attributes:
+      spec: the layer's settings.
+      layout: the layout of its class.
+      axes: of the stored kernel.
+      call_axes: of the kernel that one call sees.
+      positions: where lifted transforms take the stack axes, the outermost transform's first.
+      dtype, precision: of the layer's products.
+      name: of its class.
+    """
 
     spec: AdapterSpec
     layout: Layout
     axes: KernelAxes
     call_axes: KernelAxes
+    positions: tuple[int, ...] = ()
     dtype: Any = None
     precision: Any = None
     name: str = ""
@@ -91,6 +103,7 @@ class TracedLayer(NamedTuple):
     dtype: Any
     precision: Any
     name: str
+    positions: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,9 +166,13 @@ class DoRAModel:
     def _params_with_adapters(self, params: Tree, adapters: Tree) -> dict[str, Any]:
         result = _overlay(params, _saved(self.layers, adapters))
         for path in self.layers:
+            layer = self.layers[path]
             base = {f"base_{k}": v for k, v in self.base[path].items()}
-            beside = {_BESIDE: {**_get(adapters, path), **base}}
-            result = _set(result, path, {**_get(params, path), **beside})
+            beside = {**_get(adapters, path), **base}
+            if any(layer.positions):
+                ndim = layer.call_axes.ndim
+                beside = {k: stack_at(v, layer.positions, ndim) for k, v in beside.items()}
+            result = _set(result, path, {**_get(params, path), _BESIDE: beside})
         return result
 
 
@@ -212,26 +229,30 @@ def apply_dora(
         raise AdapterError("the module is adapted already: merge it first")
     if "params" in params:
         raise ConfigError("params must be the collection itself: pass variables['params']")
-    found, modules = _trace(module, params, inputs, variables or {}, method, kwargs or {})
+    trace = functools.partial(_trace, module, params, inputs, variables or {}, method, kwargs or {})
+    found, modules = trace()
     specs = select_layers(
         config,
         {path: layer.layout.all_linear for path, layer in found.items()},
         modules,
         {path: refusal for path, refusal in modules.items() if refusal},
     )
+    kernels = {p: meta.unbox(_get(params, (*p, found[p].layout.kernel))) for p in specs}
+    unclear = [p for p in specs if not is_in_front(kernels[p].shape, found[p].kernel_shape)]
+    if unclear:
+        found, _ = trace([(*path, found[path].layout.kernel) for path in unclear])
     layers, base = {}, {}
     adapters: dict[str, Any] = {}
     for path, spec in specs.items():
-        layout = found[path].layout
-        kernel = meta.unbox(_get(params, (*path, layout.kernel)))
-        axes = _stored_axes(path, found[path], kernel.shape)
+        layout, kernel = found[path].layout, kernels[path]
+        positions, axes = _stored_axes(path, found[path], kernel.shape)
         if not transforms(spec, axes):
             continue
         adapter, base[path] = init_layer(config, spec, path, rng, kernel, axes)
         adapters = _set(adapters, path, adapter)
         traced = found[path]
         layers[path] = AdaptedLayer(
-            spec, layout, axes, traced.axes, traced.dtype, traced.precision, traced.name
+            spec, layout, axes, traced.axes, positions, traced.dtype, traced.precision, traced.name
         )
     check_indices(config, {path: layer.spec for path, layer in layers.items()})
     for path in _saved_paths(config, modules):
@@ -413,7 +434,7 @@ def check_base(model: DoRAModel, params: Tree) -> None:
         changed = base_changed(kernel, model.base[path], layer.axes)
         if not isinstance(changed, jax.core.Tracer) and np.any(changed):
             raise AdapterError(
-                f"{'.'.join(path)}: the kernel changed since apply_dora, so its stored norm is "
+                f"{layer_name(path)}: the kernel changed since apply_dora, so its stored norm is "
                 "wrong. Load the base first, then adapt it"
             )
 
@@ -437,7 +458,7 @@ def _intercept(
     own = module.variables.get("params", {})
     if _BESIDE not in own:
         return next_call(*args, **kwargs)
-    layer, beside = layers[module.path], own[_BESIDE]
+    layer, beside = layers[module.path], meta.unbox(own[_BESIDE])
     params = {name: value for name, value in own.items() if name != _BESIDE}
     kernel = meta.unbox(params[layer.layout.kernel])
     prefix = "base_"
@@ -490,8 +511,8 @@ def _run(module: Any, kernel_name: str, call: Call, kernel: jax.Array, features:
 def _dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
     if not (module.has_rng("dropout") or module.has_rng("params")):  # make_rng takes either
         raise AdapterError(
-            f"{'.'.join(module.path)}: adapter dropout needs the stream 'dropout', which a lifted "
-            "transform around this layer does not pass on; add it to split_rngs"
+            f"{layer_name(module.path)}: adapter dropout needs the stream 'dropout', which a "
+            "lifted transform around this layer does not pass on; add it to split_rngs"
         )
     keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
@@ -509,8 +530,12 @@ def _trace(
     variables: Tree,
     method: Callable[..., Any] | str | None,
     kwargs: Mapping[str, Any],
+    unclear: Sequence[Path] = (),
 ) -> tuple[dict[Path, TracedLayer], dict[Path, Refusal | None]]:
-    """Traces one call; returns the adaptable layers, and every module with why it is refused."""
+    """Traces one call; returns the adaptable layers, and every module with why it is refused.
+
+    Of the kernels in `unclear`, it finds where lifted transforms take the stack axes.
+    """
     found: dict[Path, TracedLayer] = {}
     modules: dict[Path, Refusal | None] = {}
     borrowed: set[tuple[int, ...]] = set()  # shapes of kernels that layers run on, not their own
@@ -540,14 +565,23 @@ def _trace(
             except LayoutError as error:  # raised only if the layer is selected
                 modules[layer.path] = Refusal(str(error), layout.all_linear)
             else:
+                box = own[layout.kernel]
                 found[layer.path] = TracedLayer(
-                    layout, axes, shape, dtype, precision, type(layer).__name__
+                    layout,
+                    axes,
+                    shape,
+                    dtype,
+                    precision,
+                    type(layer).__name__,
+                    box.positions if isinstance(box, PositionBox) else None,
                 )
         else:
             borrowed.add(np.shape(meta.unbox(own[layout.kernel])))
         return next_call(*args, **call_kwargs)
 
     def call(params: Tree, inputs: tuple[Any, ...]) -> Any:
+        for path in unclear:
+            params = _set(params, path, PositionBox(_get(params, path)))
         with nn.intercept_methods(record):
             key = jax.random.key(0)
             return module.apply(
@@ -567,16 +601,22 @@ def _trace(
     return found, modules
 
 
-def _stored_axes(path: Path, traced: TracedLayer, stored_shape: tuple[int, ...]) -> KernelAxes:
-    name = ".".join(path)
-    axes = stored_axes(traced.axes, len(stored_shape), name)
-    if stored_shape[len(stored_shape) - len(traced.kernel_shape) :] != traced.kernel_shape:
+def _stored_axes(
+    path: Path, traced: TracedLayer, stored_shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], KernelAxes]:
+    """Returns where transforms take the stack axes of a stored kernel, and its axes."""
+    positions = traced.positions
+    if positions is None:
+        positions = (0,) * (len(stored_shape) - len(traced.kernel_shape))
+    axes = axes_of_stack(traced.axes, positions)
+    seen = tuple(n for i, n in enumerate(stored_shape) if i not in axes.stack[: len(positions)])
+    if axes.ndim != len(stored_shape) or seen != traced.kernel_shape:
         raise LayoutError(
-            f"{name}: the kernel is stored as {stored_shape}, its layer sees "
-            f"{traced.kernel_shape}; a scan or vmap must stack parameters in front "
-            "(variable_axes={'params': 0})"
+            f"{layer_name(path)}: the kernel is stored as {stored_shape}, its layer sees "
+            f"{traced.kernel_shape}, and no nn.scan or nn.vmap explains the difference: "
+            "exclude_modules"
         )
-    return axes
+    return positions, axes
 
 
 def _saved_paths(config: DoRAConfig, modules: Iterable[Path]) -> list[Path]:
@@ -610,14 +650,14 @@ def _layers_from_shapes(
         adapter, spec = _get(adapters, path), config.spec(path)
         if config.changes_product or spec.indices is not None:
             raise AdapterError(
-                f"{'.'.join(path)}: init={config.init!r} and layers_to_transform need what was "
+                f"{layer_name(path)}: init={config.init!r} and layers_to_transform need what was "
                 "kept of the base: pass the adapted model in place of the configuration"
             )
         _check_names(path, spec, adapter)
         own = _get(params, path)
         if "kernel" not in own:
             raise AdapterError(
-                f"{'.'.join(path)}: there is an adapter, but no 'kernel' among its parameters"
+                f"{layer_name(path)}: there is an adapter, but no 'kernel' among its parameters"
             )
         axes = _axes_from_shapes(path, np.shape(meta.unbox(own["kernel"])), adapter)
         layers[path] = AdaptedLayer(spec, DENSE, axes, axes)
@@ -635,7 +675,7 @@ def _check_names(path: Path, spec: AdapterSpec, adapter: Tree) -> None:
     wanted, given = set(spec.parameter_names), set(adapter)
     if wanted != given:
         raise AdapterError(
-            f"{'.'.join(path) or 'the layer'}: the configuration asks for {sorted(wanted)}, the "
+            f"{layer_name(path)}: the configuration asks for {sorted(wanted)}, the "
             f"adapter has {sorted(given)}"
         )
 
@@ -658,7 +698,7 @@ def _axes_from_shapes(path: Path, kernel: tuple[int, ...], adapter: Tree) -> Ker
             return axes
     shapes = {name: np.shape(value) for name, value in adapter.items()}
     raise AdapterError(
-        f"{'.'.join(path)}: the adapter {shapes} does not fit the kernel {kernel} laid out as "
+        f"{layer_name(path)}: the adapter {shapes} does not fit the kernel {kernel} laid out as "
         "(stack, in, out); check the base, or pass the adapted model in place of the configuration"
     )
 

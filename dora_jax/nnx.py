@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -31,6 +32,7 @@ from dora_jax.config import (
     LayoutError,
     Path,
     check_indices,
+    layer_name,
     match_modules,
     select_layers,
 )
@@ -164,7 +166,8 @@ def apply_dora(
         raise TypeError(f"rngs must be an nnx.Rngs, as in rngs=nnx.Rngs(0), got {type(rngs)}")
     if adapted := [path for path, _ in adapted_layers(model)]:
         raise AdapterError(
-            f"the model is adapted already ({'.'.join(adapted[0])} has an adapter); merge it first"
+            f"the model is adapted already ({layer_name(adapted[0])} has an adapter); merge it "
+            "first"
         )
     model = _copy(model)
     modules = dict(_modules(model))
@@ -181,12 +184,14 @@ def apply_dora(
     )
     layers = {path: layers[path] for path in specs}
     traced = {} if inputs is None else _trace_axes(model, layers, tuple(inputs))
+    if inputs is not None:
+        _warn_of_uncalled(layers.keys() - traced.keys())
     key = rngs.params()
     for path, spec in specs.items():
         layer, layout = layers[path]
         kernel = getattr(layer, layout.kernel).get_value()
         call_axes = traced[path] if path in traced else _call_axes(path, layer, layout, {})
-        axes = stored_axes(call_axes, kernel.ndim, ".".join(path))
+        axes = stored_axes(call_axes, kernel.ndim, layer_name(path))
         if not transforms(spec, axes):
             continue
         adapter, base = init_layer(config, spec, path, key, kernel, axes)
@@ -342,7 +347,7 @@ def check_base(model: nnx.Module) -> None:
         changed = base_changed(kernel[...], _base(layer), axes)
         if not isinstance(changed, jax.core.Tracer) and np.any(changed):
             raise AdapterError(
-                f"{'.'.join(path)}: the kernel changed since apply_dora, so its stored norm is "
+                f"{layer_name(path)}: the kernel changed since apply_dora, so its stored norm is "
                 "wrong. Load the base first, then adapt it"
             )
 
@@ -458,7 +463,7 @@ def _call_axes(path: Path, layer: Any, layout: Layout, call: Call) -> KernelAxes
     try:
         return layout.axes(layer, call)
     except LayoutError as error:
-        raise LayoutError(f"{'.'.join(path)} cannot be adapted: {error}") from error
+        raise LayoutError(f"{layer_name(path)} cannot be adapted: {error}") from error
 
 
 def _trace_axes(
@@ -484,6 +489,15 @@ def _trace_axes(
         for path, (layer, _) in layers.items():
             _become(layer, plain[path])
     return found
+
+
+def _warn_of_uncalled(paths: Iterable[Path]) -> None:
+    for name in sorted(".".join(path) for path in paths):
+        warnings.warn(
+            f"{name}: the traced call does not call this layer. If the model reads its kernel "
+            "instead, the adapter has no effect until it is merged: leave the layer out",
+            stacklevel=4,
+        )
 
 
 def _copy(model: M) -> M:

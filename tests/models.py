@@ -152,3 +152,16 @@ def with_values(model: nnx.Module, params: dict[str, Any]) -> nnx.State:
     state = nnx.state(model, nnx.Param)
     nnx.replace_by_pure_dict(state, params)
     return state
+
+
+def structure(tree: Any) -> Any:
+    """Returns what `jax.tree.structure` does; type checkers do not know that it can be compared."""
+    return jax.tree.structure(tree)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether trees are equal in structure, dtypes and values (`==`: no tolerance)."""
+    if structure(a) != structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(x.dtype == y.dtype and bool(jnp.all(x == y)) for x, y in pairs)

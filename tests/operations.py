@@ -96,23 +96,25 @@ def of_nnx(
     nnx.update(base, with_values(base, params))
     adapted = dora.apply_dora(base, config, rngs=nnx.Rngs(1))
 
+    start = dora.get_adapters(adapted)
+
     def load(params: Tree, adapters: Tree | None, *, model: Any = adapted) -> Any:
         model = nnx.clone(model)
         nnx.update(model, with_values(model, params))
         if adapters is not None:
-            if _is_hoisted(adapters):
+            if structure(adapters) != structure(start):
                 model = dora.hoist(model)
             dora.set_adapters(model, adapters)
         return model
 
     def mixed(params: Tree, stacked: Tree, index: Any, x: jax.Array) -> jax.Array:
         model = load(params, None)
-        model = dora.hoist(model) if _is_hoisted(stacked) else model
+        model = dora.hoist(model) if structure(stacked) != structure(start) else model
         return dora.apply_mixed(model, stacked, index, x)
 
     return Operations(
         params,
-        dora.get_adapters(adapted),
+        start,
         base=lambda params, x: load(params, None, model=base)(x),
         apply=lambda params, adapters, x: load(params, adapters)(x),
         hoist=lambda params, adapters: dora.get_adapters(dora.hoist(load(params, adapters))),
@@ -134,11 +136,6 @@ def same(a: Any, b: Any) -> bool:
         return False
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(x.dtype == y.dtype and bool(jnp.all(x == y)) for x, y in pairs)
-
-
-def _is_hoisted(adapters: Tree) -> bool:
-    leaves = jax.tree_util.tree_flatten_with_path(adapters)[0]
-    return any(path[-1].key == "scale" for path, _ in leaves)
 
 
 class LinenBlock(linen.Module):
