@@ -11,7 +11,7 @@ from flax.core import freeze
 
 import dora_jax as dora
 from dora_jax.adapters import check_shapes, flatten, tree_shapes
-from tests.models import FRONT_ENDS, NNXChain, adapted_chain, inputs, random_adapters
+from tests.models import FRONT_ENDS, NNXChain, adapted_chain, inputs, random_adapters, same
 
 CONFIG = dora.DoRAConfig(rank=4, rank_pattern={"layer_1": 0}, modules_to_save=["layer_2"])
 WIDTHS = (24, 24, 24, 5)
@@ -55,9 +55,7 @@ def test_an_adapter_tree_survives_being_put_into_a_model():
     before = model(x)
     dora.set_adapters(model, adapters)
     assert np.any(np.asarray(model(x) != before))
-    again = dora.get_adapters(model)
-    assert jax.tree.structure(again) == jax.tree.structure(adapters)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), again, adapters))
+    assert same(dora.get_adapters(model), adapters)
 
 
 def test_setting_adapters_keeps_the_models_dtype_and_base():
@@ -69,7 +67,7 @@ def test_setting_adapters_keeps_the_models_dtype_and_base():
         jnp.dtype("float32")
     }
     after = nnx.to_pure_dict(nnx.state(model, nnx.Param))["layer_0"]
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), base, after))
+    assert same(after, base)
 
 
 def without(tree, *path):
@@ -117,8 +115,7 @@ def test_adapters_of_another_model_are_refused_and_nothing_is_set(change):
     before = dora.get_adapters(model)
     with pytest.raises(dora.AdapterError, match=message):
         dora.set_adapters(model, make(random_adapters(before)))
-    after = dora.get_adapters(model)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), after, before))
+    assert same(dora.get_adapters(model), before)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -106,9 +106,12 @@ def test_hand_derived_gradients_agree_with_finite_differences(detached):
         kernel = reference.merged(w, values["a"], values["b"], values["m"], s, divisor=held)
         return float(np.sum(dy * (values["x"] @ kernel)))
 
+    def along(name):
+        return lambda value: loss(**{name: value})
+
     found = reference.gradients(x, w, a, b, m, s, dy, detached=detached)
     for name, at, gradient in zip("abmx", (a, b, m, x), found, strict=True):
-        expected = reference.differences(lambda v, name=name: loss(**{name: v}), at)
+        expected = reference.differences(along(name), at)
         np.testing.assert_allclose(gradient, expected, rtol=1e-7, atol=1e-8)
 
 
@@ -289,10 +292,16 @@ def test_a_direction_that_vanishes_gives_no_nan():
 
 
 def test_a_scale_near_one_is_not_rounded_away():
-    """1.003 is 1 in bfloat16."""
-    y = apply_scale(jnp.full(2, 100, jnp.bfloat16), jnp.array([0.003, 0.0]))
+    """1.003 is 1 in bfloat16. The result is rounded once: to the bfloat16 nearest to h + d h."""
+    rng = np.random.default_rng(0)
+    h = jnp.asarray(rng.normal(size=4000), jnp.bfloat16)
+    d = jnp.asarray(rng.uniform(-0.02, 0.02, 4000), jnp.float32)
+    y = apply_scale(h, d)
     assert y.dtype == jnp.bfloat16
-    assert y.tolist() == [100.5, 100.0]
+    exact = jnp.asarray(np.multiply(*reference.wide(h, 1 + np.asarray(d, np.float64))), jnp.float32)
+    # All but where float32 itself stands between two numbers of bfloat16.
+    assert np.mean(np.asarray(y == exact.astype(jnp.bfloat16))) > 0.999
+    assert np.mean(np.asarray(y != h)) > 0.5
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])

@@ -10,15 +10,10 @@ from flax import nnx
 
 import dora_jax as dora
 from tests import reference
-from tests.models import NNXChain, inputs, random_adapters
+from tests.models import NNXChain, inputs, random_adapters, same
 
 WIDTH = 16
 CONFIG = dora.DoRAConfig(rank=2)
-
-
-def same(a, b) -> bool:
-    equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and bool(jnp.all(x == y)), a, b)
-    return jax.tree.all(equal)
 
 
 def adapt(model, seed=1, **fields):
@@ -179,7 +174,6 @@ def test_base_parameters_stay_where_they_are(model_class):
     model = model_class(nnx.Rngs(0))
     adapted = adapt(model)
     assert same(base_state(adapted), base_state(model))
-    assert jax.tree.structure(base_state(adapted)) == jax.tree.structure(base_state(model))
 
 
 def test_a_base_checkpoint_restores_into_the_adapted_model():
@@ -230,9 +224,9 @@ def test_layers_keep_their_class_and_attributes():
 def test_split_and_merge_give_back_the_adapted_model():
     adapted, x = train(adapt(Listed(nnx.Rngs(0)), dropout=0.5)), inputs(5, WIDTH)
     adapted.eval()
-    graphdef, adapters, base = nnx.split(adapted, dora.DoRAParam, ...)
-    assert same(run(nnx.merge(graphdef, adapters, base), x), run(adapted, x))
-    assert len(jax.tree.leaves(adapters)) == 9
+    graphdef, *states = nnx.split(adapted, dora.DoRAParam, ...)
+    assert same(run(nnx.merge(graphdef, *states), x), run(adapted, x))
+    assert len(jax.tree.leaves(states[0])) == 9
     assert same(run(nnx.clone(adapted), x), run(adapted, x))
     hash(graphdef)  # static under jit
 
