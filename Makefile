@@ -12,22 +12,28 @@ JOBS ?= 2
 ARGS ?=
 
 TEST_EXTRAS := experiments,notebooks,test,lint
+# Its dependencies are for its trainers; the models, which the tests use, need none of them.
+TUNIX := google-tunix==0.1.7
 # Exact versions, for what is installed and for the build backend of the editable install alike
 # (newer releases of pip read the latter from a variable of its own). The path must be relative:
 # pip splits the value at spaces. Not exported: the experiments call pip too, for their data.
-PIN := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+PIN = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS)
+PINS := constraints.txt
 INSTALL := -m pip install -q --disable-pip-version-check
 
-.PHONY: help quickstart test lint format constraints clean
+.PHONY: help quickstart test test-models lint format constraints clean
 
 help:  ## List the targets (default)
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 quickstart: $(VENV)/.quickstart  ## Fine-tune a small model with DoRA; options in ARGS="..."
 	@$(BIN)/python -m experiments.quickstart $(ARGS)
 
 test: lint  ## Lint, types, tests, docstring examples and notebooks
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --nbmake
+
+test-models: $(VENV)-models/.test  ## Tests on models of other libraries, in an environment of their own
+	$(VENV)-models/bin/python -m pytest -q -n $(JOBS) --dist loadgroup tests/foreign
 
 lint: $(VENV)/.test  ## Lint, formatting and types only
 	$(BIN)/ruff check
@@ -38,28 +44,35 @@ format: $(VENV)/.test  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-constraints:  ## Write constraints.txt anew from the newest releases (Python 3.11)
+constraints:  ## Write constraints*.txt anew from the newest releases (Python 3.11)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "The pins must hold on the oldest supported Python: make $@ PYTHON=python3.11" >&2; exit 1; }
-	@rm -rf build/pins && $(PYTHON) -m venv build/pins
-	@echo "Installing the newest releases into build/pins"
-	@build/pins/bin/python $(INSTALL) -e '.[$(TEST_EXTRAS)]' hatchling editables
-	@{ grep '^#' constraints.txt; build/pins/bin/python -m pip list --format=freeze \
-	  --exclude-editable --exclude pip --exclude setuptools; } > build/pins/constraints.txt
-	@mv build/pins/constraints.txt constraints.txt && rm -rf build/pins
+	$(call write_pins,constraints.txt,$(TEST_EXTRAS))
+	$(call write_pins,constraints-models.txt,models$(COMMA)test)
 
 clean:  ## Remove the environment, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-models build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+COMMA := ,
+# The newest releases of some extras, into a constraints file; its comment stays.
+define write_pins
+@rm -rf build/pins && $(PYTHON) -m venv build/pins
+@echo "Installing the newest releases into build/pins"
+@build/pins/bin/python $(INSTALL) -e '.[$(2)]' hatchling editables
+@{ grep '^#' $(1); build/pins/bin/python -m pip list --format=freeze \
+  --exclude-editable --exclude pip --exclude setuptools; } > build/pins/constraints.txt
+@mv build/pins/constraints.txt $(1) && rm -rf build/pins
+endef
+
 # The stamps are newer than what they were installed from, so a second run installs nothing.
-$(VENV)/.python:
+%/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "dora_jax needs Python 3.11 or newer; '$(PYTHON)' is" \
 	    "$$($(PYTHON) --version 2>/dev/null || echo not to be found)." \
 	    "Name another one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
-	@echo "Creating $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@echo "Creating $(@D)"
+	@$(PYTHON) -m venv $(@D)
 	@touch $@
 
 $(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/.python
@@ -71,3 +84,10 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.python
 	@echo "Installing the packages for experiments, notebooks, tests and lint into $(VENV)"
 	@$(PIN) $(BIN)/python $(INSTALL) -e '.[$(TEST_EXTRAS)]'
 	@touch $@ $(VENV)/.quickstart
+
+$(VENV)-models/.test: PINS := constraints-models.txt
+$(VENV)-models/.test: pyproject.toml constraints-models.txt Makefile | $(VENV)-models/.python
+	@echo "Installing model libraries and the packages for tests into $(@D)"
+	@$(PIN) $(@D)/bin/python $(INSTALL) -e '.[models,test]'
+	@$(@D)/bin/python $(INSTALL) --no-deps $(TUNIX)
+	@touch $@
