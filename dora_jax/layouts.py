@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from jax import lax
 
-from dora_jax.config import AdapterSpec, LayoutError
+from dora_jax.config import AdapterSpec, LayoutError, Path
 from dora_jax.decomposition import (
     Adapter,
     KernelAxes,
@@ -24,6 +24,7 @@ from dora_jax.decomposition import (
     apply_scale,
     scale_minus_one,
 )
+from dora_jax.remat import name_pre_scale
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -205,6 +206,7 @@ def adapted_output(
     base: Adapter,
     dropout: Callable[[Array], Array],
     run: Run,
+    path: Path = (),
 ) -> Float[Array, "..."]:
     """Returns the output of an adapted layer: `h + d h + bias`, `h = x W0 + s dropout(x) A B`.
 
@@ -225,6 +227,7 @@ def adapted_output(
       base: `norm` and `row` of the kernel.
       dropout: acts on the input of the low-rank branch.
       run: runs the layer's own method with another kernel and no bias.
+      path: of the layer, by which remat may save `h`.
 
     Raises:
       LayoutError: this call uses the kernel in another way than the one that was traced.
@@ -244,7 +247,7 @@ def adapted_output(
         h = h + layout.low_rank(layer, dropped, a, b, spec.scaling, dtype, run).astype(h.dtype)
     if spec.decompose:
         d = layer_scale(spec, layout, layer, call, kernel, adapter, base)
-        h = apply_scale(h, _along_output(d, axes, output_axes, h.ndim))
+        h = apply_scale(name_pre_scale(h, path), _along_output(d, axes, output_axes, h.ndim))
     if bias is None:
         return h
     shape = [kernel.shape[i] if i is not None else 1 for i in _expand(output_axes, h.ndim)]

@@ -481,6 +481,7 @@ def _intercept(
         base,
         functools.partial(_dropout, module, layer.spec.dropout) if dropout else lambda x: x,
         functools.partial(_run, module, layer.layout.kernel),
+        module.path,
     )
 
 

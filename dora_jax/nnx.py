@@ -84,6 +84,7 @@ class DoRALayer(nnx.Module):
       lora_dropout: `nnx.Dropout` on the input of the low-rank branch.
       spec: the layer's settings.
       call_axes: the axes of the kernel that one call sees.
+      layer_path: of the layer, without numbers, so that equal blocks have equal graphs.
     """
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
@@ -104,6 +105,7 @@ class DoRALayer(nnx.Module):
             _base(self),
             self.lora_dropout,
             functools.partial(_run, self, layer_class),
+            self.layer_path,
         )
 
 
@@ -197,6 +199,7 @@ def apply_dora(
         adapter, base = init_layer(config, spec, path, key, kernel, axes)
         _become(layer, _dora_class(layer.__class__))
         layer.spec, layer.call_axes = spec, call_axes
+        layer.layer_path = tuple(key for key in path if not key.isdigit())
         layer.lora_dropout = nnx.Dropout(spec.dropout)
         if spec.dropout:  # a scan or vmap over the layer needs a key for each slice of its stack
             layer.lora_dropout.rngs = rngs.dropout.split(tuple(kernel.shape[i] for i in axes.stack))
@@ -382,7 +385,7 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     nnx.update(model, state)
 
 
-_OWN_ATTRIBUTES = ("lora_dropout", "spec", "call_axes")
+_OWN_ATTRIBUTES = ("lora_dropout", "spec", "call_axes", "layer_path")
 
 
 @functools.cache
