@@ -20,7 +20,8 @@ from dora_jax.adapters import (
 from dora_jax.analysis import WeightChange, weight_change
 from dora_jax.config import AdapterError, ConfigError, DoRAConfig, DoRAError, LayoutError
 from dora_jax.decomposition import KernelAxes
-from dora_jax.layouts import Layout, einsum_layout, register_layout
+from dora_jax.layer_types import einsum_layout
+from dora_jax.layouts import Layout, register_layout
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
 from dora_jax.optim import dora_optimizer, label_adapters

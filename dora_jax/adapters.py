@@ -14,11 +14,10 @@ import numpy as np
 
 from dora_jax.config import AdapterError, DoRAConfig, Path, layer_name
 from dora_jax.optim import GROUPS, label_adapters
+from dora_jax.trees import Tree, get_in, set_in
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
-
-Tree = Mapping[str, Any]
 
 
 def count_parameters(adapters: Any) -> dict[str, int]:
@@ -126,7 +125,7 @@ def add_weighted(
     mean, k = interpolate(trees, weights), len(trees)
     joined: Any = mean
     for path in [path for path in flatten(mean) if path[-1] == "lora_a"]:
-        layers = [_layer(tree, path[:-1]) for tree in trees]
+        layers = [get_in(tree, path[:-1], "the adapters") for tree in trees]
         if (rank := np.shape(layers[0]["lora_a"])[-1]) != config.spec(path[:-1]).rank:
             raise AdapterError(
                 f"{layer_name(path[:-1])}: the adapters have rank {rank}, the configuration "
@@ -140,7 +139,7 @@ def add_weighted(
             "lora_a": jnp.concatenate([layer["lora_a"] for layer in layers], axis=-1),
             "lora_b": jnp.concatenate(scaled, axis=stack),
         }
-        joined = _replace(joined, path[:-1], pair)
+        joined = set_in(joined, path[:-1], {**get_in(joined, path[:-1]), **pair})
     alpha = math.sqrt(k) if config.use_rslora else k  # so that the scaling stays as it is
     wider = dataclasses.replace(
         config,
@@ -224,7 +223,7 @@ def disable(adapters: Tree, bases: Mapping[Path, Tree]) -> Any:
     """
     disabled: Any = adapters
     for path, base in bases.items():
-        layer = _layer(adapters, path)
+        layer = get_in(disabled, path, "the adapters")
         start = {"lora_b": 0, "scale": 0, "magnitude": base["norm"]}
         if "start_a" in base:
             start |= {"lora_a": base["start_a"], "lora_b": base["start_b"]}
@@ -233,7 +232,7 @@ def disable(adapters: Tree, bases: Mapping[Path, Tree]) -> Any:
             for name, x in layer.items()
             if name in start
         }
-        disabled = _replace(disabled, path, new)
+        disabled = set_in(disabled, path, {**layer, **new})
     return disabled
 
 
@@ -299,18 +298,3 @@ def _count_stack_axes(layer: Tree, path: Path) -> int:
             "axes are stack; pass stack_axes"
         )
     return fits[0]
-
-
-def _layer(tree: Tree, path: Path) -> Tree:
-    for key in path:
-        if key not in tree:
-            raise AdapterError(f"no adapter of {layer_name(path)} in the tree")
-        tree = tree[key]
-    return tree
-
-
-def _replace(tree: Tree, path: Path, values: Tree) -> Any:
-    """Returns a copy of nested dicts with some entries of the dict at `path` exchanged."""
-    if not path:
-        return {**tree, **values}
-    return {**tree, path[0]: _replace(tree[path[0]], path[1:], values)}

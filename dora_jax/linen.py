@@ -9,10 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.core import meta
@@ -30,7 +29,6 @@ from dora_jax.config import (
     AdapterSpec,
     ConfigError,
     DoRAConfig,
-    LayoutError,
     Path,
     check_indices,
     layer_name,
@@ -45,65 +43,11 @@ from dora_jax.decomposition import (
     scale_minus_one,
 )
 from dora_jax.initializers import init_layer, transforms
-from dora_jax.layouts import (
-    DENSE,
-    EMBED,
-    Call,
-    Layout,
-    Refusal,
-    adapted_attend,
-    adapted_output,
-    bind_call,
-    compute_dtype,
-    find_layout,
-    why_refused,
-)
-from dora_jax.stack_axes import PositionBox, axes_of_stack, is_in_front, stack_at
-
-Tree = Mapping[str, Any]
-
-# The name under which a layer's adapter stands among its parameters while the model runs.
-_BESIDE = "dora"
-_TIED = (
-    "a tied head reads its table without calling it (attend), so it would not see the adapter, and "
-    "merging would change what the model computes: leave it out of target_modules"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class AdaptedLayer:
-    """What `DoRAModel` knows of one adapted layer.
-
-    Attributes:
-      spec: the layer's settings.
-      layout: the layout of its class.
-      axes: of the stored kernel.
-      call_axes: of the kernel that one call sees.
-      positions: where lifted transforms take the stack axes, the outermost transform's first.
-      dtype, precision: of the layer's products.
-      name: of its class.
-    """
-
-    spec: AdapterSpec
-    layout: Layout
-    axes: KernelAxes
-    call_axes: KernelAxes
-    positions: tuple[int, ...] = ()
-    dtype: Any = None
-    precision: Any = None
-    name: str = ""
-
-
-class TracedLayer(NamedTuple):
-    """A layer that can be adapted, as a call of the model sees it (inside scans and vmaps)."""
-
-    layout: Layout
-    axes: KernelAxes
-    kernel_shape: tuple[int, ...]
-    dtype: Any
-    precision: Any
-    name: str
-    positions: tuple[int, ...] | None = None
+from dora_jax.layer_types import DENSE
+from dora_jax.linen_layers import BESIDE, AdaptedLayer, intercept
+from dora_jax.linen_trace import stored_kernel_axes, trace_layers
+from dora_jax.stack_axes import is_in_front, stack_at
+from dora_jax.trees import Tree, get_in, overlay, set_in
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,7 +98,7 @@ class DoRAModel:
         others = {name: value for name, value in variables.items() if name != "dora"}
         others["params"] = self._params_with_adapters(variables["params"], adapters)
         dropout = bool(self.config.dropout) and rngs is not None and _has_dropout(rngs)
-        with nn.intercept_methods(functools.partial(_intercept, self.layers, dropout)):
+        with nn.intercept_methods(functools.partial(intercept, self.layers, dropout)):
             result = self.module.apply(
                 others, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
             )
@@ -164,15 +108,15 @@ class DoRAModel:
         return output, _without_adapters(updated)
 
     def _params_with_adapters(self, params: Tree, adapters: Tree) -> dict[str, Any]:
-        result = _overlay(params, _saved(self.layers, adapters))
+        result = overlay(params, _saved(self.layers, adapters))
         for path in self.layers:
             layer = self.layers[path]
             base = {f"base_{k}": v for k, v in self.base[path].items()}
-            beside = {**_get(adapters, path), **base}
+            beside = {**get_in(adapters, path), **base}
             if any(layer.positions):
                 ndim = layer.call_axes.ndim
                 beside = {k: stack_at(v, layer.positions, ndim) for k, v in beside.items()}
-            result = _set(result, path, {**_get(params, path), _BESIDE: beside})
+            result = set_in(result, path, {**get_in(params, path), BESIDE: beside})
         return result
 
 
@@ -213,7 +157,7 @@ def apply_dora(
       LayoutError: a named layer is of a class whose layout is not known.
 
     Example:
-      >>> import dora_jax as dora
+      >>> import dora_jax as dora, jax.numpy as jnp
       >>> module, x = nn.Dense(3), jnp.ones((5, 4))
       >>> params = module.init(jax.random.key(0), x)["params"]
       >>> model, adapters = dora.apply_dora(
@@ -229,7 +173,9 @@ def apply_dora(
         raise AdapterError("the module is adapted already: merge it first")
     if "params" in params:
         raise ConfigError("params must be the collection itself: pass variables['params']")
-    trace = functools.partial(_trace, module, params, inputs, variables or {}, method, kwargs or {})
+    trace = functools.partial(
+        trace_layers, module, params, inputs, variables or {}, method, kwargs or {}
+    )
     found, modules = trace()
     specs = select_layers(
         config,
@@ -237,7 +183,7 @@ def apply_dora(
         modules,
         {path: refusal for path, refusal in modules.items() if refusal},
     )
-    kernels = {p: meta.unbox(_get(params, (*p, found[p].layout.kernel))) for p in specs}
+    kernels = {p: meta.unbox(get_in(params, (*p, found[p].layout.kernel))) for p in specs}
     unclear = [p for p in specs if not is_in_front(kernels[p].shape, found[p].kernel_shape)]
     if unclear:
         found, _ = trace([(*path, found[path].layout.kernel) for path in unclear])
@@ -245,18 +191,18 @@ def apply_dora(
     adapters: dict[str, Any] = {}
     for path, spec in specs.items():
         layout, kernel = found[path].layout, kernels[path]
-        positions, axes = _stored_axes(path, found[path], kernel.shape)
+        positions, axes = stored_kernel_axes(path, found[path], kernel.shape)
         if not transforms(spec, axes):
             continue
         adapter, base[path] = init_layer(config, spec, path, rng, kernel, axes)
-        adapters = _set(adapters, path, adapter)
+        adapters = set_in(adapters, path, adapter)
         traced = found[path]
         layers[path] = AdaptedLayer(
             spec, layout, axes, traced.axes, positions, traced.dtype, traced.precision, traced.name
         )
     check_indices(config, {path: layer.spec for path, layer in layers.items()})
     for path in _saved_paths(config, modules):
-        adapters = _set(adapters, path, meta.unbox(_get(params, path)))
+        adapters = set_in(adapters, path, meta.unbox(get_in(params, path)))
     return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
 
 
@@ -277,7 +223,7 @@ def merge(params: Tree, adapters: Tree, config: DoRAConfig | DoRAModel) -> dict[
       UserWarning: kernels of a narrow dtype round some of the change away; says how much.
 
     Example:
-      >>> import dora_jax as dora
+      >>> import dora_jax as dora, jax.numpy as jnp
       >>> module, x = nn.Dense(3), jnp.ones((5, 4))
       >>> params = module.init(jax.random.key(0), x)["params"]
       >>> config = dora.DoRAConfig(rank=2)
@@ -298,17 +244,17 @@ def merge(params: Tree, adapters: Tree, config: DoRAConfig | DoRAModel) -> dict[
     lost = {}
     for path, layer in layers.items():
         spec, layout, axes = layer.spec, layer.layout, layer.axes
-        own = _get(params, path)
+        own = get_in(params, path)
         kernel = meta.unbox(own[layout.kernel])
         if isinstance(config, DoRAModel):
             base = config.base[path]
         else:
             base = _describe_base(kernel, axes, spec.eps)
-        new, lost[path] = merge_kernel(spec, kernel, _get(adapters, path), base, axes)
+        new, lost[path] = merge_kernel(spec, kernel, get_in(adapters, path), base, axes)
         new = meta.replace_boxed(own[layout.kernel], new)
-        merged = _set(merged, path, {**own, layout.kernel: new})
+        merged = set_in(merged, path, {**own, layout.kernel: new})
     warn_of_rounding(lost)
-    return _overlay(merged, _saved(layers, adapters))
+    return overlay(merged, _saved(layers, adapters))
 
 
 def hoist(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
@@ -319,7 +265,7 @@ def hoist(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
     for all of them. For inference, hoisting freezes the scale: a call costs what LoRA's does.
 
     Example:
-      >>> import dora_jax as dora
+      >>> import dora_jax as dora, jax.numpy as jnp
       >>> module, x = nn.Dense(3), jnp.ones((5, 4))
       >>> params = module.init(jax.random.key(0), x)["params"]
       >>> model, adapters = dora.apply_dora(
@@ -333,10 +279,10 @@ def hoist(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
     for path, layer in model.layers.items():
         if not layer.spec.decompose:
             continue
-        adapter = dict(_get(adapters, path))
+        adapter = dict(get_in(adapters, path))
         scale = scale_minus_one(
             layer.spec,
-            meta.unbox(_get(params, (*path, layer.layout.kernel))),
+            meta.unbox(get_in(params, (*path, layer.layout.kernel))),
             adapter,
             model.base[path],
             layer.axes,
@@ -344,7 +290,7 @@ def hoist(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
             precision=layer.precision,
         )
         adapter.pop("magnitude", None)
-        hoisted = _set(hoisted, path, {**adapter, "scale": scale})
+        hoisted = set_in(hoisted, path, {**adapter, "scale": scale})
     return hoisted
 
 
@@ -375,7 +321,7 @@ def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **k
       AdapterError: the adapters do not fit, or an example has no index.
 
     Example:
-      >>> import dora_jax as dora
+      >>> import dora_jax as dora, jax.numpy as jnp
       >>> module, x = nn.Dense(3), jnp.ones((5, 4))
       >>> params = module.init(jax.random.key(0), x)["params"]
       >>> model, adapters = dora.apply_dora(
@@ -430,7 +376,7 @@ def check_base(model: DoRAModel, params: Tree) -> None:
     except under a transformation such as `jax.jit`, where the values are not known.
     """
     for path, layer in model.layers.items():
-        kernel = meta.unbox(_get(params, (*path, layer.layout.kernel)))
+        kernel = meta.unbox(get_in(params, (*path, layer.layout.kernel)))
         changed = base_changed(kernel, model.base[path], layer.axes)
         if not isinstance(changed, jax.core.Tracer) and np.any(changed):
             raise AdapterError(
@@ -442,182 +388,9 @@ def check_base(model: DoRAModel, params: Tree) -> None:
 _describe_base = jax.jit(describe_base, static_argnums=(1, 2))
 
 
-def _intercept(
-    layers: Mapping[Path, AdaptedLayer],
-    dropout: bool,
-    next_call: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
-) -> Any:
-    """Runs an adapted layer in place of its own `__call__`; leaves every other call alone."""
-    module, method = context.module, context.method_name
-    layout = find_layout(type(module))
-    if layout is None or method not in layout.methods:
-        return next_call(*args, **kwargs)
-    own = module.variables.get("params", {})
-    if _BESIDE not in own:
-        return next_call(*args, **kwargs)
-    layer, beside = layers[module.path], meta.unbox(own[_BESIDE])
-    params = {name: value for name, value in own.items() if name != _BESIDE}
-    kernel = meta.unbox(params[layer.layout.kernel])
-    prefix = "base_"
-    base = {k.removeprefix(prefix): v for k, v in beside.items() if k.startswith(prefix)}
-    if method == "attend":
-        plain = functools.partial(_call_plain, module, params, method=method)
-        (query,) = bind_call(getattr(type(module), method), (module, *args), kwargs).values()
-        return adapted_attend(layer.spec, layer.layout, module, plain, query, kernel, beside, base)
-    bias = layer.layout.bias
-    return adapted_output(
-        layer.spec,
-        layer.layout,
-        module,
-        bind_call(type(module).__call__, (module, *args), kwargs),
-        layer.call_axes,
-        _call_plain(module, _zero_bias(params, bias), *args, **kwargs),
-        kernel,
-        meta.unbox(params[bias]) if bias in params else None,
-        beside,
-        base,
-        functools.partial(_dropout, module, layer.spec.dropout) if dropout else lambda x: x,
-        functools.partial(_run, module, layer.layout.kernel),
-        module.path,
-    )
-
-
-def _zero_bias(params: Tree, name: str) -> Tree:
-    """Returns a layer's parameters with a bias of zero.
-
-    Zero, not none: a bias takes part in the promotion of dtypes. XLA removes the addition.
-    """
-    if name not in params:
-        return params
-    return {**params, name: jax.tree.map(jnp.zeros_like, params[name])}
-
-
-def _call_plain(
-    module: nn.Module, params: Tree, *args: Any, method: str = "__call__", **kwargs: Any
-) -> Any:
-    """Calls a layer's own method, with these parameters."""
-    plain = module.clone(parent=None, name=None)
-    return plain.apply({"params": params}, *args, method=method, **kwargs)
-
-
-def _run(module: Any, kernel_name: str, call: Call, kernel: jax.Array, features: int) -> jax.Array:
-    """Runs a layer's own method with another kernel, of `features` out features, and no bias."""
-    other = module.clone(parent=None, name=None, features=features, use_bias=False)
-    return other.apply({"params": {kernel_name: kernel}}, **call)
-
-
-def _dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
-    if not (module.has_rng("dropout") or module.has_rng("params")):  # make_rng takes either
-        raise AdapterError(
-            f"{layer_name(module.path)}: adapter dropout needs the stream 'dropout', which a "
-            "lifted transform around this layer does not pass on; add it to split_rngs"
-        )
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
-
-
 def _has_dropout(rngs: Any) -> bool:
     """Whether `rngs` has a stream for dropout; a single key serves every stream."""
     return not isinstance(rngs, Mapping) or "dropout" in rngs
-
-
-def _trace(
-    module: nn.Module,
-    params: Tree,
-    inputs: Sequence[Any],
-    variables: Tree,
-    method: Callable[..., Any] | str | None,
-    kwargs: Mapping[str, Any],
-    unclear: Sequence[Path] = (),
-) -> tuple[dict[Path, TracedLayer], dict[Path, Refusal | None]]:
-    """Traces one call; returns the adaptable layers, and every module with why it is refused.
-
-    Of the kernels in `unclear`, it finds where lifted transforms take the stack axes.
-    """
-    found: dict[Path, TracedLayer] = {}
-    modules: dict[Path, Refusal | None] = {}
-    borrowed: set[tuple[int, ...]] = set()  # shapes of kernels that layers run on, not their own
-
-    def record(
-        next_call: Callable[..., Any],
-        args: tuple[Any, ...],
-        call_kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
-    ) -> Any:
-        layer = context.module
-        layout, own = find_layout(type(layer)), layer.variables.get("params", {})
-        modules.setdefault(layer.path, why_refused(type(layer)))
-        if layout is None or context.method_name not in layout.methods:
-            return next_call(*args, **call_kwargs)
-        if layout.kernel not in own:  # Flax would make a new one in silence
-            _get(params, (*layer.path, layout.kernel))
-        # A layer may be run on variables that are not its own, as a tied head is.
-        if _has(params, (*layer.path, layout.kernel)):
-            shape = np.shape(meta.unbox(own.get(layout.kernel)))
-            method = type(layer).__call__
-            bound = bind_call(method, (layer, *args), call_kwargs)
-            dtype = compute_dtype(layer, bound[layout.inputs], meta.unbox(own[layout.kernel]))
-            precision = getattr(layer, "precision", None)
-            try:
-                axes = layout.axes(layer, bound)
-            except LayoutError as error:  # raised only if the layer is selected
-                modules[layer.path] = Refusal(str(error), layout.all_linear)
-            else:
-                box = own[layout.kernel]
-                found[layer.path] = TracedLayer(
-                    layout,
-                    axes,
-                    shape,
-                    dtype,
-                    precision,
-                    type(layer).__name__,
-                    box.positions if isinstance(box, PositionBox) else None,
-                )
-        else:
-            borrowed.add(np.shape(meta.unbox(own[layout.kernel])))
-        return next_call(*args, **call_kwargs)
-
-    def call(params: Tree, inputs: tuple[Any, ...]) -> Any:
-        for path in unclear:
-            params = _set(params, path, PositionBox(_get(params, path)))
-        with nn.intercept_methods(record):
-            key = jax.random.key(0)
-            return module.apply(
-                {**variables, "params": params},
-                *inputs,
-                rngs={"params": key, "dropout": key},
-                method=method,
-                mutable=True,
-                **kwargs,
-            )
-
-    jax.eval_shape(call, params, tuple(inputs))
-    for path in [
-        p for p, x in found.items() if x.layout is EMBED and x.kernel_shape[::-1] in borrowed
-    ]:
-        modules[path] = Refusal(_TIED, found.pop(path).layout.all_linear)
-    return found, modules
-
-
-def _stored_axes(
-    path: Path, traced: TracedLayer, stored_shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], KernelAxes]:
-    """Returns where transforms take the stack axes of a stored kernel, and its axes."""
-    positions = traced.positions
-    if positions is None:
-        positions = (0,) * (len(stored_shape) - len(traced.kernel_shape))
-    axes = axes_of_stack(traced.axes, positions)
-    seen = tuple(n for i, n in enumerate(stored_shape) if i not in axes.stack[: len(positions)])
-    if axes.ndim != len(stored_shape) or seen != traced.kernel_shape:
-        raise LayoutError(
-            f"{layer_name(path)}: the kernel is stored as {stored_shape}, its layer sees "
-            f"{traced.kernel_shape}, and no nn.scan or nn.vmap explains the difference: "
-            "exclude_modules"
-        )
-    return positions, axes
 
 
 def _saved_paths(config: DoRAConfig, modules: Iterable[Path]) -> list[Path]:
@@ -629,7 +402,7 @@ def _saved_paths(config: DoRAConfig, modules: Iterable[Path]) -> list[Path]:
 def _saved(layers: Iterable[Path], adapters: Tree) -> Tree:
     """Returns the part of an adapter tree that is of modules trained in full."""
     for path in layers:
-        adapters = _set(adapters, path, {})
+        adapters = set_in(adapters, path, {})
     return adapters
 
 
@@ -648,14 +421,14 @@ def _layers_from_shapes(
     """Returns the adapted layers of a tree whose kernels are laid out as (stack, in, out)."""
     layers = {}
     for path in _adapter_paths(adapters):
-        adapter, spec = _get(adapters, path), config.spec(path)
+        adapter, spec = get_in(adapters, path), config.spec(path)
         if config.changes_product or spec.indices is not None:
             raise AdapterError(
                 f"{layer_name(path)}: init={config.init!r} and layers_to_transform need what was "
                 "kept of the base: pass the adapted model in place of the configuration"
             )
         _check_names(path, spec, adapter)
-        own = _get(params, path)
+        own = get_in(params, path)
         if "kernel" not in own:
             raise AdapterError(
                 f"{layer_name(path)}: there is an adapter, but no 'kernel' among its parameters"
@@ -704,49 +477,7 @@ def _axes_from_shapes(path: Path, kernel: tuple[int, ...], adapter: Tree) -> Ker
     )
 
 
-def _get(tree: Tree, path: Path) -> Tree:
-    for i, key in enumerate(path):
-        if key not in tree:
-            raise AdapterError(f"no entry {'.'.join(path[: i + 1])} in the tree of parameters")
-        tree = tree[key]
-    return tree
-
-
-def _has(tree: Any, path: Path) -> bool:
-    for key in path:
-        if not isinstance(tree, Mapping) or key not in tree:
-            return False
-        tree = tree[key]
-    return True
-
-
-def _set(tree: Tree, path: Path, value: Any) -> Any:
-    """Returns a copy of nested dicts with `value` at `path`; what is not on the path is shared."""
-    if not path:
-        return value
-    return {**tree, path[0]: _set(tree.get(path[0], {}), path[1:], value)}
-
-
-def _overlay(tree: Tree, over: Tree, path: Path = ()) -> dict[str, Any]:
-    """Returns nested dicts with the leaves of `over` in place of those of `tree`, boxes kept."""
-    result = dict(tree)
-    for key, value in over.items():
-        inner = (*path, key)
-        if key not in tree:
-            raise AdapterError(f"the adapters have {'.'.join(inner)}, the parameters do not")
-        if isinstance(value, Mapping):
-            result[key] = _overlay(tree[key], value, inner) if value else tree[key]
-        elif np.shape(value) != (shape := np.shape(meta.unbox(tree[key]))):
-            raise AdapterError(
-                f"{'.'.join(inner)} has shape {np.shape(value)} in the adapters and {shape} in "
-                "the parameters"
-            )
-        else:
-            result[key] = meta.replace_boxed(tree[key], value)
-    return result
-
-
 def _without_adapters(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         return tree
-    return {k: _without_adapters(v) for k, v in tree.items() if k != _BESIDE}
+    return {k: _without_adapters(v) for k, v in tree.items() if k != BESIDE}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dora_jax.adapted_call import adapted_attend, adapted_output, compute_dtype
 from dora_jax.adapters import (
     check_index,
     check_shapes,
@@ -38,17 +39,7 @@ from dora_jax.config import (
 )
 from dora_jax.decomposition import KernelAxes, base_changed, merge_kernel, scale_minus_one
 from dora_jax.initializers import init_layer, transforms
-from dora_jax.layouts import (
-    Call,
-    Layout,
-    adapted_attend,
-    adapted_output,
-    bind_call,
-    compute_dtype,
-    find_layout,
-    stored_axes,
-    why_refused,
-)
+from dora_jax.layouts import Call, Layout, bind_call, find_layout, stored_axes, why_refused
 
 M = TypeVar("M", bound=nnx.Module)
 

@@ -412,7 +412,7 @@ ADAPTING = [
         "parameters of another model",
         lambda: adapt_linen(given=without(params(), "head")),
         AdapterError,
-        "^no entry head in the tree of parameters",
+        "^no entry head in the parameters",
     ),
     BadInput(
         "a model adapted twice (NNX)",
@@ -780,7 +780,7 @@ HOISTING = [
         "an incomplete tree switched off",
         lambda: dora.disabled_adapters(linen_model(), without(adapters(), "head")),
         AdapterError,
-        "^no adapter of head in the tree",
+        "^no entry head in the adapters",
     ),
     BadInput(
         "the summary of a plain model",

@@ -13,7 +13,7 @@ from flax import linen, nnx
 
 import dora_jax as dora
 from dora_jax.decomposition import KernelAxes
-from dora_jax.layouts import einsum_layout
+from dora_jax.layer_types import einsum_layout
 from tests import layer_reference as by_definition
 
 partial = functools.partial
@@ -477,17 +477,6 @@ VARIANTS: list[Row] = [
     *conv_transpose((2, 3, 3, 2), (3, 2, 2, 3), strides=2),
     *conv_transpose((2, 2, 3, 2, 2), (2, 3, 3, 2), padding="VALID", transpose_kernel=True),
     *both(
-        "Embed of one row",
-        linen=partial(linen.Embed, 1, 4),
-        nnx=partial(nnx.Embed, 1, 4),
-        x=(2, 3),
-        params={"embedding": (1, 4)},
-        kernels={"embedding": axes("0", "1")},
-        layer=by_definition.lookup,
-        vocab=1,
-        rank=1,
-    ),
-    *both(
         "Embed.attend",
         linen=partial(linen.Embed, 6, 4),
         nnx=partial(nnx.Embed, 6, 4),
@@ -498,3 +487,17 @@ VARIANTS: list[Row] = [
         call=lambda layer, x: layer.attend(x),
     ),
 ]
+
+# Flax broadcasts a table of one row, whatever the ids. A column of one number has one direction, so
+# that the exact gradient of the low rank is zero, of which there is no relative error.
+ONE_ROW = both(
+    "Embed of one row",
+    linen=partial(linen.Embed, 1, 4),
+    nnx=partial(nnx.Embed, 1, 4),
+    x=(2, 3),
+    params={"embedding": (1, 4)},
+    kernels={"embedding": axes("0", "1")},
+    layer=by_definition.lookup,
+    vocab=1,
+    rank=1,
+)

