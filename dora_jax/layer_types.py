@@ -19,7 +19,21 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
 
+def _refuse_stateful_product(layer: Any) -> None:
+    for name in ("dot_general_cls", "conv_general_dilated_cls"):
+        if getattr(layer, name, None) is not None:
+            raise LayoutError(
+                f"the {name} of {type(layer).__name__} may keep a state for its one kernel, which "
+                "the low-rank products cannot share: exclude_modules, or give it a function"
+            )
+
+
+def _has_own_product(layer: Any) -> bool:
+    return getattr(layer, "dot_general", None) not in (None, lax.dot_general)
+
+
 def _dense_axes(layer: Any, call: Call) -> KernelAxes:
+    _refuse_stateful_product(layer)
     return KernelAxes((), (0,), (1,))
 
 
@@ -29,11 +43,16 @@ def _dense_low_rank(
     def matmul(x: Array, w: Array) -> Array:
         return jnp.matmul(x, w.astype(dtype), precision=layer.precision)
 
-    return matmul(scaling * matmul(call["inputs"].astype(dtype), a), b)
+    if _has_own_product(layer):  # which may do more than multiply
+        xa = run(call, a.astype(dtype), a.shape[-1])
+    else:
+        xa = matmul(call["inputs"].astype(dtype), a)
+    return matmul(scaling * xa, b)
 
 
 def _general_axes(layer: Any, call: Call) -> KernelAxes:
     """The kernel of DenseGeneral and LinearGeneral is laid out as (batch, in, out)."""
+    _refuse_stateful_product(layer)
     batch = len(_tuple(getattr(layer, "batch_dims", getattr(layer, "batch_axis", ()))))
     inputs = len(_tuple(layer.axis))
     outputs = len(_tuple(getattr(layer, "features", None) or layer.out_features))
@@ -47,8 +66,12 @@ def _general_low_rank(
     x = call["inputs"].astype(dtype)
     axes = _general_axes(layer, call)
     contracted = tuple(sorted(axis % x.ndim for axis in _tuple(layer.axis)))  # as Flax does
-    xa = lax.dot_general(
-        x, a.astype(dtype), ((contracted, axes.inputs), (axes.stack, axes.stack)), layer.precision
+    product = layer.dot_general or lax.dot_general
+    xa = product(
+        x,
+        a.astype(dtype),
+        ((contracted, axes.inputs), (axes.stack, axes.stack)),
+        precision=layer.precision,
     )
     over_rank = ((xa.ndim - 1,), (len(axes.stack),))
     return lax.dot_general(
@@ -98,7 +121,8 @@ def einsum_layout(
         r = next(c for c in string.ascii_letters if c not in x + w + y)
         kept = "".join(c for c in x if c in y or c == ".") + r
         precision = getattr(layer, "precision", None)
-        xa = jnp.einsum(
+        product = getattr(layer, "einsum_op", jnp.einsum)
+        xa = product(
             f"{x},{stack}{contracted}{r}->{kept}",
             call[inputs].astype(dtype),
             a.astype(dtype),
@@ -140,6 +164,7 @@ def _conv_axes(layer: Any, call: Call) -> KernelAxes:
             f"{type(layer).__name__} has a mask on its kernel, through which a low-rank product "
             "does not factor: exclude_modules"
         )
+    _refuse_stateful_product(layer)
     spatial = 1 if isinstance(layer.kernel_size, int) else len(layer.kernel_size)
     inputs, outputs = (spatial, spatial + 1)
     if getattr(layer, "transpose_kernel", False):

@@ -68,7 +68,7 @@ def intercept(
     prefix = "base_"
     base = {k.removeprefix(prefix): v for k, v in beside.items() if k.startswith(prefix)}
     if method == "attend":
-        plain = functools.partial(_call_plain, module, params, method=method)
+        plain = functools.partial(call_plain, module, params, method=method)
         (query,) = bind_call(getattr(type(module), method), (module, *args), kwargs).values()
         return adapted_attend(layer.spec, layer.layout, module, plain, query, kernel, beside, base)
     bias = layer.layout.bias
@@ -78,7 +78,7 @@ def intercept(
         module,
         bind_call(type(module).__call__, (module, *args), kwargs),
         layer.call_axes,
-        _call_plain(module, _zero_bias(params, bias), *args, **kwargs),
+        call_plain(module, _zero_bias(params, bias), *args, **kwargs),
         kernel,
         meta.unbox(params[bias]) if bias in params else None,
         beside,
@@ -99,7 +99,7 @@ def _zero_bias(params: Tree, name: str) -> Tree:
     return {**params, name: jax.tree.map(jnp.zeros_like, params[name])}
 
 
-def _call_plain(
+def call_plain(
     module: nn.Module, params: Tree, *args: Any, method: str = "__call__", **kwargs: Any
 ) -> Any:
     """Calls a layer's own method, with these parameters."""

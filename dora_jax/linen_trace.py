@@ -13,14 +13,15 @@ from flax.core import meta
 from dora_jax.adapted_call import compute_dtype
 from dora_jax.config import LayoutError, Path, layer_name
 from dora_jax.decomposition import KernelAxes
-from dora_jax.layer_types import EMBED
+from dora_jax.kernel_flow import TIED, kernel_uses, mark_kernel
 from dora_jax.layouts import Layout, Refusal, bind_call, find_layout, why_refused
+from dora_jax.linen_layers import call_plain
 from dora_jax.stack_axes import PositionBox, axes_of_stack
 from dora_jax.trees import Tree, get_in, has_path, set_in
 
-_TIED = (
-    "a tied head reads its table without calling it (attend), so it would not see the adapter, and "
-    "merging would change what the model computes: leave it out of target_modules"
+_COMPUTED = (
+    "the model computes its kernel from the stored one (as nn.WeightNorm, nn.SpectralNorm and "
+    "nn.map_variables do), so that an adapter of the stored kernel would not fit: exclude_modules"
 )
 
 
@@ -51,7 +52,6 @@ def trace_layers(
     """
     found: dict[Path, TracedLayer] = {}
     modules: dict[Path, Refusal | None] = {}
-    borrowed: set[tuple[int, ...]] = set()  # shapes of kernels that layers run on, not their own
 
     def record(
         next_call: Callable[..., Any],
@@ -79,6 +79,7 @@ def trace_layers(
                 modules[layer.path] = Refusal(str(error), layout.all_linear)
             else:
                 box = own[layout.kernel]
+                marked = mark_kernel(meta.unbox(box), _label((*layer.path, layout.kernel)))
                 found[layer.path] = TracedLayer(
                     layout,
                     axes,
@@ -88,8 +89,9 @@ def trace_layers(
                     type(layer).__name__,
                     box.positions if isinstance(box, PositionBox) else None,
                 )
-        else:
-            borrowed.add(np.shape(meta.unbox(own[layout.kernel])))
+                if layout.attend:  # run on what is marked, so that any other use shows
+                    own = {**own, layout.kernel: marked}
+                    return call_plain(layer, own, *args, method=context.method_name, **call_kwargs)
         return next_call(*args, **call_kwargs)
 
     def call(params: Tree, inputs: tuple[Any, ...]) -> Any:
@@ -106,12 +108,27 @@ def trace_layers(
                 **kwargs,
             )
 
-    jax.eval_shape(call, params, tuple(inputs))
-    for path in [
-        p for p, x in found.items() if x.layout is EMBED and x.kernel_shape[::-1] in borrowed
-    ]:
-        modules[path] = Refusal(_TIED, found.pop(path).layout.all_linear)
+    program = jax.make_jaxpr(call)(params, tuple(inputs)).jaxpr
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    labels = {var: _label(_dict_keys(key)) for var, (key, _) in zip(program.invars, leaves)}  # noqa: B905
+    uses = kernel_uses(program, labels)
+    for path in list(found):
+        layout, label = found[path].layout, _label((*path, found[path].layout.kernel))
+        reason = _COMPUTED if label in uses.computed else ""
+        if layout.attend and label in uses.read:
+            reason = TIED
+        if reason:
+            modules[path] = Refusal(reason, found.pop(path).layout.all_linear)
     return found, modules
+
+
+def _label(path: Path) -> str:
+    return ".".join(path)
+
+
+def _dict_keys(path: Sequence[Any]) -> Path:
+    """Returns the keys of dicts in a path of JAX's, which may lead into a box too."""
+    return tuple(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
 
 
 def stored_kernel_axes(

@@ -7,9 +7,7 @@ the base model, and the base checkpoints made for them, stay valid.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dora_jax.adapted_call import adapted_attend, adapted_output, compute_dtype
+from dora_jax.adapted_call import compute_dtype
 from dora_jax.adapters import (
     check_index,
     check_shapes,
@@ -30,100 +28,38 @@ from dora_jax.adapters import (
 from dora_jax.config import (
     AdapterError,
     DoRAConfig,
-    LayoutError,
     Path,
     check_indices,
     layer_name,
     match_modules,
     select_layers,
 )
-from dora_jax.decomposition import KernelAxes, base_changed, merge_kernel, scale_minus_one
+from dora_jax.decomposition import base_changed, merge_kernel, scale_minus_one
 from dora_jax.initializers import init_layer, transforms
-from dora_jax.layouts import Call, Layout, bind_call, find_layout, stored_axes, why_refused
+from dora_jax.layouts import Layout, find_layout, stored_axes
+from dora_jax.nnx_layers import (
+    OWN_ATTRIBUTES,
+    BaseParam,
+    DoRALayer,
+    DoRAParam,
+    SavedParam,
+    adapter_of,
+    base_of,
+    become,
+    dora_class,
+    kernel_and_axes,
+    named_modules,
+    plain_class,
+)
+from dora_jax.nnx_trace import (
+    call_axes_of,
+    check_stored_shape,
+    find_refusals,
+    trace_axes,
+    warn_of_uncalled,
+)
 
 M = TypeVar("M", bound=nnx.Module)
-
-
-class DoRAParam(nnx.Variable):
-    """What DoRA trains: differentiate and optimise with `wrt=DoRAParam`.
-
-    It is no `nnx.Param`, so that `nnx.state(model, nnx.Param)` still is the base model's.
-    """
-
-
-class SavedParam(DoRAParam, nnx.Param):
-    """A parameter of a module in `modules_to_save`: of the base model, and trained in full."""
-
-
-class BaseParam(nnx.Variable):
-    """What an adapted layer keeps of its frozen kernel: derived from the base, never trained."""
-
-
-# The names of their collections where nnx.bridge takes them to Linen; "dora" as in a `DoRAModel`.
-nnx.register_variable_name("dora", DoRAParam)
-nnx.register_variable_name("dora_base", BaseParam)
-
-
-class DoRALayer(nnx.Module):
-    """Mixed into a layer's class by `apply_dora`.
-
-    Attributes:
-      lora_a, lora_b, magnitude: `DoRAParam` of shapes `(*stack, *in, r)`, `(*stack, r, *out)`,
-        `(*stack, *out)`; absent where the settings have none.
-      base_norm, base_row: `BaseParam`, see `dora_jax.decomposition.describe_base`; base_mask,
-        base_start_a, base_start_b where there are any, see `acting_factors` there.
-      lora_dropout: `nnx.Dropout` on the input of the low-rank branch.
-      spec: the layer's settings.
-      call_axes: the axes of the kernel that one call sees.
-      layer_path: of the layer, without numbers, so that equal blocks have equal graphs.
-    """
-
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
-        """Returns the adapted output, of the shape and dtype of the plain layer's."""
-        layer_class = _plain_class(type(self))
-        layout = _layout(layer_class)
-        bias = getattr(self, layout.bias, None)
-        return adapted_output(
-            self.spec,
-            layout,
-            self,
-            bind_call(layer_class.__call__, (self, *args), kwargs),
-            self.call_axes,
-            layer_class.__call__(_without_bias(self, layout.bias), *args, **kwargs),
-            getattr(self, layout.kernel)[...],
-            None if bias is None else bias[...],
-            _adapter(self),
-            _base(self),
-            self.lora_dropout,
-            functools.partial(_run, self, layer_class),
-            self.layer_path,
-        )
-
-
-class DoRALinear(DoRALayer, nnx.Linear):
-    """`nnx.Linear` with an adapter."""
-
-
-def _attend(self: Any, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    """Attends over the adapted table, as the layer's own `attend` over the plain one."""
-    layer_class: Any = _plain_class(type(self))
-    layout = _layout(layer_class)
-    return adapted_attend(
-        self.spec,
-        layout,
-        self,
-        lambda query: layer_class.attend(self, query, *args, **kwargs),
-        query,
-        getattr(self, layout.kernel)[...],
-        _adapter(self),
-        _base(self),
-    )
-
-
-class DoRAEmbed(DoRALayer, nnx.Embed):
-    """`nnx.Embed` with an adapter, which `attend` sees too."""
-
-    attend = _attend
 
 
 def apply_dora(
@@ -139,7 +75,8 @@ def apply_dora(
       config: which layers, and how.
       rngs: draws `lora_a` (stream `params`), and serves the adapters' dropout.
       inputs: arguments of a call of the model, arrays or `jax.ShapeDtypeStruct`; it is traced, not
-        run. Needed only for layers whose equation is given with each call.
+        run. Needed for layers whose equation is given with each call, and to find that a tied head
+        reads an embedding that is adapted.
 
     Raises:
       TypeError: `rngs` is a key.
@@ -163,7 +100,7 @@ def apply_dora(
             "first"
         )
     model = _copy(model)
-    modules = dict(_modules(model))
+    modules = dict(named_modules(model))
     layers: dict[Path, tuple[Any, Layout]] = {
         path: (module, layout)
         for path, module in modules.items()
@@ -173,22 +110,23 @@ def apply_dora(
         config,
         {path: layout.all_linear for path, (_, layout) in layers.items()},
         modules,
-        {path: refusal for path, m in modules.items() if (refusal := why_refused(type(m)))},
+        find_refusals(modules, layers),
     )
     layers = {path: layers[path] for path in specs}
-    traced = {} if inputs is None else _trace_axes(model, layers, tuple(inputs))
+    traced = {} if inputs is None else trace_axes(model, layers, tuple(inputs))
     if inputs is not None:
-        _warn_of_uncalled(layers.keys() - traced.keys())
+        warn_of_uncalled(layers.keys() - traced.keys())
     key = rngs.params()
     for path, spec in specs.items():
         layer, layout = layers[path]
         kernel = getattr(layer, layout.kernel).get_value()
-        call_axes = traced[path] if path in traced else _call_axes(path, layer, layout, {})
+        call_axes = traced[path] if path in traced else call_axes_of(path, layer, layout, {})
         axes = stored_axes(call_axes, kernel.ndim, layer_name(path))
+        check_stored_shape(path, layer, kernel)
         if not transforms(spec, axes):
             continue
         adapter, base = init_layer(config, spec, path, key, kernel, axes)
-        _become(layer, _dora_class(layer.__class__))
+        become(layer, dora_class(layer.__class__))
         layer.spec, layer.call_axes = spec, call_axes
         layer.layer_path = tuple(key for key in path if not key.isdigit())
         layer.lora_dropout = nnx.Dropout(spec.dropout)
@@ -229,12 +167,12 @@ def merge(model: M) -> M:
         kernel, axes = kernel_and_axes(layer)
         spec = layer.spec
         kernel[...], lost[path] = merge_kernel(
-            spec, kernel[...], _adapter(layer), _base(layer), axes
+            spec, kernel[...], adapter_of(layer), base_of(layer), axes
         )
-        base_names = [f"base_{name}" for name in _base(layer)]
-        for name in (*spec.parameter_names, *base_names, *_OWN_ATTRIBUTES):
+        base_names = [f"base_{name}" for name in base_of(layer)]
+        for name in (*spec.parameter_names, *base_names, *OWN_ATTRIBUTES):
             delattr(layer, name)
-        _become(layer, _plain_class(type(layer)))
+        become(layer, plain_class(type(layer)))
     _retype_parameters(model, SavedParam, nnx.Param)
     warn_of_rounding(lost)
     return model
@@ -267,8 +205,8 @@ def hoist(model: M) -> M:
         scale = scale_minus_one(
             spec,
             value,
-            _adapter(layer),
-            _base(layer),
+            adapter_of(layer),
+            base_of(layer),
             axes,
             dtype=compute_dtype(layer, value, value),
             precision=getattr(layer, "precision", None),
@@ -288,7 +226,7 @@ def disabled_adapters(model: nnx.Module) -> dict[str, Any]:
     """
     _checked_layers(model)
     tree = get_adapters(model)
-    return disable(tree, {path: _base(layer) for path, layer in adapted_layers(model)})
+    return disable(tree, {path: base_of(layer) for path, layer in adapted_layers(model)})
 
 
 def apply_mixed(model: nnx.Module, stacked: Any, index: Any, *inputs: Any, **kwargs: Any) -> Any:
@@ -338,7 +276,7 @@ def check_base(model: nnx.Module) -> None:
     _checked_layers(model)
     for path, layer in adapted_layers(model):
         kernel, axes = kernel_and_axes(layer)
-        changed = base_changed(kernel[...], _base(layer), axes)
+        changed = base_changed(kernel[...], base_of(layer), axes)
         if not isinstance(changed, jax.core.Tracer) and np.any(changed):
             raise AdapterError(
                 f"{layer_name(path)}: the kernel changed since apply_dora, so its stored norm is "
@@ -376,136 +314,13 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     nnx.update(model, state)
 
 
-_OWN_ATTRIBUTES = ("lora_dropout", "spec", "call_axes", "layer_path")
-
-
-@functools.cache
-def _dora_class(layer_class: type[nnx.Module]) -> type[nnx.Module]:
-    if layer_class is nnx.Linear:
-        return DoRALinear
-    if layer_class is nnx.Embed:
-        return DoRAEmbed
-    methods = {"attend": _attend} if _layout(layer_class).attend else {}
-    return type(f"DoRA{layer_class.__name__}", (DoRALayer, layer_class), methods)
-
-
-def _plain_class(dora_class: type[nnx.Module]) -> type[nnx.Module]:
-    return dora_class.__mro__[2]
-
-
-def _layout(layer_class: type[nnx.Module]) -> Layout:
-    layout = find_layout(layer_class)
-    assert layout is not None, f"{layer_class} lost its layout"
-    return layout
-
-
-def _become(layer: nnx.Module, layer_class: type[nnx.Module]) -> None:
-    """Changes a layer's class in place, so that whatever holds it need not be found."""
-    object.__setattr__(layer, "__class__", layer_class)
-
-
-def _view(layer: Any, **attributes: Any) -> Any:
-    """Returns a view of a layer with some attributes exchanged; its variables are the layer's."""
-    view = object.__new__(type(layer))
-    vars(view).update(vars(layer), **attributes)
-    return view
-
-
-def _without_bias(layer: Any, name: str) -> Any:
-    """Returns a view of a layer whose bias is zero.
-
-    Zero, not None: a bias takes part in the promotion of dtypes. XLA removes the addition.
-    """
-    bias = getattr(layer, name, None)
-    if bias is None:
-        return layer
-    return _view(layer, **{name: nnx.Param(jnp.zeros_like(bias[...]))})
-
-
-def _run(
-    layer: Any, layer_class: type[nnx.Module], call: Call, kernel: jax.Array, features: int
-) -> jax.Array:
-    """Runs a layer's own method with another kernel, of `features` out features, and no bias."""
-    name = _layout(layer_class).kernel
-    view = _view(
-        layer,
-        **{name: nnx.Param(kernel)},
-        kernel_shape=kernel.shape,
-        out_features=features,
-        use_bias=False,
-        bias=None,
-    )
-    return layer_class.__call__(view, **call)
-
-
-def kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
-    """Returns the frozen kernel of an adapted layer, and the axes of what is stored."""
-    kernel = getattr(layer, _layout(_plain_class(type(layer))).kernel)
-    return kernel, stored_axes(layer.call_axes, kernel.ndim, type(layer).__name__)
-
-
-def _adapter(layer: Any) -> dict[str, jax.Array]:
-    return {name: getattr(layer, name)[...] for name in layer.spec.parameter_names}
-
-
-def _base(layer: Any) -> dict[str, jax.Array]:
-    prefix = "base_"
-    return {k.removeprefix(prefix): v[...] for k, v in vars(layer).items() if k.startswith(prefix)}
-
-
-def _call_axes(path: Path, layer: Any, layout: Layout, call: Call) -> KernelAxes:
-    try:
-        return layout.axes(layer, call)
-    except LayoutError as error:
-        raise LayoutError(f"{layer_name(path)} cannot be adapted: {error}") from error
-
-
-def _trace_axes(
-    model: nnx.Module, layers: Mapping[Path, tuple[Any, Layout]], inputs: tuple[Any, ...]
-) -> dict[Path, KernelAxes]:
-    """Traces a call of the model; returns the axes of the kernel of each layer it calls."""
-    found: dict[Path, KernelAxes] = {}
-
-    def recorder(path: Path, layer_class: type[nnx.Module], layout: Layout) -> type[nnx.Module]:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            bound = bind_call(layer_class.__call__, (self, *args), kwargs)
-            found[path] = _call_axes(path, self, layout, bound)
-            return layer_class.__call__(self, *args, **kwargs)
-
-        return type(layer_class.__name__, (layer_class,), {"__call__": call})
-
-    plain = {path: layer.__class__ for path, (layer, _) in layers.items()}
-    for path, (layer, layout) in layers.items():
-        _become(layer, recorder(path, plain[path], layout))
-    try:
-        nnx.eval_shape(lambda model, inputs: model(*inputs), model, inputs)
-    finally:
-        for path, (layer, _) in layers.items():
-            _become(layer, plain[path])
-    return found
-
-
-def _warn_of_uncalled(paths: Iterable[Path]) -> None:
-    for name in sorted(".".join(path) for path in paths):
-        warnings.warn(
-            f"{name}: the traced call does not call this layer. If the model reads its kernel "
-            "instead, the adapter has no effect until it is merged: leave the layer out",
-            stacklevel=4,
-        )
-
-
 def _copy(model: M) -> M:
     return nnx.merge(*nnx.split(model), copy=True)  # new variables, the same arrays
 
 
-def _modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
-    for path, module in nnx.iter_modules(model):
-        yield tuple(map(str, path)), module
-
-
 def adapted_layers(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
     """Returns the layers that carry an adapter, by path; a shared one once."""
-    return ((path, m) for path, m in _modules(model) if isinstance(m, DoRALayer))
+    return ((path, m) for path, m in named_modules(model) if isinstance(m, DoRALayer))
 
 
 def _checked_layers(model: nnx.Module) -> list[Any]:
