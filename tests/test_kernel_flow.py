@@ -122,9 +122,9 @@ STORED = {
     "jit": lambda m, x: nn.jit(nn.Dense)(5, name="dense")(x),
     "dot_general": lambda m, x: nn.Dense(5, dot_general=triple)(x),
     "dot_general of DenseGeneral": lambda m, x: nn.DenseGeneral((5, 2), dot_general=triple)(x),
-    "normalised queries": lambda m, x: nn.MultiHeadDotProductAttention(2, normalize_qk=True)(
-        x[None]
-    ),
+    "normalised queries": lambda m, x: nn.MultiHeadDotProductAttention(
+        2, qkv_features=32, normalize_qk=True
+    )(x[None]),
 }
 
 
