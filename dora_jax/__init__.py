@@ -25,7 +25,7 @@ from dora_jax.layouts import Layout, register_layout
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
 from dora_jax.optim import dora_optimizer, label_adapters
-from dora_jax.remat import save_pre_scale
+from dora_jax.remat import save_scaled
 from dora_jax.summary import Summary, summary
 from dora_jax.transform import (
     apply_dora,
@@ -64,7 +64,7 @@ __all__ = [
     "label_adapters",
     "merge",
     "register_layout",
-    "save_pre_scale",
+    "save_scaled",
     "select_adapters",
     "set_adapters",
     "stack_adapters",

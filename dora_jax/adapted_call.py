@@ -17,7 +17,7 @@ from dora_jax.decomposition import (
     scale_minus_one,
 )
 from dora_jax.layouts import Call, Layout, OutputAxes, Run
-from dora_jax.remat import name_pre_scale
+from dora_jax.remat import scaled_name
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -58,7 +58,7 @@ def adapted_output(
       base: `norm` and `row` of the kernel.
       dropout: acts on the input of the low-rank branch.
       run: runs the layer's own method with another kernel and no bias.
-      path: of the layer, by which remat may save `h`.
+      path: of the layer, by which remat may save `h + d h`.
 
     Raises:
       LayoutError: this call uses the kernel in another way than the one that was traced.
@@ -78,7 +78,7 @@ def adapted_output(
         h = h + layout.low_rank(layer, dropped, a, b, spec.scaling, dtype, run).astype(h.dtype)
     if spec.decompose:
         d = layer_scale(spec, layout, layer, call, kernel, adapter, base)
-        h = apply_scale(name_pre_scale(h, path), _along_output(d, axes, output_axes, h.ndim))
+        h = apply_scale(h, _along_output(d, axes, output_axes, h.ndim), scaled_name(path))
     if bias is None:
         return h
     shape = [kernel.shape[i] if i is not None else 1 for i in _expand(output_axes, h.ndim)]

@@ -1,36 +1,31 @@
 """What to save for the backward pass under rematerialisation.
 
-The gradient of a magnitude needs its layer's output before the scale, `h = x (W0 + s A B)`. Plain
-LoRA has no such need: where a block ends in a projection, as LLaMA's do in `down_proj`, its
-backward pass never computes that product again. DoRA's does, unless `h` is saved by name.
+The gradient of a magnitude needs the output of its layer. Plain LoRA has no such need: where a
+block ends in a projection, as LLaMA's do in `down_proj`, its backward pass never computes that
+product again. DoRA's does, unless the output is saved by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-from jax.ad_checkpoint import checkpoint_name
+from typing import Any
 
 from dora_jax.config import Path
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
-
-PRE_SCALE = "dora_pre_scale"
+_SCALED = "dora_scaled"
 
 
-def name_pre_scale(h: Float[Array, "*batch out"], layer: Path) -> Float[Array, "*batch out"]:
-    """Names a layer's output before the scale `dora_pre_scale:<dotted path>`."""
-    return checkpoint_name(h, f"{PRE_SCALE}:{'.'.join(layer)}")
+def scaled_name(layer: Path) -> str:
+    """Returns the name, for `jax.ad_checkpoint.checkpoint_name`, of a layer's scaled output."""
+    return f"{_SCALED}:{'.'.join(layer)}"
 
 
-def save_pre_scale(*layers: str) -> Callable[..., bool]:
-    """Returns a policy for `jax.checkpoint` that saves adapted layers' outputs before their scale.
+def save_scaled(*layers: str) -> Callable[..., bool]:
+    """Returns a policy for `jax.checkpoint` that saves the scaled outputs of adapted layers.
 
     Name the layers whose output nothing else in the backward pass needs: the last projection of
-    each rematerialised block. The saved array has the shape and dtype of the layer's output. For
-    the other layers nothing is gained, since their outputs are computed again in any case.
+    each rematerialised block. What is saved is the output before the bias, in its shape and dtype.
+    For the other layers nothing is gained, since their outputs are computed again in any case.
 
     Args:
       layers: dotted paths or their ends (numbers in an NNX model's paths left out), as in
@@ -43,7 +38,7 @@ def save_pre_scale(*layers: str) -> Callable[..., bool]:
       ...     @nn.compact
       ...     def __call__(self, x):
       ...         return x + nn.Dense(8, name="down_proj")(nn.relu(nn.Dense(16)(x)))
-      >>> block = nn.remat(Block, policy=dora.save_pre_scale("down_proj"))()
+      >>> block = nn.remat(Block, policy=dora.save_scaled("down_proj"))()
     """
     ends = [f".{layer}" for layer in layers] or [""]
 
@@ -52,6 +47,6 @@ def save_pre_scale(*layers: str) -> Callable[..., bool]:
         if primitive.name != "name":
             return False
         kind, _, layer = params["name"].partition(":")
-        return kind == PRE_SCALE and any(f".{layer}".endswith(end) for end in ends)
+        return kind == _SCALED and any(f".{layer}".endswith(end) for end in ends)
 
     return policy

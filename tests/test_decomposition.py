@@ -304,6 +304,46 @@ def test_a_scale_near_one_is_not_rounded_away():
     assert np.mean(np.asarray(y != h)) > 0.5
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("scale", [-3.0, -0.1, 0.1, 0.9, 1.0, 1e3])
+def test_the_gradient_of_a_scale_of_any_size_is_that_of_the_definition(scale, dtype, bound):
+    rng = np.random.default_rng(0)
+    h, weight = (jnp.asarray(rng.normal(size=(50, 4)), dtype) for _ in range(2))
+    d = jnp.float32(scale) * jnp.array([1.0, 0.5, 2.0, 1.5]) - 1
+
+    def loss(h, d):
+        return jnp.sum(weight.astype(jnp.float32) * apply_scale(h, d).astype(jnp.float32))
+
+    by_h, by_d = jax.grad(loss, (0, 1))(h, d)
+    wide_h, wide_weight, wide_d = reference.wide(h, weight, d)
+    assert by_h.dtype == dtype and by_d.dtype == jnp.float32
+    assert reference.relative_error(by_h, wide_weight * (1 + wide_d)) <= bound
+    assert reference.relative_error(by_d, np.sum(wide_weight * wide_h, axis=0)) <= bound
+    forward = jax.jvp(loss, (h, d), (jnp.ones_like(h), jnp.zeros_like(d)))[1]
+    assert reference.relative_error(forward, np.sum(wide_weight * (1 + wide_d))) <= bound
+
+
+def test_a_scale_of_zero_has_a_finite_gradient():
+    d = jnp.array([-1.0, 0.0])
+    by_h, by_d = jax.grad(lambda h, d: jnp.sum(apply_scale(h, d)), (0, 1))(jnp.ones((3, 2)), d)
+    assert np.array_equal(by_d, [0, 3])
+    assert np.array_equal(by_h, [[0, 1]] * 3)
+
+
+def test_the_output_of_a_scale_is_all_that_is_kept_of_it():
+    """The next layer keeps it too, as its input: then there is one array of its size, not two."""
+    h, d = jnp.ones((50, 4)), jnp.zeros(4)
+
+    def backward(h, d):
+        return jax.vjp(lambda h, d: apply_scale(h, d) ** 2, h, d)[1]
+
+    program = jax.make_jaxpr(backward)(h, d).jaxpr
+    kept = {v for v in program.outvars if v.aval.shape == h.shape}
+    # Two, since `2 y` of the square is one of its own; not h.
+    assert program.invars[0] not in kept
+    assert len(kept) <= 2
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
 def test_a_cast_is_no_change_of_the_base(dtype):
     kernel = 8 * draw((96, 40), 4)[0]  # in the range that float8 holds without underflow
