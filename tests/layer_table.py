@@ -43,10 +43,11 @@ class Errors(NamedTuple):
     merge: float
 
 
-# What the tests hold the table to. A bfloat16 number is off by up to 2^-9 = 2e-3 of itself.
+# What the tests hold the table to. A bfloat16 number is off by up to 2^-9 = 2e-3 of itself; the
+# exact gradient is a difference, and the rounding of few inputs does not average out.
 BOUNDS = {
     "float32": Errors(2e-6, 2e-5, 2e-5, 2e-6),
-    "bfloat16": Errors(1e-2, 3e-2, 3e-2, 4e-3),
+    "bfloat16": Errors(1e-2, 5e-2, 3e-2, 4e-3),
 }
 
 
