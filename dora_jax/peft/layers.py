@@ -1,0 +1,145 @@
+"""The adapted layers and the parameters of a model, the same for both front ends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.core import meta
+
+from dora_jax import linen as dora_linen
+from dora_jax import nnx as dora_nnx
+from dora_jax.adapters import flatten
+from dora_jax.config import Path, layer_name
+from dora_jax.layer_types import CONV, EMBED
+from dora_jax.layouts import Layout, find_layout
+from dora_jax.names import HFModule, NameMap
+from dora_jax.peft.config import PeftError
+from dora_jax.peft.tensors import Kind, Layer
+
+
+def adapted_layers(model: Any, names: NameMap) -> dict[Path, Layer]:
+    """Returns the adapted layers of an NNX model or a `DoRAModel`, by path.
+
+    Raises:
+      PeftError: PEFT has no form for a layer; names it.
+    """
+    layers = {}
+    if isinstance(model, dora_linen.DoRAModel):
+        for path, known in model.layers.items():
+            shapes = {name: model.shapes[(*path, name)] for name in known.spec.parameter_names}
+            kind = _kind(path, known.layout, known.name, None)
+            module = names.find(".".join(path))
+            base = model.base[path]
+            layers[path] = Layer(path, known.spec, known.axes, kind, module, shapes, base)
+    else:
+        for path, layer in dora_nnx.adapted_layers(model):
+            layer_class = type(layer).__mro__[2]
+            layout = find_layout(layer_class)
+            kind = _kind(path, layout, layer_class.__name__, layer)
+            _, axes = dora_nnx.kernel_and_axes(layer)
+            shapes = {name: getattr(layer, name).shape for name in layer.spec.parameter_names}
+            base = {
+                name.removeprefix("base_"): value.get_value()
+                for name, value in vars(layer).items()
+                if name.startswith("base_")
+            }
+            module = names.find(".".join(path))
+            layers[path] = Layer(path, layer.spec, axes, kind, module, shapes, base)
+    return layers
+
+
+def base_parameters(model: Any, params: Any = None) -> dict[Path, Any]:
+    """Returns the base's parameters by path: arrays, or their shapes where they are abstract."""
+    if isinstance(model, nnx.Module):
+        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+        return {tuple(map(str, path)): variable.get_value() for path, variable in state}
+    if params is None:
+        raise TypeError("a Linen model needs params too: the collection, as for apply_dora")
+    return flatten(meta.unbox(params))
+
+
+def hf_modules(
+    parameters: Mapping[Path, Any], names: NameMap
+) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """Returns the Flax module and the index in its stack of every Hugging Face module.
+
+    Modules that the map does not have are left out; so are those that hold no parameters.
+    """
+    shapes = {path[:-1]: np.shape(value) for path, value in parameters.items()}
+    found = {}
+    for path, shape in shapes.items():
+        module = lookup(names, path)
+        if module is None:
+            continue
+        stack = shape[: len(module.stacked)]
+        for name, index in zip(module.names(stack), np.ndindex(*stack), strict=True):
+            found[name] = (path, index)
+    return found
+
+
+def check_tied(
+    layers: Iterable[Layer], names: NameMap, parameters: Mapping[Path, Any] | None
+) -> None:
+    """Raises `PeftError` for an adapted table that the model uses as its head, too.
+
+    Here `Embed.attend` sees the adapter, in PEFT a tied head does not. A model is taken to be tied
+    if it lacks the `lm_head` that the name map lists; where its parameters are not at hand, this
+    warns.
+    """
+    tables = [layer_name(layer.path) for layer in layers if layer.kind == "embedding"]
+    heads = {path for path in names.modules if path.rpartition(".")[2] == "lm_head"}
+    if not (tables and heads):
+        return
+    effect = (
+        f"{tables[0]}: PEFT adapts the lookup alone; a head that is tied to the table sees the "
+        "adapter here, and would not there"
+    )
+    if parameters is None:
+        warnings.warn(effect, stacklevel=3)
+    elif not heads & {".".join(path[:-1]) for path in parameters}:
+        raise PeftError(f"{effect}. The model has no lm_head of its own: leave the table out")
+
+
+def lookup(names: NameMap, path: Path) -> HFModule | None:
+    """Returns the Hugging Face module of a path, None where the map does not have it."""
+    try:
+        return names.find(".".join(path))
+    except ValueError:
+        return None
+
+
+def abstract(tree: Any) -> Any:
+    """Returns a tree of `jax.ShapeDtypeStruct` for one of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _kind(path: Path, layout: Layout | None, class_name: str, layer: Any) -> Kind:
+    """Returns which of PEFT's layers a layer is; `layer` is there for NNX alone."""
+    name = layer_name(path)
+    if not path:
+        raise PeftError(
+            "the model is the adapted layer itself: put it into a module, as PEFT needs"
+        )
+    if layout is not CONV:
+        return "embedding" if layout is EMBED else "linear"
+    if "ConvTranspose" in class_name:
+        raise PeftError(
+            f"{name}: PEFT has no adapters for transposed convolutions. Merge it (dora.merge) and "
+            "save the base, or leave it out of target_modules"
+        )
+    for field, effect in (
+        ("feature_group_count", "splits the rank between groups"),
+        ("kernel_dilation", "does not dilate lora_A"),
+    ):
+        value = getattr(layer, field, 1)
+        if value is not None and np.any(np.asarray(value) != 1):
+            raise PeftError(
+                f"{name} has {field}={value}, for which PEFT {effect}: it would compute something "
+                "else. Merge it (dora.merge) and save the base, or leave it out of target_modules"
+            )
+    return "conv"
