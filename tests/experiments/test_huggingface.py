@@ -1,6 +1,6 @@
-"""Agreement with Hugging Face's own BERT and RoBERTa, whose activations are in tests/fixtures/bert.
+"""Agreement with Hugging Face's own models, whose activations are in tests/fixtures/{bert,llama}.
 
-`python tests/fixtures/make_bert_fixtures.py` makes the fixtures anew.
+`python tests/fixtures/make_bert_fixtures.py` and `make_llama_fixtures.py` make the fixtures anew.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+import dora_jax as dora
 from experiments.data.download import DownloadError, minilm_folder
-from experiments.models.bert import BertConfig, BertEncoder, masked_mean
-from experiments.models.huggingface import CheckpointError, load_bert, module_names
+from experiments.models.bert import BertEncoder, masked_mean
+from experiments.models.huggingface import (
+    CheckpointError,
+    load_bert,
+    load_llama,
+    save_bert,
+    save_llama,
+)
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "bert"
 MODELS = pytest.mark.parametrize("name", ["bert_tiny", "roberta_tiny"])
@@ -28,7 +35,10 @@ KERNEL = "encoder.layer.0.intermediate.dense.weight"
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
 
-apply = nnx.jit(BertEncoder.__call__)
+LLAMA_FIXTURES = FIXTURES.with_name("llama")
+LLAMAS = pytest.mark.parametrize("name", sorted(path.name for path in LLAMA_FIXTURES.iterdir()))
+
+apply = nnx.jit(lambda model, *inputs: model(*inputs))
 hidden_states = nnx.jit(BertEncoder.hidden_states)
 
 
@@ -81,7 +91,7 @@ def test_fixtures_hold_both_kinds_of_names_and_what_is_not_used(caplog):
     roberta = load_file(FIXTURES / "roberta_tiny" / "model.safetensors")
     assert f"bert.{KERNEL}" in bert and "cls.predictions.bias" in bert
     assert KERNEL in roberta and "pooler.dense.weight" in roberta
-    with caplog.at_level(logging.INFO, "experiments"):
+    with caplog.at_level(logging.INFO, "dora_jax"):
         load_bert(FIXTURES / "bert_tiny")
     unused = {key for key in bert if "encoder." not in key and "embeddings." not in key}
     assert len(unused) > 5
@@ -138,17 +148,6 @@ def test_a_loaded_model_has_the_structure_of_a_made_one():
     assert nnx.graphdef(loaded) == nnx.graphdef(made)
 
 
-def test_module_names_cover_exactly_the_modules_with_parameters():
-    encoder = BertEncoder(
-        BertConfig.from_json(FIXTURES / "bert_tiny" / "config.json"), rngs=nnx.Rngs(0)
-    )
-    modules = {
-        ".".join(map(str, path[:-1]))
-        for path, _ in nnx.to_flat_state(nnx.state(encoder, nnx.Param))
-    }
-    assert set(module_names(encoder.config)) == modules
-
-
 def test_all_that_is_wrong_is_named_at_once(tmp_path):
     def spoil(tensors):
         tensors["encoder.layer.7.output.dense.weight"] = np.zeros((2, 2), np.float32)
@@ -166,12 +165,13 @@ def test_all_that_is_wrong_is_named_at_once(tmp_path):
     file, *problems = str(caught.value).splitlines()
     assert str(folder / "model.safetensors") in file
     expected = {
-        "encoder.layer.7.output.dense.weight": "not part of the encoder",
-        "embeddings.word_embeddings.weight": r"shape (99, 32), but config.json makes it (100, 32)",
+        "encoder.layer.7.output.dense.weight": "no parameter of the model",
+        "embeddings.word_embeddings.weight": "shape (99, 32), but the model's configuration makes "
+        "it (100, 32)",
         "bert.embeddings.LayerNorm.bias": "holds the same parameter",
-        "encoder.layer.0.output.dense.bias": "dtype int8",
+        "encoder.layer.0.output.dense.bias": "dtype I8",
         "encoder.layer.1.output.dense.bias": "NaN or infinity",
-        KERNEL: "shape (32, 64), but config.json makes it (64, 32)",
+        KERNEL: "shape (32, 64), but the model's configuration makes it (64, 32)",
         "encoder.layer.1.attention.self.value.bias": "missing",
     }
     found = dict(line.strip().split(": ", 1) for line in problems)
@@ -193,7 +193,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
             load_bert(folder)
 
 
-def test_pickles_and_shards_are_refused_and_missing_files_named(tmp_path):
+def test_pickles_are_refused_and_missing_files_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_bert(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
@@ -204,9 +204,113 @@ def test_pickles_and_shards_are_refused_and_missing_files_named(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin .* pickle"):
         load_bert(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
-    with pytest.raises(CheckpointError, match="sharded"):
-        load_bert(tmp_path)
+
+
+def test_a_saved_encoder_is_read_back_by_its_reader(tmp_path):
+    encoder = load_bert(FIXTURES / "roberta_tiny")
+    head = nnx.Linear(32, 3, rngs=nnx.Rngs(0))
+    save_bert(encoder, tmp_path / "saved", source=FIXTURES / "roberta_tiny", head=head)
+    save_bert(encoder, tmp_path / "saved", source=FIXTURES / "roberta_tiny", head=head)  # again
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    np.testing.assert_array_equal(tensors["classifier.weight"], head.kernel[...].T)
+    read = nnx.state(load_bert(tmp_path / "saved"))
+    jax.tree.map(np.testing.assert_array_equal, read, nnx.state(encoder))
+
+
+def assert_logits_agree(model, name):
+    """The logits equal Hugging Face's to 1e-5, with and without padding."""
+    expected = load_file(LLAMA_FIXTURES / name / "activations.safetensors")
+    logits = apply(model, expected["input_ids"])
+    np.testing.assert_allclose(logits, expected["logits"], atol=1e-5, rtol=0)
+    mask = expected["attention_mask"]
+    padded = apply(model, expected["padded_input_ids"], mask)[mask == 1]
+    np.testing.assert_allclose(padded, expected["logits_padded"][mask == 1], atol=1e-5, rtol=0)
+
+
+@LLAMAS
+def test_logits_equal_hugging_faces(name):
+    assert_logits_agree(load_llama(LLAMA_FIXTURES / name), name)
+
+
+def test_logits_of_scanned_layers_equal_hugging_faces():
+    assert_logits_agree(load_llama(LLAMA_FIXTURES / "llama3", scan_layers=True), "llama3")
+
+
+@LLAMAS
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["numbered", "scanned"])
+def test_a_saved_decoder_has_the_tensors_that_were_read(tmp_path, name, scan_layers):
+    model = load_llama(
+        LLAMA_FIXTURES / name, scan_layers=scan_layers, param_dtype=jnp.bfloat16, remat=True
+    )
+    save_llama(model, tmp_path, source=LLAMA_FIXTURES / name, max_file_bytes=20_000)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    saved, source = (
+        {
+            key: value.astype(np.float32)
+            for file in folder.glob("model*.safetensors")
+            for key, value in load_file(file).items()
+        }
+        for folder in (tmp_path, LLAMA_FIXTURES / name)
+    )
+    assert saved.keys() == source.keys()
+    for key, value in source.items():
+        np.testing.assert_array_equal(saved[key], value, err_msg=key)
+    config, original = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (tmp_path, LLAMA_FIXTURES / name)
+    )
+    assert config == original | {"dtype": "bfloat16"}
+
+
+def trained(model):
+    """The model with adapters as if trained, merged."""
+    config = dora.DoRAConfig(rank=2, target_modules=["q_proj", "down_proj"])
+    model = dora.apply_dora(model, config, rngs=nnx.Rngs(1))
+    rng = np.random.default_rng(0)
+    tree = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), dora.get_adapters(model))
+    dora.set_adapters(model, tree)
+    return dora.merge(model)
+
+
+def test_a_merged_decoder_is_the_same_when_read_back(tmp_path):
+    tokens = load_file(LLAMA_FIXTURES / "tied" / "activations.safetensors")["input_ids"]
+    base = load_llama(LLAMA_FIXTURES / "tied", scan_layers=True)
+    merged = trained(base)
+    save_llama(merged, tmp_path, source=LLAMA_FIXTURES / "tied", max_file_bytes=30_000)
+    for scan_layers in (False, True):
+        read = apply(load_llama(tmp_path, scan_layers=scan_layers), tokens)
+        np.testing.assert_allclose(read, apply(merged, tokens), atol=2e-6)
+    assert np.abs(read - apply(base, tokens)).max() > 0.05
+
+
+def test_a_decoder_saved_without_its_head_and_one_with_constants_are_read(tmp_path):
+    tensors = load_file(LLAMA_FIXTURES / "tied" / "model.safetensors")
+    bare = {key.removeprefix("model."): value for key, value in tensors.items()}
+    bare["layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    shutil.copy(LLAMA_FIXTURES / "tied" / "config.json", tmp_path)
+    save_file(bare, tmp_path / "model.safetensors")
+    assert_logits_agree(load_llama(tmp_path), "tied")
+
+
+def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path):
+    tensors = load_file(LLAMA_FIXTURES / "tied" / "model.safetensors")
+    shutil.copy(LLAMA_FIXTURES / "tied" / "config.json", tmp_path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_logits_agree(load_llama(tmp_path), "tied")
+    tensors["lm_head.weight"][5, 3] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: differs from model\.embed_tokens"):
+        load_llama(tmp_path)
+
+
+def test_a_missing_head_is_named_where_it_is_not_tied(tmp_path):
+    tensors = load_file(LLAMA_FIXTURES / "llama2" / "model.safetensors")
+    del tensors["lm_head.weight"]
+    shutil.copy(LLAMA_FIXTURES / "llama2" / "config.json", tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight: missing"):
+        load_llama(tmp_path)
 
 
 def test_pretrained_minilm_equals_hugging_faces():

@@ -1,0 +1,259 @@
+"""The parameters of a model of either front end as slices that stand for Hugging Face tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+from flax.core import meta
+
+from dora_jax import linen as dora_linen
+from dora_jax import nnx as dora_nnx
+from dora_jax.config import AdapterError, LayoutError
+from dora_jax.decomposition import KernelAxes
+from dora_jax.layer_types import CONV, EMBED
+from dora_jax.layouts import find_layout
+from dora_jax.storage import CheckpointError
+
+if TYPE_CHECKING:
+    from jaxtyping import Shaped
+
+    from dora_jax.names import NameMap
+
+_NNX_PARAMETERS = (nnx.Param, nnx.BatchStat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A part of a parameter that is one tensor: all of it, or one index of its stack axes.
+
+    Attributes:
+      tensor: the tensor's name.
+      tensor_shape: its shape.
+      path: of the parameter of that layer alone, dotted.
+      shape: of that parameter.
+      index: where it stands in the stack.
+      axes: of a kernel with several in or out axes.
+    """
+
+    tensor: str
+    tensor_shape: tuple[int, ...]
+    path: str
+    shape: tuple[int, ...]
+    index: tuple[int, ...]
+    axes: KernelAxes | None
+
+    def from_tensor(
+        self, names: NameMap, tensor: Shaped[np.ndarray, "..."]
+    ) -> Shaped[np.ndarray, "..."]:
+        """Returns the slice's value."""
+        return names.from_hf(self.path, self.shape, lambda name: tensor, self.axes)
+
+    def to_tensor(
+        self, names: NameMap, value: Shaped[np.ndarray, "..."]
+    ) -> Shaped[np.ndarray, "..."]:
+        """Returns the tensor for a slice's value."""
+        (tensor,) = names.to_hf(self.path, value, self.axes).values()
+        return tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """The part of a parameter that some devices hold: `start` to `stop` of each axis."""
+
+    bounds: tuple[tuple[int, int], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the part."""
+        return tuple(stop - start for start, stop in self.bounds)
+
+    def slice_of(self, index: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[slice, ...]] | None:
+        """Returns where a slice's part stands in the region, and which part of the slice it is.
+
+        None if the region holds nothing of the slice.
+        """
+        stack = self.bounds[: len(index)]
+        if any(not start <= i < stop for i, (start, stop) in zip(index, stack, strict=True)):
+            return None
+        where = tuple(i - start for i, (start, _) in zip(index, stack, strict=True))
+        return where, tuple(slice(*bounds) for bounds in self.bounds[len(index) :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One parameter of a model.
+
+    Attributes:
+      path: dotted.
+      value: an array or its shape and dtype.
+      sharding: where it is to be.
+      axes: of a kernel with several in or out axes, as one layer has it.
+    """
+
+    path: str
+    value: Any
+    sharding: jax.sharding.Sharding | None = None
+    axes: KernelAxes | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The parameter's shape, its stack axes included."""
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The parameter's dtype."""
+        return self.value.dtype
+
+    def tensors(self, names: NameMap) -> list[str]:
+        """Returns the names of the tensors that make it up."""
+        return names.tensor_names(self.path, self._stack(names))
+
+    def slices(self, names: NameMap) -> Iterator[Slice]:
+        """Returns its slices, one for each tensor."""
+        stack = self._stack(names)
+        shape = self.shape[len(stack) :]
+        module, _, name = self.path.rpartition(".")
+        numbered = names.find(module).names(stack)
+        for index, theirs in zip(np.ndindex(*stack), numbered, strict=True):
+            path = f"{names.path(theirs)}.{name}" if stack else self.path
+            # What the slice becomes says which shape its tensor has.
+            example = np.broadcast_to(np.empty((), np.uint8), shape)
+            ((tensor, made),) = names.to_hf(path, example, self.axes).items()
+            yield Slice(tensor, made.shape, path, shape, index, self.axes)
+
+    def regions(self) -> dict[Any, Region]:
+        """Returns the distinct parts of the parameter that this process's devices hold."""
+        whole = tuple((0, size) for size in self.shape)
+        if self.sharding is None:
+            return {whole: Region(whole)}
+        indices = self.sharding.addressable_devices_indices_map(self.shape).values()
+        return {(bounds := self._bounds(index)): Region(bounds) for index in indices}
+
+    def place(self, buffers: Mapping[Any, np.ndarray]) -> jax.Array:
+        """Returns the parameter made of the values of its regions."""
+        if self.sharding is None:
+            (value,) = buffers.values()
+            return jax.block_until_ready(jax.device_put(value))  # jnp.asarray would copy
+        devices = self.sharding.addressable_devices_indices_map(self.shape)
+        shards = [
+            jax.device_put(buffers[self._bounds(index)], device)
+            for device, index in devices.items()
+        ]
+        array = jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
+        return jax.block_until_ready(array)  # so that the host's buffers can go
+
+    def check_concrete(self) -> None:
+        """Raises `CheckpointError` if the value is not at hand."""
+        if isinstance(self.value, jax.ShapeDtypeStruct):
+            raise CheckpointError(f"{self.path} is a shape without a value: nothing to write")
+        if isinstance(self.value, jax.Array) and not self.value.is_fully_addressable:
+            raise CheckpointError(
+                f"{self.path} is spread over several processes: gather it first, with "
+                "jax.experimental.multihost_utils.process_allgather"
+            )
+
+    def _bounds(self, index: Sequence[slice] | None) -> tuple[tuple[int, int], ...]:
+        index = tuple(slice(None) for _ in self.shape) if index is None else index
+        return tuple(part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True))
+
+    def _stack(self, names: NameMap) -> tuple[int, ...]:
+        return self.shape[: len(names.find(self.path.rpartition(".")[0]).stacked)]
+
+
+def parameters_of(
+    model: Any, *, shardings: Any = None, axes: Mapping[str, KernelAxes] | None = None
+) -> list[Parameter]:
+    """Returns the parameters of an NNX model or of a tree, in the order of its leaves.
+
+    Raises:
+      AdapterError: the model is adapted.
+    """
+    axes = {**_nnx_axes(model), **(axes or {})}
+    flat = _flatten(_tree(model))
+    if isinstance(shardings, jax.sharding.Sharding):
+        placed: Mapping[str, Any] = dict.fromkeys(flat, shardings)
+    else:
+        placed = {} if shardings is None else _flatten(shardings)
+        if shardings is not None and (missing := sorted(flat.keys() - placed.keys())):
+            raise CheckpointError(f"shardings has none for {', '.join(missing)}")
+    return [
+        Parameter(path, value, placed.get(path, _own_sharding(value)), axes.get(path))
+        for path, value in flat.items()
+    ]
+
+
+def replace_parameters(model: Any, values: Sequence[Any]) -> Any:
+    """Returns a copy of a model or tree with other values, in the order of `parameters_of`."""
+    tree = _tree(model)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_leaf)
+    new = [_with_value(leaf, value) for leaf, value in zip(leaves, values, strict=True)]
+    filled = jax.tree.unflatten(structure, new)
+    if not isinstance(model, nnx.Module):
+        return filled
+    copy = nnx.merge(*nnx.split(model), copy=True)
+    nnx.update(copy, filled)
+    return copy
+
+
+def _tree(model: Any) -> Any:
+    if isinstance(model, nnx.Module):
+        if any(True for _ in dora_nnx.adapted_layers(model)):
+            raise AdapterError(
+                "the model is adapted: load the base before apply_dora; save it after merge"
+            )
+        return nnx.state(model, nnx.Any(*_NNX_PARAMETERS))
+    if isinstance(model, dora_linen.DoRAModel):
+        raise AdapterError("this is a DoRAModel: give the parameters, merged to be saved")
+    return model
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, nnx.Variable | meta.AxisMetadata | jax.sharding.Sharding)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Returns the values of a tree's leaves by dotted path, out of their boxes."""
+    flat = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
+        path = ".".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
+        if isinstance(leaf, nnx.Variable):
+            leaf = leaf.get_value()
+        flat[path] = meta.unbox(leaf)
+    return flat
+
+
+def _with_value(leaf: Any, value: Any) -> Any:
+    if isinstance(leaf, nnx.Variable):
+        return leaf.replace(value)
+    return leaf.replace_boxed(value) if isinstance(leaf, meta.AxisMetadata) else value
+
+
+def _own_sharding(value: Any) -> jax.sharding.Sharding | None:
+    if isinstance(value, jax.Array) and not value.committed:
+        return None
+    sharding = getattr(value, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.Sharding) else None
+
+
+def _nnx_axes(model: Any) -> dict[str, KernelAxes]:
+    """Returns the axes of kernels with several in or out axes, which torch flattens."""
+    found: dict[str, KernelAxes] = {}
+    if not isinstance(model, nnx.Module):
+        return found
+    for path, module in nnx.iter_modules(model):
+        layout = find_layout(type(module))
+        if layout is None or layout in (CONV, EMBED):
+            continue
+        try:
+            axes = layout.axes(module, {})
+        except LayoutError:  # an equation given with each call
+            continue
+        if len(axes.inputs) > 1 or len(axes.outputs) > 1:
+            found[".".join(map(str, (*path, layout.kernel)))] = axes
+    return found
