@@ -14,6 +14,8 @@ ARGS ?=
 TEST_EXTRAS := experiments,notebooks,test,lint
 # Its dependencies are for its trainers; the models, which the tests use, need none of them.
 TUNIX := google-tunix==0.1.7
+# The oldest release whose adapters are read and written; constraints-peft.txt has the newest.
+OLD_PEFT := peft==0.17.1
 # Exact versions, for what is installed and for the build backend of the editable install alike
 # (newer releases of pip read the latter from a variable of its own). The path must be relative:
 # pip splits the value at spaces. Not exported: the experiments call pip too, for their data.
@@ -21,7 +23,7 @@ PIN = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS)
 PINS := constraints.txt
 INSTALL := -m pip install -q --disable-pip-version-check
 
-.PHONY: help quickstart test test-models lint format constraints clean
+.PHONY: help quickstart test test-models test-peft lint format constraints clean
 
 help:  ## List the targets (default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -34,6 +36,10 @@ test: lint  ## Lint, types, tests, docstring examples and notebooks
 
 test-models: $(VENV)-models/.test  ## Tests on models of other libraries, in an environment of their own
 	$(VENV)-models/bin/python -m pytest -q -n $(JOBS) --dist loadgroup tests/foreign
+
+test-peft: $(VENV)-peft/.test  ## Tests against torch and PEFT (two releases), in an environment of their own
+	$(VENV)-peft/bin/python -m pytest -q -n $(JOBS) tests/parity
+	PYTHONPATH=$(VENV)-peft/old $(VENV)-peft/bin/python -m pytest -q -n $(JOBS) tests/parity
 
 lint: $(VENV)/.test  ## Lint, formatting and types only
 	$(BIN)/ruff check
@@ -49,9 +55,10 @@ constraints:  ## Write constraints*.txt anew from the newest releases (Python 3.
 	  echo "The pins must hold on the oldest supported Python: make $@ PYTHON=python3.11" >&2; exit 1; }
 	$(call write_pins,constraints.txt,$(TEST_EXTRAS))
 	$(call write_pins,constraints-models.txt,models$(COMMA)test)
+	$(call write_pins,constraints-peft.txt,parity$(COMMA)test)
 
 clean:  ## Remove the environment, caches and build outputs
-	rm -rf $(VENV) $(VENV)-models build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-models $(VENV)-peft build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 COMMA := ,
@@ -90,4 +97,11 @@ $(VENV)-models/.test: pyproject.toml constraints-models.txt Makefile | $(VENV)-m
 	@echo "Installing model libraries and the packages for tests into $(@D)"
 	@$(PIN) $(@D)/bin/python $(INSTALL) -e '.[models,test]'
 	@$(@D)/bin/python $(INSTALL) --no-deps $(TUNIX)
+	@touch $@
+
+$(VENV)-peft/.test: PINS := constraints-peft.txt
+$(VENV)-peft/.test: pyproject.toml constraints-peft.txt Makefile | $(VENV)-peft/.python
+	@echo "Installing torch, PEFT and the packages for tests into $(@D)"
+	@$(PIN) $(@D)/bin/python $(INSTALL) -e '.[parity,test]'
+	@$(@D)/bin/python $(INSTALL) --no-deps --upgrade --target $(@D)/old $(OLD_PEFT)
 	@touch $@

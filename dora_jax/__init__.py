@@ -8,6 +8,7 @@ Example:
   >>> optimizer = nnx.Optimizer(model, dora.dora_optimizer(1e-3), wrt=dora.DoRAParam)
 """
 
+from dora_jax import huggingface, names, peft
 from dora_jax.adapters import (
     add_weighted,
     cast_adapters,
@@ -18,6 +19,7 @@ from dora_jax.adapters import (
     stack_adapters,
 )
 from dora_jax.analysis import WeightChange, weight_change
+from dora_jax.checkpoint import load, read_adapters, save
 from dora_jax.config import AdapterError, ConfigError, DoRAConfig, DoRAError, LayoutError
 from dora_jax.decomposition import KernelAxes
 from dora_jax.layer_types import einsum_layout
@@ -26,7 +28,9 @@ from dora_jax.linen import DoRAModel
 from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
 from dora_jax.optim import dora_optimizer, label_adapters
 from dora_jax.remat import save_scaled
+from dora_jax.storage import CheckpointError
 from dora_jax.summary import Summary, summary
+from dora_jax.training_checkpoint import Checkpoints, Restored
 from dora_jax.transform import (
     apply_dora,
     apply_mixed,
@@ -38,6 +42,8 @@ from dora_jax.transform import (
 
 __all__ = [
     "AdapterError",
+    "CheckpointError",
+    "Checkpoints",
     "ConfigError",
     "DoRAConfig",
     "DoRAError",
@@ -46,6 +52,7 @@ __all__ = [
     "KernelAxes",
     "Layout",
     "LayoutError",
+    "Restored",
     "Summary",
     "WeightChange",
     "add_weighted",
@@ -60,10 +67,16 @@ __all__ = [
     "einsum_layout",
     "get_adapters",
     "hoist",
+    "huggingface",
     "interpolate",
     "label_adapters",
+    "load",
     "merge",
+    "names",
+    "peft",
+    "read_adapters",
     "register_layout",
+    "save",
     "save_scaled",
     "select_adapters",
     "set_adapters",

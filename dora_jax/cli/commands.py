@@ -1,0 +1,183 @@
+"""The commands of `dora-jax`, as tyro reads them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dora_jax.cli.convert import NAME_MAPS, convert
+from dora_jax.cli.diff import diff
+from dora_jax.cli.inspect import inspect
+from dora_jax.cli.merge import merge
+from dora_jax.cli.tables import percent
+from dora_jax.names import NameMap, NameMapError
+
+Names = Literal["identity", "bert", "roberta", "llama", "mistral", "qwen2", "qwen3"]
+Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+BaseFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
+AdapterFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Show what an adapter folder holds: layers, ranks, how far the magnitudes moved.
+
+    The drift of a magnitude is |m - ||W0||| / ||W0||, its mean and its largest over a layer.
+    """
+
+    folder: Folder
+    """An adapter that dora_jax or PEFT wrote, or one step of a training run's checkpoints."""
+    json: Flag = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Runs the command; returns the exit status."""
+        _print(*inspect(self.folder), self.json)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff:
+    """Compare two adapters, layer by layer. Exit status as that of diff: 0 same, 1 different.
+
+    Changes are relative: of the direction ||s A B - s' A' B'||, of the magnitude ||m - m'||, over
+    the larger of the two norms.
+    """
+
+    first: Folder
+    """An adapter folder."""
+    second: Folder
+    """Another of the same format."""
+    json: Flag = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Runs the command; returns the exit status."""
+        report, text = diff(self.first, self.second)
+        _print(report, text, self.json)
+        return 0 if report["equal"] else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write an adapter in the other format: Orbax to PEFT, or PEFT to Orbax."""
+
+    source: Source
+    """The adapter folder to read."""
+    target: Target
+    """The folder to write."""
+    names: Names
+    """Which Hugging Face module each Flax module is; "identity" if paths are the same."""
+    flax_prefix: str = ""
+    """Path of the part of the Flax model that the names are of, such as encoder."""
+    hf_prefix: str = ""
+    """Path of that part of the Hugging Face model, such as bert."""
+    extra_names: tuple[str, ...] = ()
+    """Modules that the map does not have, such as classifier=classifier (Flax, Hugging Face)."""
+    base: Path | None = None
+    """Hugging Face folder of the base. An Orbax adapter is checked against it; one that is made
+    keeps its mark, and can be loaded without a warning."""
+    other_base: Flag = False
+    """Convert although the base is not the one that the adapter was trained for."""
+    overwrite: Flag = False
+    """Exchange what is in the target."""
+    json: Flag = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Runs the command; returns the exit status."""
+        report = convert(
+            self.source,
+            self.target,
+            _name_map(self.names, self.flax_prefix, self.hf_prefix, self.extra_names),
+            base=self.base,
+            other_base=self.other_base,
+            overwrite=self.overwrite,
+        )
+        _print(
+            report, f"{self.source} ({report['from']}) -> {self.target} ({report['to']})", self.json
+        )
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Fold an adapter into the weights of its base: a Hugging Face folder to a Hugging Face folder.
+
+    Needs no model. Weights are read, merged and written one after another.
+    """
+
+    base: BaseFolder
+    """Hugging Face folder of the base, with safetensors files."""
+    adapter: AdapterFolder
+    """An adapter folder."""
+    target: Target
+    """The folder to write."""
+    names: Names | None = None
+    """Which Hugging Face module each Flax module is; needed for an Orbax adapter."""
+    flax_prefix: str = ""
+    """Path of the part of the Flax model that the names are of, such as encoder."""
+    hf_prefix: str = ""
+    """Path of that part of the Hugging Face model, such as bert."""
+    extra_names: tuple[str, ...] = ()
+    """Modules that the map does not have, such as classifier=classifier (Flax, Hugging Face)."""
+    other_base: Flag = False
+    """Merge although the base is not the one that the adapter was trained for."""
+    max_file_bytes: int = 2 * 10**9
+    """Size of one file of weights."""
+    overwrite: Flag = False
+    """Exchange the weights in the target."""
+    json: Flag = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Runs the command; returns the exit status."""
+        names = self.names and _name_map(
+            self.names, self.flax_prefix, self.hf_prefix, self.extra_names
+        )
+        report = merge(
+            self.base,
+            self.adapter,
+            self.target,
+            names,
+            max_file_bytes=self.max_file_bytes,
+            other_base=self.other_base,
+            overwrite=self.overwrite,
+        )
+        text = f"{self.target}: {len(report['merged'])} weights merged, {report['copied']} copied"
+        if report["replaced"]:
+            text += f", {len(report['replaced'])} replaced"
+        worst = max(report["rounded_away"].values(), default=0.0)
+        if worst > 1e-3:
+            text += f"\nThe base's dtype rounds away up to {percent(worst)} of a layer's change"
+        _print(report, text, self.json)
+        return 0
+
+
+Command = (
+    Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Diff, tyro.conf.subcommand("diff")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
+)
+
+
+def _name_map(name: str, flax_prefix: str, hf_prefix: str, extra_names: tuple[str, ...]) -> NameMap:
+    names = NAME_MAPS[name]
+    if flax_prefix or hf_prefix:
+        names = names.inside(flax_prefix, hf_prefix)
+    pairs = [pair.partition("=") for pair in extra_names]
+    if wrong := [extra_names[i] for i, (a, _, b) in enumerate(pairs) if not (a and b)]:
+        raise NameMapError(f"--extra-names takes pairs such as classifier=score, got {wrong[0]!r}")
+    return names | {flax: theirs for flax, _, theirs in pairs}
+
+
+def _print(report: dict[str, Any], text: str, as_json: bool) -> None:
+    print(json.dumps(report, indent=2) if as_json else text)
