@@ -198,7 +198,14 @@ def apply_dora(
         adapters = set_in(adapters, path, adapter)
         traced = found[path]
         layers[path] = AdaptedLayer(
-            spec, layout, axes, traced.axes, positions, traced.dtype, traced.precision, traced.name
+            spec,
+            layout,
+            axes,
+            traced.axes,
+            positions,
+            traced.dtype,
+            traced.precision,
+            traced.module,
         )
     check_indices(config, {path: layer.spec for path, layer in layers.items()})
     for path in _saved_paths(config, modules):

@@ -33,7 +33,7 @@ class AdaptedLayer:
       call_axes: of the kernel that one call sees.
       positions: where lifted transforms take the stack axes, the outermost transform's first.
       dtype, precision: of the layer's products.
-      name: of its class.
+      module: a copy of it, for its attributes.
     """
 
     spec: AdapterSpec
@@ -43,7 +43,7 @@ class AdaptedLayer:
     positions: tuple[int, ...] = ()
     dtype: Any = None
     precision: Any = None
-    name: str = ""
+    module: nn.Module | None = None
 
 
 def intercept(

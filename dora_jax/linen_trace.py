@@ -33,7 +33,7 @@ class TracedLayer(NamedTuple):
     kernel_shape: tuple[int, ...]
     dtype: Any
     precision: Any
-    name: str
+    module: nn.Module
     positions: tuple[int, ...] | None = None
 
 
@@ -86,7 +86,7 @@ def trace_layers(
                     shape,
                     dtype,
                     precision,
-                    type(layer).__name__,
+                    layer.clone(parent=None, name=None),
                     box.positions if isinstance(box, PositionBox) else None,
                 )
                 if layout.attend:  # run on what is marked, so that any other use shows

@@ -169,7 +169,9 @@ def _summarize_linen(model: dora_linen.DoRAModel, params: Mapping[str, Any]) -> 
         for key in path:
             own = own[key]
         kernel = meta.unbox(own[layer.layout.kernel])
-        layers.append(_row(".".join(path), layer.name, kernel, layer.axes, layer.spec))
+        layers.append(
+            _row(".".join(path), type(layer.module).__name__, kernel, layer.axes, layer.spec)
+        )
     saved = (math.prod(s) for path, s in model.shapes.items() if path[:-1] not in model.layers)
     return Summary(tuple(layers), sum(saved), _size(params))
 

@@ -425,6 +425,25 @@ def test_convolutions_that_peft_adapts_otherwise_are_refused(tmp_path, conv, mes
         save_pretrained(dora.apply_dora(model, config, rngs=nnx.Rngs(0)), tmp_path, IDENTITY)
 
 
+@pytest.mark.parametrize(
+    ("conv", "message"),
+    [
+        (nn.Conv(4, 3, feature_group_count=2), "feature_group_count=2"),
+        (nn.Conv(4, 3, kernel_dilation=2), "kernel_dilation=2"),
+        (nn.ConvTranspose(4, (3,)), "transposed convolutions"),
+    ],
+)
+def test_linen_convolutions_that_peft_adapts_otherwise_are_refused(tmp_path, conv, message):
+    module, x = nn.Sequential([conv]), jnp.ones((1, 5, 4))
+    params = module.init(jax.random.key(0), x)["params"]
+    config = dora.DoRAConfig(rank=2, target_modules=["layers_0"])
+    model, adapters = dora.apply_dora(
+        module, config, params=params, rng=jax.random.key(1), inputs=(x,)
+    )
+    with pytest.raises(PeftError, match=re.escape(message)):
+        save_pretrained(model, tmp_path, IDENTITY, adapters=adapters)
+
+
 class Tied(nnx.Module):
     def __init__(self, rngs):
         self.embed_tokens = nnx.Embed(9, 4, rngs=rngs)

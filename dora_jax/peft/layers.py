@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 from flax.core import meta
 
 from dora_jax import linen as dora_linen
@@ -18,6 +18,7 @@ from dora_jax.config import Path, layer_name
 from dora_jax.layer_types import CONV, EMBED
 from dora_jax.layouts import Layout, find_layout
 from dora_jax.names import HFModule, NameMap
+from dora_jax.nnx_layers import plain_class
 from dora_jax.peft.config import PeftError
 from dora_jax.peft.tensors import Kind, Layer
 
@@ -32,15 +33,14 @@ def adapted_layers(model: Any, names: NameMap) -> dict[Path, Layer]:
     if isinstance(model, dora_linen.DoRAModel):
         for path, known in model.layers.items():
             shapes = {name: model.shapes[(*path, name)] for name in known.spec.parameter_names}
-            kind = _kind(path, known.layout, known.name, None)
+            kind = _kind(path, known.layout, known.module)
             module = names.find(".".join(path))
             base = model.base[path]
             layers[path] = Layer(path, known.spec, known.axes, kind, module, shapes, base)
     else:
         for path, layer in dora_nnx.adapted_layers(model):
-            layer_class = type(layer).__mro__[2]
-            layout = find_layout(layer_class)
-            kind = _kind(path, layout, layer_class.__name__, layer)
+            layout = find_layout(plain_class(type(layer)))
+            kind = _kind(path, layout, layer)
             _, axes = dora_nnx.kernel_and_axes(layer)
             shapes = {name: getattr(layer, name).shape for name in layer.spec.parameter_names}
             base = {
@@ -118,8 +118,8 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _kind(path: Path, layout: Layout | None, class_name: str, layer: Any) -> Kind:
-    """Returns which of PEFT's layers a layer is; `layer` is there for NNX alone."""
+def _kind(path: Path, layout: Layout | None, layer: Any) -> Kind:
+    """Returns which of PEFT's layers a layer is."""
     name = layer_name(path)
     if not path:
         raise PeftError(
@@ -127,7 +127,7 @@ def _kind(path: Path, layout: Layout | None, class_name: str, layer: Any) -> Kin
         )
     if layout is not CONV:
         return "embedding" if layout is EMBED else "linear"
-    if "ConvTranspose" in class_name:
+    if isinstance(layer, linen.ConvTranspose | nnx.ConvTranspose):
         raise PeftError(
             f"{name}: PEFT has no adapters for transposed convolutions. Merge it (dora.merge) and "
             "save the base, or leave it out of target_modules"
