@@ -19,7 +19,7 @@ from dora_jax.adapters import (
     stack_adapters,
 )
 from dora_jax.analysis import WeightChange, weight_change
-from dora_jax.checkpoint import load, read_adapters, save
+from dora_jax.checkpoint import SavedAdapters, load, read_adapters, save
 from dora_jax.config import AdapterError, ConfigError, DoRAConfig, DoRAError, LayoutError
 from dora_jax.decomposition import KernelAxes
 from dora_jax.layer_types import einsum_layout
@@ -53,6 +53,7 @@ __all__ = [
     "Layout",
     "LayoutError",
     "Restored",
+    "SavedAdapters",
     "Summary",
     "WeightChange",
     "add_weighted",

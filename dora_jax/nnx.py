@@ -131,7 +131,9 @@ def apply_dora(
         layer.layer_path = tuple(key for key in path if not key.isdigit())
         layer.lora_dropout = nnx.Dropout(spec.dropout)
         if spec.dropout:  # a scan or vmap over the layer needs a key for each slice of its stack
-            layer.lora_dropout.rngs = rngs.dropout.split(tuple(kernel.shape[i] for i in axes.stack))
+            stream, stack = rngs.dropout, tuple(kernel.shape[i] for i in axes.stack)
+            keys = jax.random.split(stream(), stack)
+            layer.lora_dropout.rngs = type(stream)(keys, tag=stream.tag)
         for name, value in adapter.items():
             setattr(layer, name, DoRAParam(value))
         for name, value in base.items():

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import tyro
 from flax import nnx
 
@@ -28,7 +27,7 @@ from experiments.models.huggingface import save_bert
 from experiments.plots import layer_changes, plot_curves, plot_layer_changes
 from experiments.probe import probe_accuracy
 from experiments.task import Examples, Task, load_task
-from experiments.training import Checkpoints, Schedule, count, evaluate, fit, logits_of
+from experiments.training import Schedule, count, evaluate, fit, logits_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     model = dora.apply_dora(base, dora_config, rngs=nnx.Rngs(config.seed + 1))
     step_0 = _max_difference(model, base, task.validation)
-    training = _train(config, model, task, folder)
+    training = _train(config, dora_config, model, task, folder)
 
     merged = dora.merge(model)
     save_bert(merged.encoder, folder / "merged", source=task.checkpoint, head=merged.classifier)
@@ -138,7 +137,9 @@ def _load(config: Config) -> Task:
     return task
 
 
-def _train(config: Config, model: nnx.Module, task: Task, folder: Path) -> dict[str, Any]:
+def _train(
+    config: Config, dora_config: dora.DoRAConfig, model: nnx.Module, task: Task, folder: Path
+) -> dict[str, Any]:
     """Trains in place, then looks at the test texts, once."""
     start = time.monotonic()
     schedule = Schedule(config.learning_rate, config.epochs, config.batch_size, seed=config.seed)
@@ -146,13 +147,20 @@ def _train(config: Config, model: nnx.Module, task: Task, folder: Path) -> dict[
         schedule.learning_rates(task.train), magnitude_lr_ratio=config.magnitude_lr_ratio
     )
     optimizer = nnx.Optimizer(model, tx, wrt=dora.DoRAParam)
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint_every)
-    first = checkpoints.latest_step()
-    with MetricsWriter(folder, resume_step=first + 1 if first else None) as writer:
+    checkpoints = dora.Checkpoints(folder / "checkpoints", dora_config)
+    first = checkpoints.latest_step() or 0
+    with checkpoints, MetricsWriter(folder, resume_step=first + 1 if first else None) as writer:
         step_seconds = fit(
-            model, optimizer, task.train, task.validation, schedule, writer, checkpoints=checkpoints
+            model,
+            optimizer,
+            task.train,
+            task.validation,
+            schedule,
+            writer,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint_every,
         )
-        checkpoints.close()
+        checkpoints.wait()
         training_seconds = time.monotonic() - start
         test = evaluate(model, task.test)
         writer.write(schedule.epochs * schedule.steps_per_epoch(task.train), "test", test)
@@ -166,10 +174,8 @@ def _train(config: Config, model: nnx.Module, task: Task, folder: Path) -> dict[
 
 
 def _save_adapter(model: nnx.Module, config: dora.DoRAConfig, folder: Path) -> int:
-    """Saves the adapter tree (Orbax) and its configuration; returns their size on disk in bytes."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder.absolute() / "adapters", dora.get_adapters(model), force=True)
-    (folder / "dora_config.json").write_text(config.to_json() + "\n", encoding="utf-8")
+    """Saves the adapter, in place of one that is there; returns its size on disk in bytes."""
+    dora.save(folder, model, config, overwrite=True)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
@@ -206,7 +212,7 @@ def _report(summary: dict[str, Any], folder: Path) -> None:
         _say(f"  {name:<40} {value}")
     _say(f"\nIn {folder}")
     for name, what in {
-        "adapter/": "the adapter (Orbax) and its configuration",
+        "adapter/": "the adapter (Orbax) with its configuration: dora.load",
         "merged/": "the merged model, a Hugging Face folder",
         "curves.png": "loss and accuracy",
         "layers.png": "magnitude and direction change of each layer",

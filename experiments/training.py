@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from tqdm import tqdm
 
+import dora_jax as dora
 from experiments.data.text import eval_batches, train_batches
 from experiments.metrics import MetricsWriter
 from experiments.task import Examples
@@ -114,13 +113,14 @@ def fit(
     schedule: Schedule,
     writer: MetricsWriter,
     *,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: dora.Checkpoints | None = None,
+    checkpoint_every: int = 50,
     title: str = "training",
 ) -> float:
     """Trains in place; evaluates on the validation texts after each epoch.
 
     With `checkpoints`, goes on from the newest one, if there is any, and ends bit for bit as an
-    uninterrupted run would.
+    uninterrupted run would. One is saved every `checkpoint_every` steps, and after the last.
 
     Returns:
         Median seconds per step, without the first two of this process (which compile).
@@ -130,7 +130,8 @@ def fit(
     )
     per_epoch = schedule.steps_per_epoch(train)
     total = per_epoch * schedule.epochs
-    first = checkpoints.restore(model, optimizer, batches) if checkpoints else 0
+    restored = checkpoints and checkpoints.restore(model, optimizer, data=batches)
+    first = restored.step if restored else 0
     model.train()
     seconds: list[float] = []
     with _progress(title, total, first, schedule.batch_size) as bar:
@@ -155,8 +156,8 @@ def fit(
                     f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.4f}",
                     file=sys.stdout,
                 )
-            if checkpoints and checkpoints.is_due(step, total):
-                checkpoints.save(step, model, optimizer, batches)
+            if checkpoints and (step % checkpoint_every == 0 or step == total):
+                checkpoints.save(step, model, optimizer, data=batches)
     return float(np.median(seconds[2:])) if len(seconds) > 2 else float("nan")
 
 
@@ -170,72 +171,6 @@ def _progress(title: str, total: int, first: int, batch_size: int) -> Any:
         mininterval=0.2 if sys.stderr.isatty() else 15,
         dynamic_ncols=True,
     )
-
-
-class Checkpoints:
-    """What a run needs to go on: trained variables, optimiser, random state, data position.
-
-    Args:
-        folder: Where; the newest two are kept. A checkpoint that was not written to its end is
-            never taken for one (Orbax renames a finished one into place).
-        every: Steps between two.
-    """
-
-    def __init__(self, folder: Path, every: int) -> None:
-        if every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {every}")
-        self.every = every
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-
-    def latest_step(self) -> int:
-        """The step of the newest checkpoint; 0 if there is none."""
-        return self._manager.latest_step() or 0
-
-    def is_due(self, step: int, total: int) -> bool:
-        """Whether to save after this step: every so many, and after the last."""
-        return step % self.every == 0 or step == total
-
-    def save(self, step: int, model: nnx.Module, optimizer: nnx.Optimizer, batches: Any) -> None:
-        """Saves, in the background."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_pure(model, optimizer)),
-                data=ocp.args.JsonSave(batches.get_state()),
-            ),
-        )
-
-    def restore(self, model: nnx.Module, optimizer: nnx.Optimizer, batches: Any) -> int:
-        """Restores the newest checkpoint in place; returns its step, 0 if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return 0
-        target = _pure(model, optimizer)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore()
-            ),
-        )
-        nnx.update(model, restored["state"]["model"])
-        nnx.update(optimizer, restored["state"]["optimizer"])
-        batches.set_state(restored["data"])
-        return step
-
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-
-
-def _pure(model: nnx.Module, optimizer: nnx.Optimizer) -> dict[str, Any]:
-    """The arrays that training changes, as nested dicts; keys are made from the seed."""
-    changing = nnx.state(model, nnx.Any(optimizer.wrt, nnx.RngCount))
-    return {
-        "model": nnx.to_pure_dict(changing),
-        "optimizer": nnx.to_pure_dict(nnx.state(optimizer)),
-    }
 
 
 def count(model: nnx.Module, trainable: Any) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dora_jax.adapters import count_parameters, flatten
 from dora_jax.checkpoint import SavedAdapters, read_adapters
-from dora_jax.config import DoRAError, Path
+from dora_jax.config import Path
 from dora_jax.peft import PeftConfig, files
 from dora_jax.peft.config import FILE as PEFT_CONFIG
 from dora_jax.peft.tensors import PREFIX
@@ -240,11 +240,3 @@ def stack_axes(arrays: Mapping[str, Array], base: Mapping[str, Array]) -> int | 
 
 def _float64(x: Any) -> Array | None:
     return None if x is None else np.asarray(x).astype(np.float64)
-
-
-def check_finite(layers: list[LayerAdapter]) -> None:
-    """Raises `DoRAError` for an array that is not finite."""
-    for layer in layers:
-        for name, x in layer.arrays.items():
-            if not np.isfinite(x.astype(np.float32)).all():
-                raise DoRAError(f"{layer.path}.{name} is not finite")

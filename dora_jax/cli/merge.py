@@ -17,7 +17,7 @@ from dora_jax.cli.stand_in import Base, torch_axes
 from dora_jax.config import AdapterError, DoRAConfig
 from dora_jax.decomposition import describe_base, merge_kernel
 from dora_jax.huggingface.files import FLOATS, StoredTensor, save_tensors, weight_files
-from dora_jax.huggingface.saving import _copy_companions, _whole_folder
+from dora_jax.huggingface.saving import copy_companions, whole_folder
 from dora_jax.names import NameMap
 from dora_jax.peft import files
 from dora_jax.peft.config import PeftConfig
@@ -94,9 +94,9 @@ def merge(
             raise AdapterError(f"{name} is not finite as {weight.dtype} once it is merged")
         return weight
 
-    with _whole_folder(target) as partial:
+    with whole_folder(target) as partial:
         save_tensors(partial, sizes, make, max_file_bytes)
-        _copy_companions(base, partial, set())
+        copy_companions(base, partial, set())
     return {
         "path": str(target),
         "merged": sorted(merging),

@@ -95,10 +95,10 @@ def save_checkpoint(
             raise CheckpointError(f"{name} holds NaN or infinity as {value.dtype}: nothing written")
         return value
 
-    with _whole_folder(folder) as partial:
+    with whole_folder(folder) as partial:
         save_tensors(partial, sizes, make, max_file_bytes)
         if source is not None:
-            _copy_companions(pathlib.Path(source), partial, set(dtypes.values()))
+            copy_companions(pathlib.Path(source), partial, set(dtypes.values()))
 
 
 def _tensors(
@@ -127,7 +127,7 @@ def _tensors(
 
 
 @contextlib.contextmanager
-def _whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives an empty folder, whose files take their place when the block has ended well."""
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")
@@ -146,9 +146,8 @@ def _whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _copy_companions(
-    source: pathlib.Path, target: pathlib.Path, dtypes: set[np.dtype[Any]]
-) -> None:
+def copy_companions(source: pathlib.Path, target: pathlib.Path, dtypes: set[np.dtype[Any]]) -> None:
+    """Copies what stands beside the weights: configuration, tokenizer, licence."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file():
