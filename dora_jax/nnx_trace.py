@@ -58,7 +58,9 @@ def check_stored_shape(path: Path, layer: Any, kernel: jax.Array) -> None:
     for layer_class, names in shapes.items():
         if isinstance(layer, layer_class):
             own = tuple(getattr(layer, name) for name in names)
-    if own is not None and kernel.shape[kernel.ndim - len(own) :] != tuple(own):
+    if own is None or kernel.ndim == len(own):  # no stack: what the call says counts
+        return
+    if kernel.shape[kernel.ndim - len(own) :] != tuple(own):
         raise LayoutError(
             f"{layer_name(path)}: the kernel is stored as {kernel.shape}, its layer is made for "
             f"{tuple(own)}; a vmap must stack parameters in front (out_axes=0)"

@@ -213,9 +213,9 @@ def _layer_of_tensors(
 
 def _layer(kind: str, kernel: Any, inputs: int, outputs: int) -> nnx.Module:
     """Returns a Flax layer around a kernel."""
-    rngs = nnx.Rngs(0)
     if kind == "embedding":
-        table = nnx.Embed(1, 1, rngs=rngs)
+        rows, features = kernel.shape[-2:]
+        table = nnx.eval_shape(lambda: nnx.Embed(rows, features, rngs=nnx.Rngs(0)))
         table.embedding = nnx.Param(kernel)
         return table
     if kind == "conv":
@@ -226,7 +226,8 @@ def _layer(kind: str, kernel: Any, inputs: int, outputs: int) -> nnx.Module:
         conv.kernel = nnx.Param(kernel)
         return conv
     if inputs == outputs == 1:
-        linear = nnx.Linear(1, 1, use_bias=False, rngs=rngs)
+        features, out = kernel.shape[-2:]
+        linear = nnx.eval_shape(lambda: nnx.Linear(features, out, use_bias=False, rngs=nnx.Rngs(0)))
         linear.kernel = nnx.Param(kernel)
         return linear
     sizes = kernel.shape[-inputs - outputs :]
