@@ -1,0 +1,1 @@
+"""What the efficiency benchmark is made of."""

@@ -1,0 +1,228 @@
+"""Runs steps and inference calls on the device that JAX finds, in turn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import dora_jax as dora
+from experiments.benchmarks.steps import METHODS, Program, make_program
+from experiments.benchmarks.timing import Times, time_in_turn
+
+if TYPE_CHECKING:
+    from experiments.benchmarks.cases import Case
+
+    Calls = dict[str, Callable[[], Any]]
+    Row = dict[str, Any]
+
+# Threads of torch's OpenMP spin for some milliseconds after a step, on cores that the next needs.
+PAUSE_BESIDE_PEERS = 0.05
+
+
+def measure_training(
+    case: Case,
+    variants: Sequence[str],
+    *,
+    rounds: int,
+    peers: Mapping[str, Callable[[], Any]] | None = None,
+) -> dict[str, Row]:
+    """Times a training step of every variant in turn.
+
+    Args:
+        case: The model and its batch.
+        variants: Names in `METHODS`, with `/k` for k microbatches: `"dora-hoisted/8"`.
+        rounds: Timed steps of each.
+        peers: Steps of other libraries, timed in the same turns.
+
+    Returns:
+        By variant, a row: times, memory, counts, and the ratio to LoRA with as many microbatches,
+        where that is among the variants. Of peers, the times only.
+    """
+    model, rows, calls = case.build(), {}, {}
+    for variant in variants:
+        method, microbatches = split_variant(variant)
+        program = make_program(
+            METHODS[method], model, case.adapter, case.loss, microbatches=microbatches
+        )
+        calls[variant], rows[variant] = _compiled_step(program, case.batch)
+        suffix = f", {microbatches} microbatches" if microbatches > 1 else ""
+        rows[variant]["title"] = METHODS[method].title + suffix
+    _measure_device_memory(rows, calls)
+    pause = PAUSE_BESIDE_PEERS if peers else 0.0
+    times = time_in_turn({**calls, **(peers or {})}, rounds=rounds, pause=pause)
+    for variant, row in rows.items():
+        row |= _time_columns(times[variant])
+        row["tokens_per_second"] = case.tokens / times[variant].median
+        row["loss"] = float(calls[variant]())
+        row |= _training_ratios(variant, times)
+    for peer, step in (peers or {}).items():
+        rows[peer] = {"title": peer, **_time_columns(times[peer])}
+        rows[peer]["tokens_per_second"] = case.tokens / times[peer].median
+        rows[peer]["trainable_parameters"] = getattr(step, "trainable_parameters", None)
+        rows[peer] |= _training_ratios(peer, times)
+    return rows
+
+
+def _training_ratios(variant: str, times: Mapping[str, Times]) -> Row:
+    """The ratios to what a variant is compared with, as far as that was timed.
+
+    A peer's variants are named `peer-method`; its DoRA is compared with its own LoRA.
+    """
+    method, _, microbatches = variant.partition("/")
+    peer = method.partition("-")[0]
+    lora = f"{peer}-lora" if f"{peer}-lora" in times else "lora"
+    ratios: Row = {}
+    if (reference := f"{lora}/{microbatches}" if microbatches else lora) in times:
+        ratios["over_lora"] = _ratio(times[variant], times[reference])
+    if variant == "lora" and "lora-by-hand" in times:
+        ratios["over_by_hand"] = _ratio(times[variant], times["lora-by-hand"])
+    if others := [name for name in times if name.endswith(f"-{variant}")]:
+        ratios["over_peer"] = {name: _ratio(times[variant], times[name]) for name in others}
+    return ratios
+
+
+def measure_inference(case: Case, *, rounds: int) -> dict[str, Row]:
+    """Times an inference call of the base, and of LoRA and DoRA with a trained adapter, in turn.
+
+    DoRA with the scale frozen (`dora.hoist`), computed in every call, and merged into the kernels.
+
+    Returns:
+        By variant, a row: times, the ratios to LoRA and to the base, and whether two calls gave the
+        same bits.
+    """
+    base = case.build()
+    by_hand = _perturbed(METHODS["lora-by-hand"].adapt(base, case.adapter, seed=1))
+    lora = _perturbed(METHODS["lora"].adapt(base, case.adapter, seed=1))
+    adapted = _perturbed(METHODS["dora"].adapt(base, case.adapter, seed=1))
+    models = {
+        "base": ("base model", base),
+        "merged": ("DoRA, merged", dora.merge(adapted)),
+        "lora-by-hand": ("LoRA, written by hand", by_hand),
+        "lora": ("LoRA", lora),
+        "dora-frozen-scale": ("DoRA, scale frozen", dora.hoist(adapted)),
+        "dora": ("DoRA, norm in every call", adapted),
+    }
+    rows: dict[str, Row] = {}
+    calls: Calls = {}
+    for name, (title, model) in models.items():
+        call, rows[name] = _compiled_call(case, model)
+        rows[name]["title"] = title
+        rows[name]["repeats_bit_for_bit"] = bool(np.array_equal(call(), call()))
+        calls[name] = call
+    _measure_device_memory(rows, calls)
+    times = time_in_turn(calls, rounds=rounds)
+    for name, row in rows.items():
+        row |= _time_columns(times[name])
+        row["tokens_per_second"] = case.tokens / times[name].median
+        row["over_lora"] = _ratio(times[name], times["lora"])
+        row["over_base"] = _ratio(times[name], times["base"])
+        if row["flops"] and rows["base"]["flops"]:
+            row["flops_over_base"] = row["flops"] / rows["base"]["flops"]
+    return rows
+
+
+def split_variant(variant: str) -> tuple[str, int]:
+    """Returns the method and the number of microbatches.
+
+    Example:
+        >>> split_variant("dora-hoisted/8"), split_variant("lora")
+        (('dora-hoisted', 8), ('lora', 1))
+    """
+    method, _, microbatches = variant.partition("/")
+    return method, int(microbatches or 1)
+
+
+def compiled_figures(compiled: Any) -> Row:
+    """Returns what XLA says of a compiled program, per device.
+
+    Floating point operations, bytes accessed, and bytes of temporaries, arguments and results. The
+    peak counts them as if all temporaries lived at once.
+    """
+    costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    temporary, arguments = memory.temp_size_in_bytes, memory.argument_size_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "flops": costs.get("flops"),
+        "bytes_accessed": costs.get("bytes accessed"),
+        "temporary_bytes": temporary,
+        "argument_bytes": arguments,
+        "peak_bytes": temporary + arguments + results,
+        "peak_source": "compiled program",
+    }
+
+
+def _compiled_step(program: Program, batch: Any) -> tuple[Callable[[], Any], Row]:
+    """Returns a call that takes one step from where the last one ended, and the first columns."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.opt_state)
+    state, batch = [program.trainable, zeros], jax.device_put(batch)
+    start = time.perf_counter()
+    compiled = (
+        jax.jit(program.step).lower(program.trainable, program.frozen, zeros, batch).compile()
+    )
+    seconds = time.perf_counter() - start
+
+    def call() -> Any:
+        state[0], state[1], loss = jax.block_until_ready(
+            compiled(state[0], program.frozen, state[1], batch)
+        )
+        return loss
+
+    row = {"trainable_parameters": program.trainable_parameters, "compile_seconds": seconds}
+    return call, row | compiled_figures(compiled)
+
+
+def _compiled_call(case: Case, model: nnx.Module) -> tuple[Callable[[], Any], Row]:
+    graphdef, state = nnx.split(model)
+    batch = jax.device_put(case.batch)
+
+    def apply(state: Any, batch: Any) -> Any:
+        return case.outputs(nnx.merge(graphdef, state, copy=True), batch)
+
+    compiled = jax.jit(apply).lower(state, batch).compile()
+    return lambda: jax.block_until_ready(compiled(state, batch)), compiled_figures(compiled)
+
+
+def _perturbed(model: nnx.Module) -> nnx.Module:
+    """Returns the model with its adapter moved off its start, as training would."""
+    state = nnx.state(model, dora.DoRAParam)
+    key = jax.random.key(7)
+
+    def moved(x: jax.Array) -> jax.Array:
+        return x + 0.01 * jax.random.normal(jax.random.fold_in(key, x.size), x.shape, x.dtype)
+
+    nnx.update(model, jax.tree.map(moved, state))
+    return model
+
+
+def _measure_device_memory(rows: Mapping[str, Row], calls: Mapping[str, Callable[[], Any]]) -> None:
+    """Replaces the compiled program's peak by the device's own, where its allocator counts.
+
+    The counter only rises, so the programs run in the order of what they are expected to need; one
+    that does not raise it keeps the compiled program's figure. What other variants keep on the
+    device is not counted.
+    """
+    device = jax.local_devices()[0]
+    if "peak_bytes_in_use" not in (device.memory_stats() or {}):
+        return
+    for name in sorted(rows, key=lambda name: rows[name]["peak_bytes"]):
+        before = device.memory_stats()
+        calls[name]()
+        peak = device.memory_stats()["peak_bytes_in_use"]
+        if peak > before["peak_bytes_in_use"]:
+            rows[name]["peak_bytes"] = peak - before["bytes_in_use"] + rows[name]["argument_bytes"]
+            rows[name]["peak_source"] = "device allocator"
+
+
+def _time_columns(times: Times) -> Row:
+    return {"seconds": times.median, "seconds_quartiles": times.quartiles}
+
+
+def _ratio(times: Times, other: Times) -> Row:
+    ratio = times.over(other)
+    return {"median": ratio.median, "quartiles": ratio.quartiles}

@@ -1,0 +1,85 @@
+"""Times calls in turn, so that whatever else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of each call; index i of two calls timed together is the same round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median seconds per call."""
+        return float(np.median(self.seconds))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile of the seconds."""
+        low, high = np.quantile(self.seconds, (0.25, 0.75))
+        return float(low), float(high)
+
+    def over(self, other: Times) -> Ratio:
+        """Returns the ratio of this call to another, round by round."""
+        ratios = np.array(self.seconds) / np.array(other.seconds)
+        low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        return Ratio(float(median), (float(low), float(high)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Median of the ratios of all rounds, and their first and third quartile.
+
+    Both calls of a round saw the same machine, so the median of the ratios moves less than the
+    ratio of the medians when the machine is not quiet.
+    """
+
+    median: float
+    quartiles: tuple[float, float]
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: int = 3, pause: float = 0.0
+) -> dict[str, Times]:
+    """Times every call once in each round.
+
+    From round to round the order is rotated by one and reversed, so that no call always comes first
+    or always after the same one. The garbage collector runs between rounds only.
+
+    Args:
+        calls: By name; each returns when its work is done.
+        rounds: How many are timed.
+        warm_up: How many rounds go before, which compile and fill the caches.
+        pause: Seconds to sleep before each call.
+
+    Example:
+        >>> times = time_in_turn({"a": lambda: None, "b": lambda: None}, rounds=4)
+        >>> len(times["b"].seconds), times["a"].over(times["a"]).median
+        (4, 1.0)
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(warm_up + rounds):
+            gc.collect()
+            for name in order if i % 2 else reversed(order):
+                time.sleep(pause)
+                start = time.perf_counter()
+                calls[name]()
+                seconds[name].append(time.perf_counter() - start)
+            order.append(order.pop(0))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Times(tuple(values[warm_up:])) for name, values in seconds.items()}

@@ -1,0 +1,166 @@
+"""Measures what DoRA costs over LoRA, full fine-tuning and a peer: time, memory, compiled work.
+
+Steps are timed in turn in one process, on the device that JAX finds. With `--target v5e:2x2`
+programs are compiled for a TPU that need not be there, and their operations and memory counted.
+The results folder gets a report in Markdown, the figures as JSON, and plots; what an earlier
+command left in it, and this one did not measure again, stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from experiments.benchmarks import peft_peer, scaling
+from experiments.benchmarks.abstract_model import measure_abstract
+from experiments.benchmarks.ahead_of_time import SHARDINGS, TABLES, Setting, measure_table
+from experiments.benchmarks.cases import CASES
+from experiments.benchmarks.device_runs import measure_inference, measure_training
+from experiments.benchmarks.report import stamp, write_report
+from experiments.benchmarks.steps import METHODS
+
+Part = Literal["train", "inference", "scaling", "abstract"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure the efficiency of DoRA."""
+
+    # What to measure; by default train, inference and abstract, with --target nothing of these.
+    parts: tuple[Part, ...] | None = None
+
+    # --- Steps and inference calls ---
+
+    # Any of mlp-512, mlp-2048, minilm, llama-7b, llama-7b-full-width, smollm2.
+    cases: tuple[str, ...] = ("mlp-512", "mlp-2048", "minilm")
+    # Methods of one batch a step.
+    methods: tuple[str, ...] = tuple(name for name in METHODS if name != "dora-hoisted")
+    # LoRA, DoRA and hoisted DoRA with so many microbatches a step; 0 leaves them out.
+    microbatches: int = 8
+    # Timed steps or calls of each.
+    rounds: int = 30
+    # Time the same work in PEFT on torch, in the same turns (needs the extra `parity`).
+    peer: Literal["peft"] | None = None
+
+    # --- Compiling ahead of time ---
+
+    # A TPU topology, such as v5e:2x2, v5p:2x2x1, v6e:2x2 (needs libtpu), or cpu.
+    target: str | None = None
+    # Tables of it; all by default: no_remat, no_remat_traffic, remat, scan, microbatches.
+    tables: tuple[str, ...] = ()
+    # How the frozen parameters lie on the devices: fsdp or replicated.
+    sharding: str = "fsdp"
+    # Blocks in a scan.
+    layers: int = 8
+
+    # Where the report goes.
+    results_folder: Path = Path("runs/efficiency")
+
+    def __post_init__(self) -> None:
+        for name, given, known in (
+            ("cases", self.cases, CASES),
+            ("methods", self.methods, METHODS),
+            ("tables", self.tables, TABLES),
+            ("sharding", (self.sharding,), SHARDINGS),
+        ):
+            if unknown := set(given) - set(known):
+                raise SystemExit(f"unknown {name} {sorted(unknown)}; there are {list(known)}")
+
+    @property
+    def chosen_parts(self) -> tuple[Part, ...]:
+        """What to measure on this machine."""
+        if self.parts is not None:
+            return self.parts
+        return () if self.target else ("train", "inference", "abstract")
+
+
+def run(config: Config) -> str:
+    """Measures, and writes the report after each part; returns the Markdown."""
+    if config.target and not config.chosen_parts:
+        jax.config.update("jax_platforms", "cpu")  # compiling takes no device
+    if config.peer:
+        peft_peer.check_installed()
+        # Both libraries allocate on one GPU.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    results = read_results(config.results_folder)
+    text = ""
+    for part, where, measure in _measurements(config):
+        print(f"Measuring: {part}, {where}", flush=True)
+        made = stamp()
+        items = {name: {"stamp": made, **item} for name, item in measure().items()}
+        results.setdefault(part, {}).setdefault(where, {}).update(items)
+        text = write_report(results, config.results_folder)
+    return text
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Returns the figures that earlier commands left in a results folder."""
+    file = folder / "efficiency.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _measurements(config: Config) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """What to measure: the part, the backend or target, and the function that does.
+
+    Each function returns items by name: cases, curves, tables or models.
+    """
+    parts = config.chosen_parts
+    backend = jax.default_backend() if parts else ""
+    if "abstract" in parts:
+        yield "abstract", "host", _abstract
+    for case in config.cases:
+        if "train" in parts:
+            yield "train", backend, functools.partial(_train, config, case)
+        if "inference" in parts:
+            yield "inference", backend, functools.partial(_inference, config, case)
+    if "scaling" in parts:
+        for curve in scaling.CURVES:
+            yield "scaling", backend, functools.partial(scaling.measure, curve, config.rounds)
+    if config.target:
+        setting = Setting(
+            sharding=config.sharding, layers=config.layers, microbatches=config.microbatches or 1
+        )
+        for table in config.tables or TABLES:
+            measure = functools.partial(measure_table, table, config.target, setting)
+            yield "ahead_of_time", config.target, measure
+
+
+def _train(config: Config, name: str) -> dict[str, Any]:
+    case, variants = CASES[name](), list(config.methods)
+    if config.microbatches:
+        variants += [f"{m}/{config.microbatches}" for m in ("lora", "dora", "dora-hoisted")]
+    peers = peft_peer.training_steps(case) if config.peer else {}
+    rows = measure_training(case, variants, rounds=config.rounds, peers=peers)
+    return {name: {"title": case.title, "rounds": config.rounds, "rows": rows}}
+
+
+def _inference(config: Config, name: str) -> dict[str, Any]:
+    case = CASES[name]()
+    rows = measure_inference(case, rounds=config.rounds)
+    return {name: {"title": case.title, "rounds": config.rounds, "rows": rows}}
+
+
+def _abstract() -> dict[str, Any]:
+    models = {"layers apart": False, "layers stacked": True}
+    return {name: measure_abstract(scan) for name, scan in models.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the settings from the command line and runs."""
+    config = tyro.cli(Config, description=__doc__, args=arguments)
+    try:
+        print(run(config))
+    except KeyboardInterrupt:
+        raise SystemExit("\nInterrupted; what was finished is in the report.") from None
+
+
+if __name__ == "__main__":
+    main()
