@@ -62,7 +62,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> str:
     for target, tables in results.get("ahead_of_time", {}).items():
         blocks += [f"## Compiled ahead of time for {target}", _COMPILED_NOTE]
         for table in tables.values():
-            blocks += [f"### {table['title'].capitalize()}", _setting(table)]
+            blocks += [f"### {table['title'][0].upper() + table['title'][1:]}", _setting(table)]
             blocks += [_table(table["rows"].values(), _COMPILED_COLUMNS), _stamp_line(table)]
     for backend, curves in results.get("scaling", {}).items():
         picture = f"efficiency_scaling_{backend}.png"
@@ -105,7 +105,7 @@ def _targets(results: Mapping[str, Any]) -> list[str]:
         value = target.measured(results)
         shown, met = "not measured", ""
         if value is not None:
-            shown, met = f"{value:.4g}", "met" if value <= target.bound else "**missed**"
+            shown, met = f"{value:.5g}", "met" if value <= target.bound else "**missed**"
         lines.append(f"| {target.name} | {target.bound:g} | {shown} | {met} |")
     definitions = [f"- {target.name}: {target.definition}." for target in TARGETS]
     return ["## Targets", "\n".join(lines), "\n".join(definitions)]
