@@ -84,8 +84,8 @@ def target_mesh(target: str) -> Mesh:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
     except Exception as error:
         raise SystemExit(
-            f"cannot compile for {target!r}: {error}\nIt needs libtpu (pip install libtpu) and a "
-            "topology that libtpu knows, such as v5e:2x2."
+            f"cannot compile for {target!r}: {error}\nIt needs libtpu (pip install "
+            "'dora-jax[tpu-compile]') and a topology that libtpu knows, such as v5e:2x2."
         ) from error
     return Mesh(np.array(topology.devices).reshape(-1), ("data",))
 
