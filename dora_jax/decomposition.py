@@ -224,8 +224,9 @@ def apply_scale(
 
     A scale near 1 that is rounded to bfloat16 first would be lost. The gradient of `d` takes `h`
     from `y`, as `y / (1 + d)`: `y` is what the next layer keeps for its own backward pass, so `h`
-    need not be kept beside it (a LLaMA-7B block of 2048 tokens: 5 % more memory than LoRA's, not
-    12 %). Both are off by a rounding to the dtype. A scale of exactly 0 gets no gradient.
+    need not be kept beside it. Both are off by a rounding to the dtype; of a scale near 0, that of
+    `1 + d` adds to it: in float32 the gradient of `d` was off by 1e-4 of itself for scales of 1e-4,
+    by 6e-3 for 1e-6, and by less than 1e-6 from 0.1 on. A scale of exactly 0 gets no gradient.
 
     Args:
       h: the output before the scale.

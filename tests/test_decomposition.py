@@ -304,9 +304,10 @@ def test_a_scale_near_one_is_not_rounded_away():
     assert np.mean(np.asarray(y != h)) > 0.5
 
 
+# Not of scales far below these: see `apply_scale`.
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("scale", [-3.0, -0.1, 0.1, 0.9, 1.0, 1e3])
-def test_the_gradient_of_a_scale_of_any_size_is_that_of_the_definition(scale, dtype, bound):
+def test_the_gradient_of_a_scale_is_that_of_the_definition(scale, dtype, bound):
     rng = np.random.default_rng(0)
     h, weight = (jnp.asarray(rng.normal(size=(50, 4)), dtype) for _ in range(2))
     d = jnp.float32(scale) * jnp.array([1.0, 0.5, 2.0, 1.5]) - 1

@@ -377,13 +377,16 @@ def test_a_config_that_is_not_the_adapters_is_refused(tmp_path, fields, message)
 
 def test_fields_that_are_off_or_say_nothing_are_read(tmp_path):
     save_pretrained(adapted(), tmp_path, IDENTITY)
+    tree, config = read_adapters(MLP(nnx.Rngs(0)), tmp_path, IDENTITY)
     edit(
         tmp_path,
         **{"kasa_config": None, "something_new": False, "revision": "main", "loftq_config": {}},
         **{"init_lora_weights": "gaussian", "peft_version": "0.21.2", "inference_mode": False},
         **{"layers_pattern": "", "layers_to_transform": []},
     )
-    read_adapters(MLP(nnx.Rngs(0)), tmp_path, IDENTITY)
+    again, same_config = read_adapters(MLP(nnx.Rngs(0)), tmp_path, IDENTITY)
+    assert same_config.to_json() == config.to_json()
+    jax.tree.map(np.testing.assert_array_equal, again, tree)
 
 
 @pytest.mark.parametrize(
