@@ -13,6 +13,7 @@ from jax import lax
 from dora_jax.config import LayoutError
 from dora_jax.decomposition import KernelAxes
 from dora_jax.layouts import LAYOUTS, REFUSED, Call, Layout, OutputAxes, Refusal, Run
+from dora_jax.up_projection import up_projection
 
 if TYPE_CHECKING:
     from jax import Array
@@ -40,14 +41,12 @@ def _dense_axes(layer: Any, call: Call) -> KernelAxes:
 def _dense_low_rank(
     layer: Any, call: Call, a: Array, b: Array, scaling: float, dtype: DTypeLike, run: Run
 ) -> Array:
-    def matmul(x: Array, w: Array) -> Array:
-        return jnp.matmul(x, w.astype(dtype), precision=layer.precision)
-
+    a, b = a.astype(dtype), b.astype(dtype)
     if _has_own_product(layer):  # which may do more than multiply
-        xa = run(call, a.astype(dtype), a.shape[-1])
+        xa = run(call, a, a.shape[-1])
     else:
-        xa = matmul(call["inputs"].astype(dtype), a)
-    return matmul(scaling * xa, b)
+        xa = jnp.matmul(call["inputs"].astype(dtype), a, precision=layer.precision)
+    return up_projection(scaling * xa, b, precision=layer.precision)
 
 
 def _general_axes(layer: Any, call: Call) -> KernelAxes:
@@ -73,9 +72,8 @@ def _general_low_rank(
         ((contracted, axes.inputs), (axes.stack, axes.stack)),
         precision=layer.precision,
     )
-    over_rank = ((xa.ndim - 1,), (len(axes.stack),))
-    return lax.dot_general(
-        scaling * xa, b.astype(dtype), (over_rank, (axes.stack, axes.stack)), layer.precision
+    return up_projection(
+        scaling * xa, b.astype(dtype), stack=len(axes.stack), precision=layer.precision
     )
 
 
@@ -182,6 +180,8 @@ def _conv_low_rank(
         kernel = jnp.swapaxes(kernel, -1, -2)
     rank, outputs = b.shape
     xa = run(call, kernel, groups * rank)
+    if groups == 1:
+        return up_projection(scaling * xa, b.astype(dtype), precision=layer.precision)
     xa = (scaling * xa).reshape(*xa.shape[:-1], groups, rank)
     b = b.astype(dtype).reshape(rank, groups, outputs // groups)
     y = jnp.einsum("...gr,rgo->...go", xa, b, precision=layer.precision)
@@ -194,7 +194,7 @@ def _embed_low_rank(
     ids = call["inputs"]
     if a.shape[0] == 1:  # as Flax does: a table of one row is broadcast, whatever the ids
         ids = jnp.zeros_like(ids)
-    return (scaling * jnp.take(a.astype(dtype), ids, axis=0)) @ b.astype(dtype)
+    return up_projection(scaling * jnp.take(a.astype(dtype), ids, axis=0), b.astype(dtype))
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 from dora_jax import DoRAConfig
 from dora_jax.decomposition import (
@@ -23,6 +24,7 @@ from dora_jax.decomposition import (
     scale_minus_one,
 )
 from tests import reference
+from tests.test_compiled import equations
 
 DENSE = KernelAxes((), (0,), (1,))
 STACKED = KernelAxes((0,), (1,), (2,))
@@ -304,9 +306,8 @@ def test_a_scale_near_one_is_not_rounded_away():
     assert np.mean(np.asarray(y != h)) > 0.5
 
 
-# Not of scales far below these: see `apply_scale`.
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
-@pytest.mark.parametrize("scale", [-3.0, -0.1, 0.1, 0.9, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [-3.0, -0.1, 1e-6, 1e-4, 0.1, 0.9, 1.0, 1e3])
 def test_the_gradient_of_a_scale_is_that_of_the_definition(scale, dtype, bound):
     rng = np.random.default_rng(0)
     h, weight = (jnp.asarray(rng.normal(size=(50, 4)), dtype) for _ in range(2))
@@ -329,6 +330,69 @@ def test_a_scale_of_zero_has_a_finite_gradient():
     by_h, by_d = jax.grad(lambda h, d: jnp.sum(apply_scale(h, d)), (0, 1))(jnp.ones((3, 2)), d)
     assert np.array_equal(by_d, [0, 3])
     assert np.array_equal(by_h, [[0, 1]] * 3)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, -1e-12, 1e-4])
+def test_a_magnitude_at_zero_has_the_gradient_of_any_other(magnitude):
+    """Taken from an output that is 0 it would be 0, and the magnitude never move again."""
+    kernel, adapter, base = draw((20, 9), 4)
+    adapter |= {"magnitude": adapter["magnitude"].at[2].set(magnitude)}
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(7, 20)), jnp.float32)
+
+    @jax.jit
+    def output(adapter):
+        return forward(spec(4), DENSE, x, kernel, adapter, base)
+
+    by_m = jax.grad(lambda adapter: jnp.sum(output(adapter)[:, 2]))(adapter)["magnitude"]
+    wide_x, w, a, b = reference.wide(x, kernel, adapter["lora_a"], adapter["lora_b"])
+    v = w + spec(4).scaling * a @ b
+    expected = np.sum((wide_x @ v)[:, 2]) / np.linalg.norm(v, axis=0)[2]
+    assert reference.relative_error(by_m[2], expected) <= 1e-5
+    largest = np.max(np.abs(wide_x @ v)[:, 2]) / np.linalg.norm(v, axis=0)[2]
+    n = np.linalg.norm(v, axis=0)[2]
+    assert (
+        np.max(np.abs(output(adapter)[:, 2])) <= largest * (abs(magnitude) + 2.0**-23 * n) * 1.001
+    )
+
+
+def test_a_slice_that_is_switched_off_has_scale_one_also_where_it_is_zero():
+    kernel, adapter, _ = draw((2, 20, 9), 4, STACKED)
+    kernel = kernel.at[0, :, 3].set(0)
+    base = describe(kernel, STACKED) | {"mask": jnp.array([False, True])}
+
+    def scale(adapter):
+        return scale_minus_one(spec(4), kernel, adapter, base, STACKED)
+
+    assert np.all(np.asarray(scale(adapter)[0] == 0))
+    assert np.all(np.asarray(scale(adapter)[1] != 0))
+    for leaf in jax.tree.leaves(jax.grad(lambda adapter: jnp.sum(scale(adapter)))(adapter)):
+        assert np.all(np.asarray(leaf[0] == 0)) and np.all(np.isfinite(leaf))
+
+
+def test_the_gradient_of_the_norm_makes_no_product_twice():
+    """Six: A^T W0, A^T A and its product with B; for A, those of its gradient with W0, B and A."""
+    kernel, adapter, base = draw((20, 9), 4)
+
+    def total(adapter):
+        return jnp.sum(norm_of_direction(kernel, adapter, base, 2.0, DENSE))
+
+    jaxpr = jax.make_jaxpr(jax.grad(total))(adapter)
+    products = [e for e in equations(jaxpr) if str(e.primitive) == "dot_general"]
+    assert len(products) == 6
+
+
+@pytest.mark.parametrize("argument", ["kernel", "lora_a", "lora_b"])
+def test_the_square_is_differentiated_by_each_of_its_arguments(argument):
+    kernel, adapter, base = draw((20, 9), 4)
+    arguments = {"kernel": kernel, "lora_a": adapter["lora_a"], "lora_b": adapter["lora_b"]}
+
+    def change(value):
+        given = {**arguments, argument: value}
+        return relative_square_change(
+            **given, base_norm=base["norm"], scaling=2.0, axes=DENSE, precision="highest"
+        )
+
+    check_grads(change, (arguments[argument],), 2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
 
 
 def test_the_output_of_a_scale_is_all_that_is_kept_of_it():
