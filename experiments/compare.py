@@ -28,6 +28,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from experiments.data.text import train_batches
+from experiments.memory import keep_freed_memory
 from experiments.methods import METHODS
 from experiments.metrics import MetricsWriter
 from experiments.task import Task, load_task
@@ -338,6 +339,7 @@ def run(config: Config) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the settings from the command line and runs."""
+    keep_freed_memory()
     config = tyro.cli(Config, description=__doc__, args=arguments)
     try:
         print(run(config))

@@ -26,6 +26,7 @@ from experiments.benchmarks.cases import CASES
 from experiments.benchmarks.device_runs import measure_inference, measure_training
 from experiments.benchmarks.report import stamp, write_report
 from experiments.benchmarks.steps import METHODS
+from experiments.memory import keep_freed_memory
 
 Part = Literal["train", "inference", "scaling", "abstract"]
 
@@ -49,6 +50,9 @@ class Config:
     rounds: int = 30
     # Time the same work in PEFT on torch, in the same turns (needs the extra `parity`).
     peer: Literal["peft"] | None = None
+
+    # Keep memory that is freed, for JAX and the peer alike (`experiments/memory.py`).
+    keep_freed_memory: bool = True
 
     # --- Compiling ahead of time ---
 
@@ -156,6 +160,8 @@ def _abstract() -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the settings from the command line and runs."""
     config = tyro.cli(Config, description=__doc__, args=arguments)
+    if config.keep_freed_memory:
+        keep_freed_memory()
     try:
         print(run(config))
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ import tyro
 from flax import nnx
 
 import dora_jax as dora
+from experiments.memory import keep_freed_memory
 from experiments.metrics import MetricsWriter, interval_95, read_metrics
 from experiments.models.huggingface import save_bert
 from experiments.plots import layer_changes, plot_curves, plot_layer_changes
@@ -233,6 +234,7 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Reads the settings from the command line and runs."""
+    keep_freed_memory()
     config = tyro.cli(Config, description=__doc__)
     try:
         run(config)

@@ -409,6 +409,14 @@ def test_the_output_of_a_scale_is_all_that_is_kept_of_it():
     assert len(kept) <= 2
 
 
+def test_the_output_of_a_scale_is_kept_in_its_own_dtype():
+    """XLA takes the cast to bfloat16 and back for nothing, unless something stands between."""
+    h, d = jnp.ones((50, 4), jnp.bfloat16), jnp.zeros(4)
+    program = jax.jit(jax.grad(lambda d: jnp.sum(apply_scale(h, d).astype(jnp.float32)))).lower(d)
+    barriers = [line for line in program.as_text().splitlines() if "optimization_barrier" in line]
+    assert len(barriers) == 1 and "tensor<50x4xbf16>" in barriers[0]
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
 def test_a_cast_is_no_change_of_the_base(dtype):
     kernel = 8 * draw((96, 40), 4)[0]  # in the range that float8 holds without underflow

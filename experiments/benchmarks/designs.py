@@ -55,7 +55,7 @@ def lora(layer: Layer, x: Array) -> Array:
 
 
 def in_layer(layer: Layer, x: Array) -> Array:
-    """The norm from the factors and a stored `||W0||^2`, in the layer. The library's default."""
+    """The norm from the factors and a stored `||W0||^2`, in the layer, differentiated by JAX."""
     h = lora(layer, x)
     return h + _scale(layer, layer["square"] + square_change(layer)) * h
 
@@ -73,7 +73,7 @@ def joined(layer: Layer, x: Array) -> Array:
     return h + _scale(layer, square) * h
 
 
-@jax.custom_vjp
+@jax.custom_vjp  # in the library a `custom_jvp`, which has forward mode too
 def _square_change_by_hand(layer: Layer) -> Scale:
     return square_change(layer)
 
@@ -96,8 +96,8 @@ def _backward(kept: tuple[Layer, Array, Array], g: Scale) -> tuple[Layer]:
 _square_change_by_hand.defvjp(_forward, _backward)
 
 
-def custom_vjp(layer: Layer, x: Array) -> Array:
-    """The norm's gradient written by hand: A^T W0 and A^T A are kept, and nothing else."""
+def by_hand(layer: Layer, x: Array) -> Array:
+    """The same with the norm's gradient written by hand, each product once. The library's."""
     h = lora(layer, x)
     return h + _scale(layer, layer["square"] + _square_change_by_hand(layer)) * h
 
@@ -119,7 +119,7 @@ DESIGNS: dict[str, Callable[[Layer, Array], Array]] = {
     "in layer": in_layer,
     "norm anew": norm_anew,
     "joined": joined,
-    "custom VJP": custom_vjp,
+    "by hand": by_hand,
     "hoisted": hoisted,
     "materialized": materialized,
 }

@@ -84,7 +84,8 @@ _STEPS_NOTE = (
     "taken in turn in one process, in an order that changes from round to round. Times: median "
     "(first to third quartile). Ratios: median of the ratios of all rounds, to LoRA with as many "
     "microbatches. Memory: arguments, results and temporaries of the compiled step, or the device "
-    "allocator's peak where it counts."
+    "allocator's peak where it counts. Memory that is freed is kept by the process, for JAX and a "
+    "peer alike (`experiments/memory.py`), unless the command says `--no-keep-freed-memory`."
 )
 
 _SCALING_NOTE = (
