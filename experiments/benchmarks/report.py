@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -68,6 +69,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> str:
         picture = f"efficiency_scaling_{backend}.png"
         plot_scaling(curves, folder / picture)
         blocks += [f"## Scaling on {backend}", _SCALING_NOTE, f"![scaling]({picture})"]
+        blocks += [_curve(name, curve) for name, curve in curves.items()]
         blocks += dict.fromkeys(_stamp_line(curve) for curve in curves.values())
     for models in results.get("abstract", {}).values():
         rows = [{"title": name, **row} for name, row in models.items()]
@@ -156,10 +158,34 @@ def _peer(row: Row) -> str:
     return ", ".join(_ratio(peer)(row["over_peer"]) for peer in row.get("over_peer", {}))
 
 
+def _curve(name: str, curve: Mapping[str, Any]) -> str:
+    """Returns the table of a curve, a row for each of its points."""
+    points, columns = curve["points"], {curve["axis"]: _number("x", "d")}
+    if name == "compile":
+        columns |= {f"{way} (s)": _number(way, ".1f") for way in points[0] if way != "x"}
+    else:
+        columns |= _overhead_columns("dora", "exact")
+        columns |= _overhead_columns("dora-detached", "detached")
+    return _table(points, columns)
+
+
+def _overhead_columns(variant: str, title: str) -> dict[str, Callable[[Row], str]]:
+    """Measured, counted by the compiler, and expected."""
+    shown = {
+        title: _ratio("over_lora"),
+        f"{title}, operations": _number("flops_over_lora", ".3f"),
+        f"{title}, model": _number("expected", ".3f"),
+    }
+    return {
+        column: functools.partial(lambda show, point: show(point[variant]), show)
+        for column, show in shown.items()
+    }
+
+
 def _number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
     def show(row: Row) -> str:
         value = row.get(name)
-        return "" if value is None else format(value * scale, form)
+        return "" if value is None else format(value if scale == 1 else value * scale, form)
 
     return show
 

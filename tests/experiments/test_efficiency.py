@@ -247,6 +247,16 @@ def test_the_report_has_what_two_commands_measured(printed, results_folder):
         assert picture.startswith(b"\x89PNG")
 
 
+def test_the_report_has_the_points_of_each_curve_beside_their_model(printed):
+    lines = printed.splitlines()
+    (rank,) = (lines[i + 2] for i, line in enumerate(lines) if line.startswith("| rank |"))
+    # Measured, operations and the model 1 + r / N, for r = 1 and N = 16, exact and detached.
+    cells = [cell.strip() for cell in rank.strip("|").split("|")]
+    assert cells[0] == "1" and cells[3] == "1.062" and cells[6] == "1.031"
+    assert 1.0 < float(cells[5]) < float(cells[2])
+    assert any(line.startswith("| layers | lora, layers apart (s) |") for line in lines)
+
+
 def test_the_report_holds_each_target_against_its_figure(printed, results_folder):
     results = json.loads((results_folder / "efficiency.json").read_text())
     rows = results["train"]["cpu"]["mlp-512"]["rows"]
