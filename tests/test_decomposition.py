@@ -360,6 +360,7 @@ def test_a_slice_that_is_switched_off_has_scale_one_also_where_it_is_zero():
     kernel = kernel.at[0, :, 3].set(0)
     base = describe(kernel, STACKED) | {"mask": jnp.array([False, True])}
 
+    @jax.jit
     def scale(adapter):
         return scale_minus_one(spec(4), kernel, adapter, base, STACKED)
 
@@ -386,6 +387,7 @@ def test_the_square_is_differentiated_by_each_of_its_arguments(argument):
     kernel, adapter, base = draw((20, 9), 4)
     arguments = {"kernel": kernel, "lora_a": adapter["lora_a"], "lora_b": adapter["lora_b"]}
 
+    @jax.jit
     def change(value):
         given = {**arguments, argument: value}
         return relative_square_change(
