@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 
-# From <malloc.h>, the last three parameters of `mallopt`.
+# Parameters of `mallopt`, from glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = 2**31 - 1
 
