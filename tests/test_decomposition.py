@@ -419,6 +419,16 @@ def test_the_output_of_a_scale_is_kept_in_its_own_dtype():
     assert len(barriers) == 1 and "tensor<50x4xbf16>" in barriers[0]
 
 
+@pytest.mark.parametrize("batch", [(1, 50), (5, 1), (3, 50)])
+def test_the_gradient_of_a_scale_sums_over_each_axis_of_the_batch(batch):
+    """Also over one of length 1: XLA on a CPU is slow where it is the first and not summed over."""
+    h, d = jnp.ones((*batch, 4)), jnp.zeros((1, 1, 4))
+    program = jax.make_jaxpr(jax.grad(lambda d: jnp.sum(apply_scale(h, d))))(d)
+    sums = [e for e in equations(program) if str(e.primitive) == "reduce_sum"]
+    of_d = [e for e in sums if e.invars[0].aval.shape == h.shape and e.outvars[0].aval.size == 4]
+    assert [e.params["axes"] for e in of_d] == [(0, 1)]
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
 def test_a_cast_is_no_change_of_the_base(dtype):
     kernel = 8 * draw((96, 40), 4)[0]  # in the range that float8 holds without underflow
