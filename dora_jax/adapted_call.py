@@ -13,10 +13,10 @@ from dora_jax.decomposition import (
     Adapter,
     KernelAxes,
     acting_factors,
-    apply_scale,
     scale_minus_one,
 )
 from dora_jax.layouts import Call, Layout, OutputAxes, Run
+from dora_jax.output_scale import apply_scale
 from dora_jax.remat import scaled_name
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def kernel_norm(
       Array([5., 0.], dtype=float32)
     """
     letters, stack, _, outputs = axes.letters()
-    wide = kernel.astype(_wide(kernel.dtype))
+    wide = kernel.astype(wide_dtype(kernel.dtype))
     to_canonical = _einsum_transpose(letters, axes, stack + outputs)
     square = to_canonical(jnp.sum(jnp.square(wide), axes.inputs))
     nonzero = to_canonical(jnp.any(kernel != 0, axes.inputs))
@@ -133,7 +132,7 @@ class _FactoredProduct(NamedTuple):
 
     def rounded(self, factor: Array) -> Array:
         """A factor as the layer itself multiplies it: rounded to its dtype, then wide again."""
-        return factor.astype(self.dtype).astype(_wide(self.dtype))
+        return factor.astype(self.dtype).astype(wide_dtype(self.dtype))
 
     def with_kernel(self, a: Array, kernel: Array) -> Float[Array, "*stack r *out"]:
         """Returns `A^T W`."""
@@ -143,7 +142,7 @@ class _FactoredProduct(NamedTuple):
             a.astype(self.dtype),
             kernel,
             precision=self.precision,
-            preferred_element_type=_wide(self.dtype),
+            preferred_element_type=wide_dtype(self.dtype),
         )
 
     def with_factors(self, a: Array, other: Array, b: Array) -> Float[Array, "*stack r *out"]:
@@ -288,62 +287,9 @@ def _off_zero(magnitude: Array, n: Array) -> Array:
     return magnitude + jnp.where(jnp.abs(magnitude) < least, move, 0)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def apply_scale(
-    h: Float[Array, "*batch out"], d: Float[Array, "#*batch out"], name: str = "dora_scaled"
-) -> Float[Array, "*batch out"]:
-    """Returns `y = h + d h` in the dtype of `h`, multiplied in float32 or wider.
-
-    A scale near 1 that is rounded to bfloat16 first would be lost; one near 0 is multiplied as
-    `(1 + d) h`, whose terms do not cancel. The gradient of `d` takes `h` from `y`, as
-    `y / (1 + d)`: `y` is what the next layer keeps for its own backward pass, so `h` need not be
-    kept beside it.
-    Both are off by a rounding to the dtype (in float16, whose numbers end at 6e-8, by more for
-    scales as small). A scale of exactly 0 gets no gradient: `scale_minus_one` returns none, but of
-    columns that are zero.
-
-    Args:
-      h: the output before the scale.
-      d: the scale less 1, in float32 or wider.
-      name: by which `jax.checkpoint` may save `y`.
-
-    Example:
-      >>> apply_scale(jnp.ones(2, jnp.bfloat16), jnp.array([0.0, 0.5]))
-      Array([1, 1.5], dtype=bfloat16)
-    """
-    wide = h.astype(_wide(h.dtype))
-    return _scaled(wide, d.astype(wide.dtype)).astype(h.dtype)
-
-
-def _scaled(h: Array, d: Array) -> Array:
+def scaled(h: Float[Array, "..."], d: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `(1 + d) h` as `h + d h`, or where that would cancel, near a scale of 0, as it is."""
     return jnp.where(d < -0.5, (1 + d) * h, h + d * h)
-
-
-@apply_scale.defjvp
-def _apply_scale_jvp(
-    name: str, primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    # Not by `apply_scale`, inside of which a policy would not see the name.
-    y = checkpoint_name(apply_scale.fun(*primals, name), name)
-    return y, _scale_tangent(y, primals[1], *tangents)
-
-
-# Rematerialised, so that what is kept for the backward pass is `y` in its own dtype: the float32
-# copy lives within the fused epilogue alone.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _scale_tangent(y: Array, d: Array, h_dot: Array, d_dot: Array) -> Array:
-    """Returns `(1 + d) h' + d' h`, of `h = y / (1 + d)`."""
-    # XLA takes a cast to bfloat16 and back for nothing, and would keep the wide number that `y` was
-    # rounded from: for a LLaMA-7B block on TPU v5e, 33 MB of each of q and k in place of 17.
-    y = jax.lax.optimization_barrier(y)
-    wide = _wide(y.dtype)
-    scale = 1 + d.astype(wide)
-    relative = jnp.where(scale == 0, 0, d_dot.astype(wide) / jnp.where(scale == 0, 1, scale))
-    # Not left to `*`, whose transpose sums over none of the axes that are 1 in `y` as well: a batch
-    # of one text would be a sum over the middle of (1, tokens, out), for which XLA on a CPU has a
-    # kernel that takes 20 times as long.
-    relative = jnp.broadcast_to(relative, y.shape)
-    return (scale * h_dot.astype(wide) + relative * y.astype(wide)).astype(y.dtype)
 
 
 def materialize(
@@ -361,7 +307,7 @@ def materialize(
     `dtype` is that of the result, if not the kernel's.
     """
     letters, stack, inputs, outputs = axes.letters()
-    merged = kernel.astype(_wide(kernel.dtype))
+    merged = kernel.astype(wide_dtype(kernel.dtype))
     if spec.rank:
         a, b = (x.astype(merged.dtype) for x in acting_factors(adapter, base, axes))
         delta = jnp.einsum(
@@ -371,7 +317,7 @@ def materialize(
     if spec.decompose:
         wide = kernel.astype(merged.dtype)
         d = scale_minus_one(spec, wide, adapter, base, axes, precision="highest")
-        merged = _scaled(merged, _over_inputs(d, axes))
+        merged = scaled(merged, _over_inputs(d, axes))
     return merged.astype(kernel.dtype if dtype is None else dtype)
 
 
@@ -388,7 +334,7 @@ def merge_kernel(
     The share is `||rounded - W'|| / ||W' - W0||` in float32 or wider; 0 where nothing changed, but
     for what products that cancel leave of rounding.
     """
-    exact = materialize(spec, kernel, adapter, base, axes, dtype=_wide(kernel.dtype))
+    exact = materialize(spec, kernel, adapter, base, axes, dtype=wide_dtype(kernel.dtype))
     rounded = exact.astype(kernel.dtype)
     wide = kernel.astype(exact.dtype)
     error, change, whole = (
@@ -438,7 +384,8 @@ def _magnitude(
     return magnitude + jnp.where(magnitude == rounded, norm - rounded, 0)
 
 
-def _wide(dtype: DTypeLike) -> jnp.dtype:
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Returns float32, or the dtype itself if it is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from dora_jax.config import LayoutError
 from dora_jax.decomposition import KernelAxes
 from dora_jax.layouts import LAYOUTS, REFUSED, Call, Layout, OutputAxes, Refusal, Run
-from dora_jax.up_projection import up_projection
+from dora_jax.projections import down_projection, up_projection
 
 if TYPE_CHECKING:
     from jax import Array
@@ -45,7 +45,7 @@ def _dense_low_rank(
     if _has_own_product(layer):  # which may do more than multiply
         xa = run(call, a, a.shape[-1])
     else:
-        xa = jnp.matmul(call["inputs"].astype(dtype), a, precision=layer.precision)
+        xa = down_projection(call["inputs"].astype(dtype), a, precision=layer.precision)
     return up_projection(scaling * xa, b, precision=layer.precision)
 
 

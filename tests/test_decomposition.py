@@ -15,7 +15,6 @@ from jax.test_util import check_grads
 from dora_jax import DoRAConfig
 from dora_jax.decomposition import (
     KernelAxes,
-    apply_scale,
     base_changed,
     describe_base,
     direction_norm,
@@ -23,6 +22,7 @@ from dora_jax.decomposition import (
     relative_square_change,
     scale_minus_one,
 )
+from dora_jax.output_scale import apply_scale
 from tests import reference
 from tests.test_compiled import equations
 
@@ -293,45 +293,6 @@ def test_a_direction_that_vanishes_gives_no_nan():
     assert 0.99e-8 <= n[3] <= 1e-3 * base["norm"][3]
 
 
-def test_a_scale_near_one_is_not_rounded_away():
-    """1.003 is 1 in bfloat16. The result is rounded once: to the bfloat16 nearest to h + d h."""
-    rng = np.random.default_rng(0)
-    h = jnp.asarray(rng.normal(size=4000), jnp.bfloat16)
-    d = jnp.asarray(rng.uniform(-0.02, 0.02, 4000), jnp.float32)
-    y = apply_scale(h, d)
-    assert y.dtype == jnp.bfloat16
-    exact = jnp.asarray(np.multiply(*reference.wide(h, 1 + np.asarray(d, np.float64))), jnp.float32)
-    # All but where float32 itself stands between two numbers of bfloat16.
-    assert np.mean(np.asarray(y == exact.astype(jnp.bfloat16))) > 0.999
-    assert np.mean(np.asarray(y != h)) > 0.5
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
-@pytest.mark.parametrize("scale", [-3.0, -0.1, 1e-6, 1e-4, 0.1, 0.9, 1.0, 1e3])
-def test_the_gradient_of_a_scale_is_that_of_the_definition(scale, dtype, bound):
-    rng = np.random.default_rng(0)
-    h, weight = (jnp.asarray(rng.normal(size=(50, 4)), dtype) for _ in range(2))
-    d = jnp.float32(scale) * jnp.array([1.0, 0.5, 2.0, 1.5]) - 1
-
-    def loss(h, d):
-        return jnp.sum(weight.astype(jnp.float32) * apply_scale(h, d).astype(jnp.float32))
-
-    by_h, by_d = jax.grad(loss, (0, 1))(h, d)
-    wide_h, wide_weight, wide_d = reference.wide(h, weight, d)
-    assert by_h.dtype == dtype and by_d.dtype == jnp.float32
-    assert reference.relative_error(by_h, wide_weight * (1 + wide_d)) <= bound
-    assert reference.relative_error(by_d, np.sum(wide_weight * wide_h, axis=0)) <= bound
-    forward = jax.jvp(loss, (h, d), (jnp.ones_like(h), jnp.zeros_like(d)))[1]
-    assert reference.relative_error(forward, np.sum(wide_weight * (1 + wide_d))) <= bound
-
-
-def test_a_scale_of_zero_has_a_finite_gradient():
-    d = jnp.array([-1.0, 0.0])
-    by_h, by_d = jax.grad(lambda h, d: jnp.sum(apply_scale(h, d)), (0, 1))(jnp.ones((3, 2)), d)
-    assert np.array_equal(by_d, [0, 3])
-    assert np.array_equal(by_h, [[0, 1]] * 3)
-
-
 @pytest.mark.parametrize("magnitude", [0.0, 1e-30, -1e-12, 1e-4])
 def test_a_magnitude_at_zero_has_the_gradient_of_any_other(magnitude):
     """Taken from an output that is 0 it would be 0, and the magnitude never move again."""
@@ -395,38 +356,6 @@ def test_the_square_is_differentiated_by_each_of_its_arguments(argument):
         )
 
     check_grads(change, (arguments[argument],), 2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
-
-
-def test_the_output_of_a_scale_is_all_that_is_kept_of_it():
-    """The next layer keeps it too, as its input: then there is one array of its size, not two."""
-    h, d = jnp.ones((50, 4)), jnp.zeros(4)
-
-    def backward(h, d):
-        return jax.vjp(lambda h, d: apply_scale(h, d) ** 2, h, d)[1]
-
-    program = jax.make_jaxpr(backward)(h, d).jaxpr
-    kept = {v for v in program.outvars if v.aval.shape == h.shape}
-    # Two, since `2 y` of the square is one of its own; not h.
-    assert program.invars[0] not in kept
-    assert len(kept) <= 2
-
-
-def test_the_output_of_a_scale_is_kept_in_its_own_dtype():
-    """XLA takes the cast to bfloat16 and back for nothing, unless something stands between."""
-    h, d = jnp.ones((50, 4), jnp.bfloat16), jnp.zeros(4)
-    program = jax.jit(jax.grad(lambda d: jnp.sum(apply_scale(h, d).astype(jnp.float32)))).lower(d)
-    barriers = [line for line in program.as_text().splitlines() if "optimization_barrier" in line]
-    assert len(barriers) == 1 and "tensor<50x4xbf16>" in barriers[0]
-
-
-@pytest.mark.parametrize("batch", [(1, 50), (5, 1), (3, 50)])
-def test_the_gradient_of_a_scale_sums_over_each_axis_of_the_batch(batch):
-    """Also over one of length 1: XLA on a CPU is slow where it is the first and not summed over."""
-    h, d = jnp.ones((*batch, 4)), jnp.zeros((1, 1, 4))
-    program = jax.make_jaxpr(jax.grad(lambda d: jnp.sum(apply_scale(h, d))))(d)
-    sums = [e for e in equations(program) if str(e.primitive) == "reduce_sum"]
-    of_d = [e for e in sums if e.invars[0].aval.shape == h.shape and e.outvars[0].aval.size == 4]
-    assert [e.params["axes"] for e in of_d] == [(0, 1)]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])

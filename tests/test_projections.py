@@ -1,8 +1,9 @@
-"""The product with B: JAX's own in value and every derivative, in an order of its own."""
+"""The products with A and B: JAX's own in value and every derivative, in orders of their own."""
 
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +14,24 @@ from jax import lax
 from jax.test_util import check_grads
 
 import dora_jax as dora
-from dora_jax.up_projection import up_projection
+from dora_jax.projections import down_projection, up_projection
 from tests import reference
 from tests.models import adapted_chain, inputs, random_adapters
 from tests.test_compiled import equations
 
-SHAPES = {  # of x and b, and how many leading axes are stack
-    "matrix": ((7, 3), (3, 5), 0),
-    "tokens": ((2, 7, 3), (3, 5), 0),
-    "vector": ((3,), (3, 5), 0),
-    "heads": ((2, 7, 3), (3, 4, 5), 0),
-    "experts": ((6, 2, 7, 3), (6, 3, 5), 1),
-    "two stacks": ((6, 4, 7, 3), (6, 4, 3, 5), 2),
+SHAPES = {  # the product, the shapes of its operands, and how many leading axes are stack
+    "matrix, A": (down_projection, (7, 5), (5, 3), 0),
+    "tokens, A": (down_projection, (2, 7, 5), (5, 3), 0),
+    "vector, A": (down_projection, (5,), (5, 3), 0),
+    "matrix": (up_projection, (7, 3), (3, 5), 0),
+    "tokens": (up_projection, (2, 7, 3), (3, 5), 0),
+    "vector": (up_projection, (3,), (3, 5), 0),
+    "heads": (up_projection, (2, 7, 3), (3, 4, 5), 0),
+    "experts": (functools.partial(up_projection, stack=1), (6, 2, 7, 3), (6, 3, 5), 1),
+    "two stacks": (functools.partial(up_projection, stack=2), (6, 4, 7, 3), (6, 4, 3, 5), 2),
 }
-CASES = pytest.mark.parametrize(("x_shape", "b_shape", "stack"), SHAPES.values(), ids=SHAPES)
+CASES = pytest.mark.parametrize(("f", "x_shape", "b_shape", "stack"), SHAPES.values(), ids=SHAPES)
+BOTH = pytest.mark.parametrize("f", [down_projection, up_projection])
 
 
 def draw(*shapes):
@@ -41,25 +46,22 @@ def in_numpy(x, b, stack):
 
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit])
 @CASES
-def test_it_is_the_product_over_r(x_shape, b_shape, stack, run):
+def test_it_is_the_product(f, x_shape, b_shape, stack, run):
     x, b = draw(x_shape, b_shape)
-    y = run(functools.partial(up_projection, stack=stack))(x, b)
+    y = run(f)(x, b)
     assert reference.relative_error(y, in_numpy(x, b, stack)) <= 1e-6
 
 
 @CASES
 def test_its_derivatives_are_those_of_differences_forward_reverse_and_twice(
-    x_shape, b_shape, stack
+    f, x_shape, b_shape, stack
 ):
-    f = functools.partial(up_projection, stack=stack)
     check_grads(f, draw(x_shape, b_shape), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("axes", [(0, None), (2, None), (None, 0), (None, 2), (1, 1), (2, 0)])
 @CASES
-def test_vmap_is_a_loop_also_of_its_gradient(x_shape, b_shape, stack, axes):
-    f = functools.partial(up_projection, stack=stack)
-
+def test_vmap_is_a_loop_also_of_its_gradient(f, x_shape, b_shape, stack, axes):
     def loss(x, b):
         return jnp.sum(jnp.sin(f(x, b)))
 
@@ -94,24 +96,55 @@ def test_the_gradient_of_b_takes_the_activation_first_and_transposes_nothing():
     assert "transpose" not in {str(e.primitive) for e in equations(jaxpr)}
 
 
+@pytest.mark.parametrize("x_shape", [(40, 30), (4, 10, 30)])
+def test_the_gradient_of_a_is_multiplied_as_r_rows_where_r_columns_are_slow(x_shape):
+    """On a CPU: otherwise XLA takes the transpose into the product."""
+    x, a, g = draw(x_shape, (30, 2), (*x_shape[:-1], 2))
+
+    def backward(x, a, g):
+        return jax.vjp(functools.partial(down_projection, x), a)[1](g)[0]
+
+    def products(platform):
+        lowered = jax.jit(backward).trace(x, a, g).lower(lowering_platforms=(platform,))
+        return lowered if platform != "cpu" else lowered.compile()
+
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", products("cpu").as_text())
+    assert shapes == ["2,30"]
+    assert "optimization_barrier" not in products("tpu").as_text()
+    expected = np.einsum("bi,br->ir", *(v.reshape(-1, v.shape[-1]) for v in reference.wide(x, g)))
+    assert reference.relative_error(backward(x, a, g), expected) <= 1e-6
+    assert reference.relative_error(jax.jit(backward)(x, a, g), expected) <= 1e-6
+
+
+@BOTH
 @pytest.mark.parametrize("given", ["default", "high", "highest", lax.Precision.HIGHEST])
-def test_a_precision_is_handed_on(given):
-    run = jax.jit(functools.partial(up_projection, precision=given))
-    name = lax.Precision(given).name
-    assert f"precision = [{name}, {name}]" in run.lower(*draw((7, 3), (3, 5))).as_text()
+def test_a_precision_is_handed_on(f, given):
+    """To the product, and to those of its gradient."""
+    x, b, g = draw((7, 3), (3, 5), (7, 5))
+
+    @jax.jit
+    def run(x, b, g):
+        y, pull_back = jax.vjp(functools.partial(f, precision=given), x, b)
+        return y, pull_back(g)
+
+    name, text = lax.Precision(given).name, run.lower(x, b, g).as_text()
+    assert text.count("stablehlo.dot_general") == 3
+    assert text.count(f"precision = [{name}, {name}]") == 3
 
 
-def test_the_default_precision_is_that_of_where_it_is_traced():
+@BOTH
+def test_the_default_precision_is_that_of_where_it_is_traced(f):
     with jax.default_matmul_precision("highest"):
-        jaxpr = jax.make_jaxpr(up_projection)(*draw((7, 3), (3, 5)))
+        jaxpr = jax.make_jaxpr(f)(*draw((7, 3), (3, 5)))
     (equation,) = jaxpr.eqns
     assert equation.params["precision"] == "highest"
 
 
-def test_dtypes_promote_as_in_a_product():
+@BOTH
+def test_dtypes_promote_as_in_a_product(f):
     x, b = draw((7, 3), (3, 5))
-    assert up_projection(x.astype(jnp.bfloat16), b).dtype == jnp.float32
-    assert up_projection(x.astype(jnp.bfloat16), b.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert f(x.astype(jnp.bfloat16), b).dtype == jnp.float32
+    assert f(x.astype(jnp.bfloat16), b.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("decompose", [True, False])
