@@ -93,6 +93,16 @@ def test_one_of_two_arguments_may_be_constant():
     )
 
 
+def test_a_cotangent_may_be_constant():
+    """A sum of `y` is linear in `d`: its second derivative is 0, up to rounding."""
+    h, d, g = draw((7, 4), (1, 4))
+    slope = jax.jit(
+        lambda d: jax.jvp(jax.grad(lambda d: jnp.sum(g * apply_scale(h, d))), (d,), (d,))
+    )
+    first, second = slope(d)
+    assert np.max(np.abs(second)) <= 1e-5 * np.max(np.abs(first))
+
+
 def test_on_a_cpu_the_sum_is_over_the_rows_of_one_matrix():
     """With the axes that the layer's own products see, the scaled cotangent is made once."""
     h, d, g = draw((3, 5, 4), (1, 1, 4))

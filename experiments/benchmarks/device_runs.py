@@ -80,7 +80,7 @@ def _training_ratios(variant: str, times: Mapping[str, Times]) -> Row:
     ratios: Row = {}
     if (reference := f"{lora}/{microbatches}" if microbatches else lora) in times:
         ratios["over_lora"] = _ratio(times[variant], times[reference])
-    if variant == "lora" and "lora-by-hand" in times:
+    if variant in ("lora", "dora", "dora-detached") and "lora-by-hand" in times:
         ratios["over_by_hand"] = _ratio(times[variant], times["lora-by-hand"])
     if others := [name for name in times if name.endswith(f"-{variant}")]:
         ratios["over_peer"] = {name: _ratio(times[variant], times[name]) for name in others}
