@@ -56,13 +56,13 @@ def test_the_gradients_are_those_of_the_definition(h_shape, d_shape, run, dtype,
     assert reference.relative_error(by_d, sum_to(wide_g * wide_h, d_shape)) <= bound
 
 
-@CASES
-def test_it_has_second_derivatives_in_both_modes(h_shape, d_shape):
-    h, d, _ = draw(h_shape, d_shape)
+@pytest.mark.parametrize("shapes", ["tokens", "experts", "features first", "vector"])
+def test_it_has_second_derivatives_in_both_modes(shapes):
+    h, d, _ = draw(*SHAPES[shapes])
     check_grads(jax.jit(apply_scale), (h, d), 2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("axes", [(0, None, 0), (1, 0, 0), (None, 1, None)])
+@pytest.mark.parametrize("axes", [(0, None, 0), (None, 1, None)])
 @CASES
 def test_vmap_is_a_loop_also_of_its_gradient(h_shape, d_shape, axes):
     h, d, g = draw(h_shape, d_shape)
