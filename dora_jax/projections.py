@@ -122,7 +122,7 @@ def _down_gradient_type(x: Any, g: Any, *, precision: Any) -> Any:
 
 
 def _down_gradient_to_x(c: Array, x: Any, g: Array, *, precision: Any) -> Array:
-    return lax.dot_general(g, c, (((g.ndim - 1,), (1,)), ((), ())), precision)
+    return _down_to_x(g, x, c, precision=precision)
 
 
 def _down_gradient_to_g(c: Array, x: Array, g: Any, *, precision: Any) -> Array:
