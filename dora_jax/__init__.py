@@ -15,30 +15,28 @@ from dora_jax.adapters import (
     count_parameters,
     diff,
     interpolate,
+    label_adapters,
     select_adapters,
     stack_adapters,
 )
-from dora_jax.analysis import WeightChange, weight_change
-from dora_jax.checkpoint import SavedAdapters, load, read_adapters, save
-from dora_jax.config import AdapterError, ConfigError, DoRAConfig, DoRAError, LayoutError
-from dora_jax.decomposition import KernelAxes
-from dora_jax.layer_types import einsum_layout
-from dora_jax.layouts import Layout, register_layout
-from dora_jax.linen import DoRAModel
-from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
-from dora_jax.optim import dora_optimizer, label_adapters
-from dora_jax.remat import save_scaled
-from dora_jax.storage import CheckpointError
-from dora_jax.summary import Summary, summary
-from dora_jax.training_checkpoint import Checkpoints, Restored
-from dora_jax.transform import (
+from dora_jax.analysis import Summary, WeightChange, summary, weight_change
+from dora_jax.api import (
     apply_dora,
     apply_mixed,
     check_base,
     disabled_adapters,
-    hoist,
     merge,
+    precompute_scales,
 )
+from dora_jax.checkpoint import Checkpoints, RestoredRun, SavedAdapters, load, read_adapters, save
+from dora_jax.config import DoRAConfig
+from dora_jax.decomposition import KernelAxes
+from dora_jax.errors import AdapterError, CheckpointError, ConfigError, DoRAError, LayoutError
+from dora_jax.layers import Layout, einsum_layout, register_layout
+from dora_jax.linen import DoRAModel
+from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
+from dora_jax.ops import save_scaled
+from dora_jax.training import dora_optimizer
 
 __all__ = [
     "AdapterError",
@@ -52,7 +50,7 @@ __all__ = [
     "KernelAxes",
     "Layout",
     "LayoutError",
-    "Restored",
+    "RestoredRun",
     "SavedAdapters",
     "Summary",
     "WeightChange",
@@ -67,7 +65,6 @@ __all__ = [
     "dora_optimizer",
     "einsum_layout",
     "get_adapters",
-    "hoist",
     "huggingface",
     "interpolate",
     "label_adapters",
@@ -75,6 +72,7 @@ __all__ = [
     "merge",
     "names",
     "peft",
+    "precompute_scales",
     "read_adapters",
     "register_layout",
     "save",

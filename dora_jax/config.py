@@ -1,9 +1,8 @@
-"""What to adapt and how: `DoRAConfig`, the selection of layers, and the settings of one layer."""
+"""`DoRAConfig`, which layers are adapted and how, and the settings of one layer."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -12,36 +11,15 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-Path = tuple[str, ...]
+from dora_jax.errors import ConfigError, Path
+
 NormGradient = Literal["exact", "detached"]
 Init = Literal["kaiming_uniform", "gaussian", "orthogonal", "pissa", "olora"]
-
 ALL_LINEAR = "all-linear"
 
 
-class DoRAError(ValueError):
-    """A request that cannot be honoured; the message names the layer or field and the mend."""
-
-
-class ConfigError(DoRAError):
-    """A field of `DoRAConfig` is out of range, or a pattern in it matches nothing."""
-
-
-class LayoutError(DoRAError):
-    """A layer cannot be adapted because how its kernel is contracted is not known."""
-
-
-class AdapterError(DoRAError):
-    """Adapters and model do not belong together, or a model is adapted or merged twice."""
-
-
-def layer_name(path: Path) -> str:
-    """Returns the dotted path of a layer, as errors name it; the model may be a layer itself."""
-    return ".".join(path) or "the model"
-
-
 @dataclasses.dataclass(frozen=True)
-class AdapterSpec:
+class LayerSettings:
     """The settings of one adapted layer, resolved from a `DoRAConfig`.
 
     Hashable, so that it can be static under `jax.jit`. Field meanings are those of `DoRAConfig`.
@@ -56,7 +34,7 @@ class AdapterSpec:
     decompose: bool = True
     norm_gradient: NormGradient = "exact"
     eps: float = 1e-8
-    hoisted: bool = False
+    precomputed: bool = False
     indices: tuple[int, ...] | None = None
 
     @property
@@ -68,7 +46,7 @@ class AdapterSpec:
     def parameter_names(self) -> tuple[str, ...]:
         """The arrays of the layer's adapter, in order; `scale` where the scale was hoisted."""
         low_rank = ("lora_a", "lora_b") if self.rank else ()
-        if self.hoisted and self.decompose:
+        if self.precomputed and self.decompose:
             return (*low_rank, "scale")
         return low_rank + (("magnitude",) if self.has_magnitude else ())
 
@@ -121,7 +99,7 @@ class DoRAConfig:
       >>> DoRAConfig(dropout=1.0)
       Traceback (most recent call last):
       ...
-      dora_jax.config.ConfigError: dropout must be in [0, 1), got 1.0
+      dora_jax.errors.ConfigError: dropout must be in [0, 1), got 1.0
     """
 
     rank: int = 8
@@ -240,13 +218,13 @@ class DoRAConfig:
             raise ConfigError(f"unknown fields {unknown}; the known ones are {sorted(known)}")
         return cls(**fields)
 
-    def spec(self, path: Path) -> AdapterSpec:
+    def layer_settings(self, path: Path) -> LayerSettings:
         """Returns the settings of the layer at `path`, patterns applied."""
         name = ".".join(path)
         rank = _first_match(self.rank_pattern, name, self.rank)
         alpha = _first_match(self.alpha_pattern, name, self.alpha)
         divisor = math.sqrt(rank) if self.use_rslora else rank
-        return AdapterSpec(
+        return LayerSettings(
             rank=rank,
             alpha=alpha,
             scaling=alpha / divisor if rank else 0.0,
@@ -277,95 +255,6 @@ class DoRAConfig:
         return numbers[0] if numbers else None
 
 
-def select_layers(
-    config: DoRAConfig,
-    layers: Mapping[Path, bool],
-    modules: Iterable[Path],
-    refused: Mapping[Path, tuple[str, bool]] | None = None,
-) -> dict[Path, AdapterSpec]:
-    """Resolves which layers are adapted.
-
-    Args:
-      config: the configuration.
-      layers: every layer that can be adapted, by path; True if `"all-linear"` covers it.
-      modules: every module path of the model, adaptable or not (to explain a failure).
-      refused: layers that hold a kernel and cannot be adapted: why, and whether `"all-linear"`
-        would mean them.
-
-    Returns:
-      The settings of each selected layer, by path.
-
-    Raises:
-      LayoutError: a refused layer is meant, or a name matches only modules that hold no kernel.
-      ConfigError: a pattern matches nothing (with the nearest names), or no layer is left.
-
-    Example:
-      >>> layers = {("mlp", "up"): True, ("mlp", "down"): True}
-      >>> list(select_layers(DoRAConfig(target_modules=["up"]), layers, layers))
-      [('mlp', 'up')]
-    """
-    all_names = {".".join(path) for path in modules}
-    names = {".".join(path): path for path in layers}
-    reasons = {".".join(path): reason for path, reason in (refused or {}).items()}
-    saved = match_modules(config.modules_to_save, all_names, "modules_to_save")
-    excluded = _match(config.exclude_modules, all_names, "exclude_modules", all_names)
-    if config.target_modules == ALL_LINEAR:
-        targets = {n for n, path in names.items() if layers[path]}
-        targets |= {n for n, (_, all_linear) in reasons.items() if all_linear}
-    else:
-        targets = _match(config.target_modules, {*names, *reasons}, "target_modules", all_names)
-    targets = {t for t in targets if not any(_is_inside(t, e) for e in saved | excluded)}
-    targets = _with_indices(config, targets)
-    for name in sorted(targets & reasons.keys()):
-        raise LayoutError(f"{name or 'the model'} cannot be adapted: {reasons[name][0]}")
-    if not targets and not saved:
-        raise ConfigError(
-            f"no layer matched target_modules={config.target_modules!r}. {_known(names)}"
-        )
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field):
-            if targets and not any(_pattern_matches(pattern, name) for name in targets):
-                raise ConfigError(
-                    f"{field} key {pattern!r} matches no adapted layer. {_known(targets)}"
-                )
-    return {names[n]: config.spec(names[n]) for n in names if n in targets}
-
-
-def _with_indices(config: DoRAConfig, targets: set[str]) -> set[str]:
-    """Returns the targets of `layers_to_transform`; those without a number may be a stack."""
-    if config.layers_to_transform is None:
-        return targets
-    indices = {name: config.layer_index(tuple(name.split("."))) for name in targets}
-    missing = set(config.layers_to_transform) - set(indices.values())
-    if missing and None not in indices.values():
-        raise ConfigError(
-            f"layers_to_transform asks for {sorted(missing)}, but the layers selected have the "
-            f"numbers {sorted({i for i in indices.values() if i is not None})}"
-        )
-    return {n for n, i in indices.items() if i is None or i in config.layers_to_transform}
-
-
-def check_indices(config: DoRAConfig, adapted: Mapping[Path, AdapterSpec]) -> None:
-    """Checks that `layers_to_transform` found every layer, now that stacks are known as such.
-
-    Raises:
-      ConfigError: there is no layer of some number, and no stack that it could be a place in.
-    """
-    if config.layers_to_transform is None or any(spec.indices for spec in adapted.values()):
-        return
-    if missing := set(config.layers_to_transform) - {config.layer_index(p) for p in adapted}:
-        raise ConfigError(
-            f"layers_to_transform asks for {sorted(missing)}, but no layer that target_modules "
-            f"selects has such a number in its path (layers_pattern={config.layers_pattern!r}), "
-            "nor is one a stack"
-        )
-
-
-def match_modules(patterns: Sequence[str], modules: Iterable[str], field: str) -> set[str]:
-    """Returns the dotted names that equal a pattern or end in it; each pattern must match one."""
-    return _match(tuple(patterns), modules, field, modules)
-
-
 def _patterns(field: str, value: str | Iterable[str]) -> str | tuple[str, ...]:
     """Normalises a selection: a regular expression stays a string, names become a tuple."""
     if isinstance(value, str):
@@ -391,60 +280,12 @@ def _pattern_dict(field: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
-def _match(
-    patterns: str | Sequence[str], names: Iterable[str], field: str, modules: Iterable[str]
-) -> set[str]:
-    names = set(names)
-    if isinstance(patterns, str):
-        found = {name for name in names if re.fullmatch(patterns, name)}
-        if not found:
-            raise ConfigError(
-                f"{field}={patterns!r} fully matches no layer's dotted path. {_known(names)}"
-            )
-        return found
-    found = set()
-    for pattern in patterns:
-        matched = {name for name in names if _ends_in(name, pattern)}
-        if not matched and any(_ends_in(name, pattern) for name in modules):
-            raise LayoutError(
-                f"{field} names {pattern!r}, but that module is no layer whose kernel layout is "
-                f"known. Name the layers inside it, or leave it out. {_known(names)}"
-            )
-        if not matched:
-            near = _nearest(pattern, names)
-            raise ConfigError(f"{field} entry {pattern!r} matches nothing. Nearest names: {near}")
-        found |= matched
-    return found
-
-
-def _ends_in(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
-
-
-def _is_inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
-
-
-def _pattern_matches(pattern: str, name: str) -> bool:
+def pattern_matches(pattern: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for pattern, v in patterns.items() if _pattern_matches(pattern, name)), default)
-
-
-def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
-    """Returns the three names most like `pattern`, compared with the last parts of each path."""
-    tail = pattern.count(".") + 1
-    tails = {name: ".".join(name.split(".")[-tail:]) for name in sorted(names)}
-    near = difflib.get_close_matches(pattern, list(tails.values()), n=3, cutoff=0.0)
-    return list(dict.fromkeys(next(n for n, t in tails.items() if t == match) for match in near))
-
-
-def _known(names: Iterable[str]) -> str:
-    names = sorted(names)
-    shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-    return f"Layers that can be adapted: {shown or 'none'}."
+    return next((v for pattern, v in patterns.items() if pattern_matches(pattern, name)), default)
 
 
 def _is_number(value: Any) -> bool:

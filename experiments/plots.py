@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import dora_jax as dora
 
-LINEAR = dora.KernelAxes((), (0,), (1,))
+LINEAR = dora.decomposition.KernelAxes((), (0,), (1,))
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -42,7 +42,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def layer_changes(before: nnx.Module, after: nnx.Module) -> dict[str, dora.WeightChange]:
+def layer_changes(before: nnx.Module, after: nnx.Module) -> dict[str, dora.analysis.WeightChange]:
     """Returns the change of every linear kernel that is not as it was, by dotted path.
 
     Args:
@@ -61,7 +61,7 @@ def layer_changes(before: nnx.Module, after: nnx.Module) -> dict[str, dora.Weigh
     return changes
 
 
-def plot_layer_changes(changes: Mapping[str, dora.WeightChange], file: Path) -> None:
+def plot_layer_changes(changes: Mapping[str, dora.analysis.WeightChange], file: Path) -> None:
     """Draws magnitude and direction change as two maps: kind of projection by layer.
 
     Args:

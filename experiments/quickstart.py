@@ -84,7 +84,7 @@ def run(config: Config) -> dict[str, Any]:
     save_bert(merged.encoder, folder / "merged", source=task.checkpoint, head=merged.classifier)
     plot_curves(read_metrics(folder), folder / "curves.png")
     plot_layer_changes(layer_changes(base, merged), folder / "layers.png")
-    trained = dora.count_parameters(dora.get_adapters(model))
+    trained = dora.adapters.count_parameters(dora.get_adapters(model))
     summary = {
         "majority_accuracy": task.majority,
         "frozen_probe_accuracy": probe,

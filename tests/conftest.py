@@ -1,4 +1,4 @@
-"""Settings of the property tests. Helpers are imported as `tests.reference`, `tests.models`."""
+"""Settings of the property tests. Helpers are imported as `tests.support.reference`, `tests.support.models`."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_jax import ConfigError, DoRAConfig, LayoutError
-from dora_jax.config import select_layers
+from dora_jax.selection import select_layers
 
 # A small transformer: True where "all-linear" covers the layer.
 LAYERS = {
@@ -141,7 +141,7 @@ def test_json_and_pickle_give_back_an_equal_configuration(config):
 def test_every_valid_configuration_round_trips(rank, alpha, dropout, names, rslora):
     config = DoRAConfig(rank, alpha, dropout, names, use_rslora=rslora)
     assert DoRAConfig.from_json(config.to_json()) == config
-    scaling = config.spec(("any",)).scaling
+    scaling = config.layer_settings(("any",)).scaling
     assert scaling == alpha / (math.sqrt(rank) if rslora else rank)
 
 
@@ -172,8 +172,8 @@ def test_of_the_patterns_that_match_the_first_counts_also_after_a_round_trip():
     path = ("block_1", "attention", "query")
     for patterns, rank in (((wide, narrow), 4), ((narrow, wide), 2)):
         config = DoRAConfig(rank_pattern=dict(patterns))
-        assert config.spec(path).rank == rank
-        assert DoRAConfig.from_json(config.to_json()).spec(path).rank == rank
+        assert config.layer_settings(path).rank == rank
+        assert DoRAConfig.from_json(config.to_json()).layer_settings(path).rank == rank
     reordered = DoRAConfig(rank_pattern=dict((wide, narrow)))
     assert reordered != DoRAConfig(rank_pattern=dict((narrow, wide)))
 
@@ -284,7 +284,7 @@ def test_a_pattern_matches_from_a_dot_to_the_end(pattern):
     ],
 )
 def test_switches_say_which_arrays_are_trained(switches, names):
-    spec = DoRAConfig(**switches).spec(("query",))
+    spec = DoRAConfig(**switches).layer_settings(("query",))
     assert spec.parameter_names == names
     assert spec.has_magnitude == ("magnitude" in names)
 

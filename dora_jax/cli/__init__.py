@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from dora_jax.config import DoRAError
+from dora_jax.errors import DoRAError
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -59,6 +59,6 @@ same, 1 if they differ, 2 if something went wrong."""
 def _one_line(message: object) -> str:
     """Returns a message in one line, with the command's options in place of the library's."""
     text = " ".join(str(message).split())
-    for argument in ("other_base", "overwrite"):
+    for argument in ("allow_base_mismatch", "overwrite"):
         text = text.replace(f"{argument}=True", f"--{argument.replace('_', '-')}")
     return text

@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dora_jax.cli.convert import NAME_MAPS, convert
+from dora_jax.cli.convert import convert
 from dora_jax.cli.diff import diff
 from dora_jax.cli.inspect import inspect
 from dora_jax.cli.merge import merge
 from dora_jax.cli.tables import percent
-from dora_jax.names import NameMap, NameMapError
+from dora_jax.names.architectures import NAME_MAPS
+from dora_jax.names.name_map import NameMap
+from dora_jax.names.torch_layout import NameMapError
 
 Names = Literal["identity", "bert", "roberta", "llama", "mistral", "qwen2", "qwen3"]
 Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
@@ -84,7 +86,7 @@ class Convert:
     base: Path | None = None
     """Hugging Face folder of the base. An Orbax adapter is checked against it; one that is made
     keeps its mark, and can be loaded without a warning."""
-    other_base: Flag = False
+    allow_base_mismatch: Flag = False
     """Convert although the base is not the one that the adapter was trained for."""
     overwrite: Flag = False
     """Exchange what is in the target."""
@@ -98,7 +100,7 @@ class Convert:
             self.target,
             _name_map(self.names, self.flax_prefix, self.hf_prefix, self.extra_names),
             base=self.base,
-            other_base=self.other_base,
+            allow_base_mismatch=self.allow_base_mismatch,
             overwrite=self.overwrite,
         )
         _print(
@@ -128,7 +130,7 @@ class Merge:
     """Path of that part of the Hugging Face model, such as bert."""
     extra_names: tuple[str, ...] = ()
     """Modules that the map does not have, such as classifier=classifier (Flax, Hugging Face)."""
-    other_base: Flag = False
+    allow_base_mismatch: Flag = False
     """Merge although the base is not the one that the adapter was trained for."""
     max_file_bytes: int = 2 * 10**9
     """Size of one file of weights."""
@@ -148,7 +150,7 @@ class Merge:
             self.target,
             names,
             max_file_bytes=self.max_file_bytes,
-            other_base=self.other_base,
+            allow_base_mismatch=self.allow_base_mismatch,
             overwrite=self.overwrite,
         )
         text = f"{self.target}: {len(report['merged'])} weights merged, {report['copied']} copied"

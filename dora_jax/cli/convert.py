@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,32 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import dora_jax.nnx as dora_nnx
-from dora_jax.checkpoint import SavedAdapters, read_adapters, save
+from dora_jax import nnx as dora_nnx
+from dora_jax.checkpoint.adapters import SavedAdapters, read_adapters, save
+from dora_jax.checkpoint.fingerprint import reconcile
+from dora_jax.cli.base_weights import Base, torch_axes
 from dora_jax.cli.folders import folder_format
-from dora_jax.cli.stand_in import Base, of_peft, of_saved, torch_axes
-from dora_jax.config import AdapterError
-from dora_jax.decomposition import describe_base
-from dora_jax.fingerprint import reconcile
-from dora_jax.names import BERT, IDENTITY, LLAMA, ROBERTA, NameMap
-from dora_jax.peft import files, save_pretrained
-from dora_jax.peft import read_adapters as read_peft
+from dora_jax.cli.placeholder_model import of_peft, of_saved
+from dora_jax.decomposition.base import describe_base
+from dora_jax.errors import AdapterError, CheckpointError
+from dora_jax.names.name_map import NameMap
+from dora_jax.peft import folder as files
 from dora_jax.peft.config import PeftConfig
-from dora_jax.peft.tensors import PREFIX
-from dora_jax.storage import CheckpointError
+from dora_jax.peft.keys import by_module
+from dora_jax.peft.loading import read_adapters as read_peft
+from dora_jax.peft.saving import save_pretrained
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
-
-NAME_MAPS = {
-    "identity": IDENTITY,
-    "bert": BERT,
-    "roberta": ROBERTA,
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-}
 
 
 def convert(
@@ -45,7 +35,7 @@ def convert(
     names: NameMap,
     *,
     base: pathlib.Path | None = None,
-    other_base: bool = False,
+    allow_base_mismatch: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes an adapter folder in the other format.
@@ -56,7 +46,7 @@ def convert(
       names: which Hugging Face module each Flax module is.
       base: the Hugging Face folder of the base: an Orbax adapter is checked against it, and one
         made from PEFT keeps its mark.
-      other_base: convert although the base is not the one that the adapter was trained for.
+      allow_base_mismatch: convert although the base is not the one that the adapter was trained for.
       overwrite: exchange what is in `target`.
 
     Returns:
@@ -72,7 +62,7 @@ def convert(
         opened = None
         if base is not None:
             opened = Base(base, _modules_of(saved, names))
-            _check_base(saved, names, opened, other_base=other_base)
+            _check_base(saved, names, opened, allow_base_mismatch=allow_base_mismatch)
         save_pretrained(of_saved(saved, names, opened), target, names, adapters=saved.adapters)
         return {"from": "orbax", "to": "peft", "path": str(target)}
     peft_config, tensors = files.read(source)
@@ -98,7 +88,9 @@ def _modules_of(saved: SavedAdapters, names: NameMap) -> list[str]:
     return found
 
 
-def _check_base(saved: SavedAdapters, names: NameMap, base: Base, *, other_base: bool) -> None:
+def _check_base(
+    saved: SavedAdapters, names: NameMap, base: Base, *, allow_base_mismatch: bool
+) -> None:
     """Raises `AdapterError` unless the weights are those that an adapter was trained for."""
     for path, kept in saved.base.items():
         module = names.find(".".join(path))
@@ -113,7 +105,7 @@ def _check_base(saved: SavedAdapters, names: NameMap, base: Base, *, other_base:
                 k: module.to_hf_order(x[index].reshape(-1))
                 for k, x in (("norm", norm), ("row", row))
             }
-            reconcile({(name,): in_order}, {(name,): own}, other_base=other_base)
+            reconcile({(name,): in_order}, {(name,): own}, allow_base_mismatch=allow_base_mismatch)
 
 
 def _check_orientation(config: PeftConfig, tensors: Mapping[str, Array], names: NameMap) -> None:
@@ -134,18 +126,3 @@ def _check_orientation(config: PeftConfig, tensors: Mapping[str, Array], names: 
 
 def _peft_modules(tensors: Mapping[str, Array]) -> list[str]:
     return list(by_module(tensors)[0])
-
-
-def by_module(
-    tensors: Mapping[str, Array],
-) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
-    """Returns the adapters' tensors by module and part, and those of modules saved whole."""
-    layers: dict[str, dict[str, Array]] = collections.defaultdict(dict)
-    extra = {}
-    for key, x in tensors.items():
-        module, found, part = key.removeprefix(PREFIX).partition(".lora_")
-        if found:
-            layers[module][part.removesuffix(".weight")] = x
-        else:
-            extra[module] = x
-    return dict(layers), extra

@@ -10,7 +10,7 @@ import numpy as np
 
 from dora_jax.cli.folders import AdapterFolder, LayerAdapter, norm_of, read_folder
 from dora_jax.cli.tables import number, percent, table
-from dora_jax.config import AdapterError
+from dora_jax.errors import AdapterError
 
 # What an adapter computes does not depend on these fields of a configuration.
 _NOT_ACTING = {

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dora_jax.adapters import count_parameters, flatten
-from dora_jax.checkpoint import SavedAdapters, read_adapters
-from dora_jax.config import Path
-from dora_jax.peft import PeftConfig, files
+from dora_jax.adapters.groups import count_parameters
+from dora_jax.adapters.trees import flatten
+from dora_jax.checkpoint.adapters import SavedAdapters, read_adapters
+from dora_jax.errors import CheckpointError, Path
+from dora_jax.peft import folder as files
 from dora_jax.peft.config import FILE as PEFT_CONFIG
-from dora_jax.peft.tensors import PREFIX
-from dora_jax.storage import CheckpointError
+from dora_jax.peft.config import PeftConfig
+from dora_jax.peft.keys import PREFIX
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -145,14 +146,14 @@ def _from_orbax(path: pathlib.Path, saved: SavedAdapters, size: int) -> AdapterF
     rest = {".".join(p): x for p, x in flat.items() if p[:-1] not in layers}
     rows = []
     for p, arrays in sorted(layers.items()):
-        spec, base = saved.config.spec(p), saved.base.get(p, {})
+        settings, base = saved.config.layer_settings(p), saved.base.get(p, {})
         a, b = _joined(arrays, base)
         rows.append(
             LayerAdapter(
                 ".".join(p),
-                spec.rank,
-                spec.alpha,
-                spec.scaling,
+                settings.rank,
+                settings.alpha,
+                settings.scaling,
                 a,
                 b,
                 _float64(arrays.get("magnitude")),
@@ -218,9 +219,9 @@ def _joined(
     axis = stack_axes(arrays, base)
     if axis is None:
         return None, None
-    if "start_a" in base:
-        a = np.concatenate([a, np.float64(base["start_a"])], axis=-1)
-        b = np.concatenate([b, -np.float64(base["start_b"])], axis=axis)
+    if "init_a" in base:
+        a = np.concatenate([a, np.float64(base["init_a"])], axis=-1)
+        b = np.concatenate([b, -np.float64(base["init_b"])], axis=axis)
     stack = math.prod(a.shape[:axis])
     return a.reshape(stack, -1, a.shape[-1]), b.reshape(stack, b.shape[axis], -1)
 

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from dora_jax.cli.convert import NAME_MAPS, by_module, convert
+from dora_jax.cli.base_weights import Base, torch_axes
+from dora_jax.cli.convert import convert
 from dora_jax.cli.folders import folder_format
-from dora_jax.cli.stand_in import Base, torch_axes
-from dora_jax.config import AdapterError, DoRAConfig
-from dora_jax.decomposition import describe_base, merge_kernel
-from dora_jax.huggingface.files import FLOATS, StoredTensor, save_tensors, weight_files
+from dora_jax.config import DoRAConfig
+from dora_jax.decomposition.base import describe_base
+from dora_jax.decomposition.merge import merge_kernel
+from dora_jax.errors import AdapterError, CheckpointError
+from dora_jax.huggingface.files import save_tensors, weight_files
+from dora_jax.huggingface.safetensors import FLOATS, StoredTensor
 from dora_jax.huggingface.saving import copy_companions, whole_folder
-from dora_jax.names import NameMap
-from dora_jax.peft import files
+from dora_jax.names.architectures import NAME_MAPS
+from dora_jax.names.name_map import NameMap
+from dora_jax.peft import folder as files
 from dora_jax.peft.config import PeftConfig
-from dora_jax.storage import CheckpointError
+from dora_jax.peft.keys import by_module
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -40,7 +44,7 @@ def merge(
     names: NameMap | None,
     *,
     max_file_bytes: int = 2 * 10**9,
-    other_base: bool = False,
+    allow_base_mismatch: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes a Hugging Face folder of the base with the adapter folded into its weights.
@@ -54,7 +58,7 @@ def merge(
       target: a new folder.
       names: which Hugging Face module each Flax module is; needed for an Orbax adapter.
       max_file_bytes: of one file that is written.
-      other_base: merge although the base is not the one that the adapter was trained for.
+      allow_base_mismatch: merge although the base is not the one that the adapter was trained for.
       overwrite: exchange the weights in `target`.
 
     Returns:
@@ -67,7 +71,7 @@ def merge(
         raise CheckpointError(f"{target} is read from: choose another folder")
     if weight_files(target) and not overwrite:
         raise CheckpointError(f"{target} holds weights: pass --overwrite, or another folder")
-    config, tensors = _as_peft(base, adapter, names, other_base=other_base)
+    config, tensors = _as_peft(base, adapter, names, allow_base_mismatch=allow_base_mismatch)
     layers, extra = by_module(tensors)
     opened = Base(base, list(layers))
     extra = _without_tables(opened, extra)
@@ -107,7 +111,7 @@ def merge(
 
 
 def _as_peft(
-    base: pathlib.Path, adapter: pathlib.Path, names: NameMap | None, *, other_base: bool
+    base: pathlib.Path, adapter: pathlib.Path, names: NameMap | None, *, allow_base_mismatch: bool
 ) -> tuple[PeftConfig, dict[str, Array]]:
     """Returns an adapter of either format as PEFT's configuration and tensors."""
     if folder_format(adapter) == "peft":
@@ -119,7 +123,7 @@ def _as_peft(
         )
     with tempfile.TemporaryDirectory() as folder:
         converted = pathlib.Path(folder) / "adapter"
-        convert(adapter, converted, names, base=base, other_base=other_base)
+        convert(adapter, converted, names, base=base, allow_base_mismatch=allow_base_mismatch)
         return files.read(converted)
 
 
@@ -216,7 +220,7 @@ def _merge_weight(
     axes = torch_axes(weight.ndim, embedding=embedding, transposed=transposed)
     own = DoRAConfig(
         rank=rank, alpha=alpha, use_rslora=config.use_rslora, decompose=config.use_dora
-    ).spec(())
+    ).layer_settings(())
     adapter = {"lora_a": jnp.moveaxis(jnp.asarray(a), 0, -1), "lora_b": b.reshape(-1, rank).T}
     if config.use_dora:
         adapter["magnitude"] = parts["magnitude_vector"].reshape(-1)

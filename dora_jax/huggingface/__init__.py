@@ -4,8 +4,8 @@ The same for both front ends, with a `dora_jax.names.NameMap` that says which te
 parameter.
 """
 
+from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.loading import load_checkpoint
 from dora_jax.huggingface.saving import save_checkpoint
-from dora_jax.storage import CheckpointError
 
 __all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]

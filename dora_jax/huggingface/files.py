@@ -10,73 +10,19 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy as np
 
-from dora_jax.storage import CheckpointError
+from dora_jax.errors import CheckpointError
+from dora_jax.huggingface.safetensors import StoredTensor, read_header, safetensors
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
 
+
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-FLOATS = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-}
-"""The dtypes of safetensors that are read."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies.
-
-    Attributes:
-      file: the safetensors file.
-      dtype: its name there, such as `"BF16"`.
-      shape: of the tensor.
-      start: the first byte in the file.
-      nbytes: how many there are.
-    """
-
-    file: pathlib.Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-    def read(self) -> Shaped[np.ndarray, "..."]:
-        """Reads the tensor, one of those in `FLOATS`.
-
-        The file is read and not mapped: mapped pages count as the process's memory.
-
-        Raises:
-          CheckpointError: the file ends before the tensor does.
-        """
-        data = np.fromfile(self.file, np.uint8, self.nbytes, offset=self.start)
-        if data.size != self.nbytes:
-            raise CheckpointError(f"{self.file} is truncated. Fetch it again")
-        return data.view(FLOATS[self.dtype]).reshape(self.shape)
-
-
-def safetensors() -> Any:
-    """Returns the module `safetensors`, or says how to install it."""
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError as error:
-        raise CheckpointError(
-            "Hugging Face checkpoints are read and written with safetensors: "
-            "pip install 'dora-jax[huggingface]'"
-        ) from error
-    return safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +52,7 @@ def open_folder(path: pathlib.Path) -> Folder:
     files = _files(path)
     if isinstance(files, str):
         try:
-            return Folder(path / files, _header(path / files), set(), [])
+            return Folder(path / files, read_header(path / files), set(), [])
         except CheckpointError as error:
             raise CheckpointError(f"{path / files} is {error}") from error
     tensors: dict[str, StoredTensor] = {}
@@ -114,7 +60,7 @@ def open_folder(path: pathlib.Path) -> Folder:
     problems: list[str] = []
     for file, listed in sorted(files.items()):
         try:
-            found = _header(path / file)
+            found = read_header(path / file)
         except CheckpointError as error:
             problems.append(f"{file}: {error} It has {len(listed)} of the tensors.")
             lost |= listed
@@ -214,32 +160,6 @@ def _read_index(path: pathlib.Path) -> dict[str, set[str]]:
     if not files:
         raise CheckpointError(f"{damaged}; it is empty. Fetch it again.")
     return files
-
-
-def _header(file: pathlib.Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a file by name."""
-    if not file.is_file():
-        raise CheckpointError("missing. Fetch it.")
-    library = safetensors()
-    try:
-        with library.safe_open(file, framework="numpy"):  # checks the header and the file's length
-            pass
-    except library.SafetensorError as error:
-        raise CheckpointError(f"truncated or damaged ({error}). Fetch it again.") from error
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            file,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }
 
 
 def _contiguous(x: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import numpy as np
 
-from dora_jax.huggingface.files import FLOATS, Folder, StoredTensor, assign, open_folder
+from dora_jax.errors import CheckpointError
+from dora_jax.huggingface.files import Folder, assign, open_folder
 from dora_jax.huggingface.parameters import Parameter, parameters_of, replace_parameters
-from dora_jax.names import NameMap
-from dora_jax.storage import CheckpointError
+from dora_jax.huggingface.safetensors import FLOATS, StoredTensor
+from dora_jax.names.name_map import NameMap
 
 if TYPE_CHECKING:
     from os import PathLike
 
-    from dora_jax.decomposition import KernelAxes
+    from dora_jax.decomposition.axes import KernelAxes
+
 
 M = TypeVar("M")
-
 logger = logging.getLogger(__name__)
-
 _LONG = 2**30  # bytes; what takes longer to read shows its progress
 
 

@@ -13,16 +13,17 @@ from flax.core import meta
 
 from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
-from dora_jax.config import AdapterError, LayoutError
-from dora_jax.decomposition import KernelAxes
-from dora_jax.layer_types import CONV, EMBED
-from dora_jax.layouts import find_layout
-from dora_jax.storage import CheckpointError
+from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.errors import AdapterError, CheckpointError, LayoutError
+from dora_jax.layers.conv import CONV
+from dora_jax.layers.dense import EMBED
+from dora_jax.layers.registry import find_layout
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
 
-    from dora_jax.names import NameMap
+    from dora_jax.names.name_map import NameMap
+
 
 _NNX_PARAMETERS = (nnx.Param, nnx.BatchStat)
 

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.files import save_tensors, weight_files
 from dora_jax.huggingface.parameters import Parameter, parameters_of
-from dora_jax.names import NameMap
-from dora_jax.storage import CheckpointError
+from dora_jax.names.name_map import NameMap
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from jax.typing import ArrayLike, DTypeLike
 
-    from dora_jax.decomposition import KernelAxes
+    from dora_jax.decomposition.axes import KernelAxes
+
 
 # What a folder holds beside the weights that a copy with other weights needs.
 _COMPANIONS = (

@@ -13,14 +13,14 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from dora_jax.config import DoRAError
+from dora_jax.errors import DoRAError
 
 FILE = "adapter_config.json"
-
 # Values of `init_lora_weights` that leave the base's weights as they are.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 # First letters of those that replace them, so that the adapter is of another base.
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
 # Fields that say nothing about what a trained adapter computes.
 _IGNORED = {
     "auto_mapping",
@@ -34,6 +34,7 @@ _IGNORED = {
     "revision",
     "runtime_config",
 }
+
 # Fields that have to be off, and what they turn on.
 _REFUSED = {
     "lora_bias": "a bias in lora_B",

@@ -6,21 +6,21 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from flax import linen, nnx
-from flax.core import meta
 
 from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
-from dora_jax.adapters import flatten
-from dora_jax.config import Path, layer_name
-from dora_jax.layer_types import CONV, EMBED
-from dora_jax.layouts import Layout, find_layout
-from dora_jax.names import HFModule, NameMap
-from dora_jax.nnx_layers import plain_class
+from dora_jax.errors import Path, layer_name
+from dora_jax.layers.conv import CONV
+from dora_jax.layers.dense import EMBED
+from dora_jax.layers.layout import Layout
+from dora_jax.layers.registry import find_layout
+from dora_jax.names.name_map import HFModule, NameMap
+from dora_jax.nnx.layers import plain_class
 from dora_jax.peft.config import PeftError
-from dora_jax.peft.tensors import Kind, Layer
+from dora_jax.peft.keys import Kind
+from dora_jax.peft.tensors import Layer
 
 
 def adapted_layers(model: Any, names: NameMap) -> dict[Path, Layer]:
@@ -32,35 +32,25 @@ def adapted_layers(model: Any, names: NameMap) -> dict[Path, Layer]:
     layers = {}
     if isinstance(model, dora_linen.DoRAModel):
         for path, known in model.layers.items():
-            shapes = {name: model.shapes[(*path, name)] for name in known.spec.parameter_names}
+            shapes = {name: model.shapes[(*path, name)] for name in known.settings.parameter_names}
             kind = _kind(path, known.layout, known.module)
             module = names.find(".".join(path))
             base = model.base[path]
-            layers[path] = Layer(path, known.spec, known.axes, kind, module, shapes, base)
+            layers[path] = Layer(path, known.settings, known.axes, kind, module, shapes, base)
     else:
         for path, layer in dora_nnx.adapted_layers(model):
             layout = find_layout(plain_class(type(layer)))
             kind = _kind(path, layout, layer)
             _, axes = dora_nnx.kernel_and_axes(layer)
-            shapes = {name: getattr(layer, name).shape for name in layer.spec.parameter_names}
+            shapes = {name: getattr(layer, name).shape for name in layer.settings.parameter_names}
             base = {
                 name.removeprefix("base_"): value.get_value()
                 for name, value in vars(layer).items()
                 if name.startswith("base_")
             }
             module = names.find(".".join(path))
-            layers[path] = Layer(path, layer.spec, axes, kind, module, shapes, base)
+            layers[path] = Layer(path, layer.settings, axes, kind, module, shapes, base)
     return layers
-
-
-def base_parameters(model: Any, params: Any = None) -> dict[Path, Any]:
-    """Returns the base's parameters by path: arrays, or their shapes where they are abstract."""
-    if isinstance(model, nnx.Module):
-        state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-        return {tuple(map(str, path)): variable.get_value() for path, variable in state}
-    if params is None:
-        raise TypeError("a Linen model needs params too: the collection, as for apply_dora")
-    return flatten(meta.unbox(params))
 
 
 def hf_modules(
@@ -111,11 +101,6 @@ def lookup(names: NameMap, path: Path) -> HFModule | None:
         return names.find(".".join(path))
     except ValueError:
         return None
-
-
-def abstract(tree: Any) -> Any:
-    """Returns a tree of `jax.ShapeDtypeStruct` for one of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _kind(path: Path, layout: Layout | None, layer: Any) -> Kind:

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen, nnx
 
 from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
-from dora_jax.adapters import check_shapes, tree_shapes
-from dora_jax.config import AdapterError, DoRAConfig, Path, layer_name
-from dora_jax.names import NameMap
-from dora_jax.peft import files
+from dora_jax.adapters.trees import check_shapes, tree_shapes
+from dora_jax.config import DoRAConfig
+from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.model import abstract, base_parameters
+from dora_jax.names.name_map import NameMap
+from dora_jax.peft import folder as files
 from dora_jax.peft.config import PeftError
-from dora_jax.peft.layers import (
-    abstract,
-    adapted_layers,
-    base_parameters,
-    check_tied,
-    hf_modules,
-)
+from dora_jax.peft.keys import PREFIX
+from dora_jax.peft.layers import adapted_layers, check_tied, hf_modules
 from dora_jax.peft.parsing import saved_parameters, split_tensors
 from dora_jax.peft.settings import dora_config
-from dora_jax.peft.tensors import PREFIX, Layer, from_tensors
-
-if TYPE_CHECKING:
-    Array = np.ndarray[Any, Any]
+from dora_jax.peft.tensors import Layer, from_tensors
 
 
 def load_pretrained(
@@ -75,7 +68,7 @@ def load_pretrained(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     _ = save_pretrained(model, folder, IDENTITY)
       ...     again = load_pretrained(base, folder, IDENTITY)
-      >>> dora.diff(dora.get_adapters(model), dora.get_adapters(again))["layers.0.lora_a"]
+      >>> dora.adapters.diff(dora.get_adapters(model), dora.get_adapters(again))["layers.0.lora_a"]
       0.0
     """
     adapters, config = read_adapters(
@@ -178,7 +171,7 @@ def _check_layers(
         for name in sorted(given ^ adapters.keys())
     ]
     for path, layer in layers.items():
-        own, wanted = layer.spec, config.spec(path)
+        own, wanted = layer.settings, config.layer_settings(path)
         problems += [
             f"{layer_name(path)} has {field} {getattr(own, field)} in the model, "
             f"{getattr(wanted, field)} in the file"

@@ -10,23 +10,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from dora_jax.config import Path
-from dora_jax.names import NameMap
+from dora_jax.errors import Path
+from dora_jax.names.name_map import NameMap
 from dora_jax.peft.config import PeftConfig, PeftError
-from dora_jax.peft.tensors import PREFIX
+from dora_jax.peft.keys import _MAGNITUDE, _PARTS, PREFIX
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
-
-_MAGNITUDE = "lora_magnitude_vector"
-_PARTS = (
-    "lora_A.weight",
-    "lora_B.weight",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    f"{_MAGNITUDE}.weight",  # as the parameter is called in PEFT; files have it without
-    _MAGNITUDE,
-)
 
 
 def split_tensors(

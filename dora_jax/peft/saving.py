@@ -15,14 +15,17 @@ from flax import nnx
 
 from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
-from dora_jax.adapters import check_shapes, flatten, tree_shapes
-from dora_jax.config import AdapterError, AdapterSpec, Path, layer_name
-from dora_jax.decomposition import acting_factors
-from dora_jax.names import NameMap
-from dora_jax.peft import files
+from dora_jax.adapters.trees import check_shapes, flatten, tree_shapes
+from dora_jax.config import LayerSettings
+from dora_jax.decomposition.scale import effective_factors
+from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.model import base_parameters
+from dora_jax.names.name_map import NameMap
+from dora_jax.peft import folder as files
 from dora_jax.peft.config import PeftConfig, PeftError
-from dora_jax.peft.layers import adapted_layers, base_parameters, check_tied, hf_modules
-from dora_jax.peft.tensors import PREFIX, Layer, to_tensors
+from dora_jax.peft.keys import PREFIX
+from dora_jax.peft.layers import adapted_layers, check_tied, hf_modules
+from dora_jax.peft.tensors import Layer, to_tensors
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -84,8 +87,10 @@ def save_pretrained(
         own: Any = tree
         for key in path:
             own = own[key]
-        _check_spec(layer, own)
-        tensors |= to_tensors(layer, {k: np.asarray(v) for k, v in _acting(layer, own).items()})
+        _check_settings(layer, own)
+        tensors |= to_tensors(
+            layer, {k: np.asarray(v) for k, v in _effective_factors(layer, own).items()}
+        )
     _check_saved(model, saved, names)
     modules_to_save = set()
     for path, value in saved.items():
@@ -142,51 +147,57 @@ def _check_saved(model: Any, saved: Mapping[Path, Any], names: NameMap) -> None:
             )
 
 
-def _check_spec(layer: Layer, adapter: Mapping[str, Any]) -> None:
+def _check_settings(layer: Layer, adapter: Mapping[str, Any]) -> None:
     """Raises `PeftError` for settings that PEFT has no equivalent of."""
-    name, spec = layer_name(layer.path), layer.spec
-    if spec.hoisted or "scale" in adapter:
+    name, settings = layer_name(layer.path), layer.settings
+    if settings.precomputed or "scale" in adapter:
         raise PeftError(f"{name} is hoisted: save the model or tree that hoist was given")
     merging = "Merge it (dora.merge) and save the base"
-    if spec.decompose and not spec.normalize:
+    if settings.decompose and not settings.normalize:
         raise PeftError(f"{name} has normalize=False; PEFT always divides by the norm. {merging}")
-    if spec.decompose and not spec.magnitude_trainable:
+    if settings.decompose and not settings.magnitude_trainable:
         raise PeftError(
             f"{name} has magnitude_trainable=False; PEFT always trains the magnitude. {merging}"
         )
-    if not spec.rank:
+    if not settings.rank:
         raise PeftError(f"{name} has rank 0; PEFT has no magnitude without lora_A. {merging}")
 
 
-def _acting(layer: Layer, adapter: Mapping[str, Any]) -> dict[str, Any]:
+def _effective_factors(layer: Layer, adapter: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the adapter whose product acts on the kernel, of twice the rank if it started apart.
 
     `A B - A0 B0` is what PEFT makes of PiSSA and OLoRA adapters too.
     """
-    if "start_a" not in layer.base:
+    if "init_a" not in layer.base:
         return dict(adapter)
-    base = {name: layer.base[name] for name in ("start_a", "start_b")}
-    a, b = acting_factors(adapter, base, layer.axes)
+    base = {name: layer.base[name] for name in ("init_a", "init_b")}
+    a, b = effective_factors(adapter, base, layer.axes)
     return {**adapter, "lora_a": a, "lora_b": b}
 
 
 def _config(layers: Sequence[Layer]) -> PeftConfig:
     """Returns the configuration with which PEFT selects the same modules, and scales them alike."""
-    specs = {name: _acting_spec(layer) for layer in layers for name, _ in layer.slices()}
-    if not specs:
+    settings_by_path = {
+        name: _effective_settings(layer) for layer in layers for name, _ in layer.slices()
+    }
+    if not settings_by_path:
         raise PeftError("no layer is adapted, and PEFT needs one: a module trained in full is none")
-    use_rslora = any(not math.isclose(s.scaling, s.alpha / s.rank) for s in specs.values())
-    (rank, _), *_ = collections.Counter(s.rank for s in specs.values()).most_common(1)
-    (alpha, _), *_ = collections.Counter(s.alpha for s in specs.values()).most_common(1)
+    use_rslora = any(
+        not math.isclose(s.scaling, s.alpha / s.rank) for s in settings_by_path.values()
+    )
+    (rank, _), *_ = collections.Counter(s.rank for s in settings_by_path.values()).most_common(1)
+    (alpha, _), *_ = collections.Counter(s.alpha for s in settings_by_path.values()).most_common(1)
     return PeftConfig(
         r=rank,
         lora_alpha=_plain(alpha),
-        target_modules=sorted(specs),
-        use_dora=any(s.decompose for s in specs.values()),
-        lora_dropout=max(s.dropout for s in specs.values()),
+        target_modules=sorted(settings_by_path),
+        use_dora=any(s.decompose for s in settings_by_path.values()),
+        lora_dropout=max(s.dropout for s in settings_by_path.values()),
         use_rslora=use_rslora,
-        rank_pattern={_exactly(n): s.rank for n, s in specs.items() if s.rank != rank},
-        alpha_pattern={_exactly(n): _plain(s.alpha) for n, s in specs.items() if s.alpha != alpha},
+        rank_pattern={_exactly(n): s.rank for n, s in settings_by_path.items() if s.rank != rank},
+        alpha_pattern={
+            _exactly(n): _plain(s.alpha) for n, s in settings_by_path.items() if s.alpha != alpha
+        },
         fan_in_fan_out=any(layer.module.transposed for layer in layers),
     )
 
@@ -206,13 +217,13 @@ def _targets(targets: str | Sequence[str], model: Any, names: NameMap) -> str | 
     return "|".join(map(re.escape, targets))
 
 
-def _acting_spec(layer: Layer) -> AdapterSpec:
+def _effective_settings(layer: Layer) -> LayerSettings:
     """Returns the settings for the factors that `_acting` returns: of one scaling, s."""
-    spec = layer.spec
-    if "start_a" not in layer.base:
-        return spec
-    grown = 2 if math.isclose(spec.scaling, spec.alpha / spec.rank) else math.sqrt(2)
-    return dataclasses.replace(spec, rank=2 * spec.rank, alpha=grown * spec.alpha)
+    settings = layer.settings
+    if "init_a" not in layer.base:
+        return settings
+    grown = 2 if math.isclose(settings.scaling, settings.alpha / settings.rank) else math.sqrt(2)
+    return dataclasses.replace(settings, rank=2 * settings.rank, alpha=grown * settings.alpha)
 
 
 def _cast(key: str, x: Array, dtype: DTypeLike) -> Array:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dora_jax.config import DoRAConfig, Path, layer_name
+from dora_jax.config import DoRAConfig
+from dora_jax.errors import Path, layer_name
 from dora_jax.peft.config import FILE, PeftConfig, PeftError
-from dora_jax.peft.tensors import PREFIX
+from dora_jax.peft.keys import PREFIX
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -51,7 +52,7 @@ def dora_config(
         target_modules=_targets(settings, modules),
         rank_pattern={_key(path): r for path, (r, _) in chosen.items() if r != rank},
         alpha_pattern={_key(path): a for path, (_, a) in chosen.items() if a != alpha},
-        modules_to_save=_saved({path[:-1] for path in saved}, modules),
+        modules_to_save=saved_modules({path[:-1] for path in saved}, modules),
         layers_to_transform=_indices(numbers, known),
         use_rslora=config.use_rslora,
         decompose=config.use_dora,
@@ -98,7 +99,7 @@ def _targets(paths: Iterable[Path], modules: Iterable[Path]) -> str | list[str]:
     return "|".join(map(re.escape, names)) if _ends(names, modules) else names
 
 
-def _saved(paths: Iterable[Path], modules: Iterable[Path]) -> list[str]:
+def saved_modules(paths: Iterable[Path], modules: Iterable[Path]) -> list[str]:
     names = sorted(".".join(path) for path in paths)
     if ends := _ends(names, modules):
         raise PeftError(

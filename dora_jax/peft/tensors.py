@@ -13,28 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dora_jax.config import AdapterSpec, Path
-from dora_jax.decomposition import KernelAxes
-from dora_jax.names import HFModule
+from dora_jax.config import LayerSettings
+from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.errors import Path
+from dora_jax.names.name_map import HFModule
 from dora_jax.peft.config import PeftError
+from dora_jax.peft.keys import KEYS, PREFIX, Kind
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
-
-Kind = Literal["linear", "conv", "embedding"]
-
-PREFIX = "base_model.model."
-KEYS: dict[Kind, dict[str, str]] = {
-    "linear": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
-    "conv": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
-    "embedding": {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"},
-}
-for _keys in KEYS.values():
-    _keys["magnitude"] = "lora_magnitude_vector"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +34,7 @@ class Layer:
 
     Attributes:
       path: module path.
-      spec: its settings.
+      settings: its settings.
       axes: of the stored kernel.
       kind: which of PEFT's layers it is.
       module: the Hugging Face module.
@@ -52,7 +43,7 @@ class Layer:
     """
 
     path: Path
-    spec: AdapterSpec
+    settings: LayerSettings
     axes: KernelAxes
     kind: Kind
     module: HFModule
@@ -68,7 +59,7 @@ class Layer:
         """Returns the Hugging Face name and the index of every slice that is adapted."""
         names = self.module.names(self.stack)
         for name, index in zip(names, np.ndindex(*self.stack), strict=True):
-            if self.spec.indices is None or index[0] in self.spec.indices:
+            if self.settings.indices is None or index[0] in self.settings.indices:
                 yield name, index
 
 

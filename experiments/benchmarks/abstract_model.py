@@ -52,7 +52,7 @@ def adapt_7b(scan_layers: bool) -> dict[str, Any]:
     return {
         "scan_layers": scan_layers,
         "kernels": len(jax.tree.leaves(nnx.state(adapted, dora.DoRAParam))) // 3,
-        "trainable_parameters": dora.count_parameters(dora.get_adapters(adapted))["total"],
+        "trainable_parameters": dora.adapters.count_parameters(dora.get_adapters(adapted))["total"],
         "seconds": seconds,
         "peak_gb": _peak_gb(),
         "peak_gb_before": before,

@@ -90,7 +90,7 @@ def _training_ratios(variant: str, times: Mapping[str, Times]) -> Row:
 def measure_inference(case: Case, *, rounds: int) -> dict[str, Row]:
     """Times an inference call of the base, and of LoRA and DoRA with a trained adapter, in turn.
 
-    DoRA with the scale frozen (`dora.hoist`), computed in every call, and merged into the kernels.
+    DoRA with the scale frozen (`dora.precompute_scales`), computed in every call, and merged into the kernels.
 
     Returns:
         By variant, a row: times, the ratios to LoRA and to the base, and whether two calls gave the
@@ -105,7 +105,7 @@ def measure_inference(case: Case, *, rounds: int) -> dict[str, Row]:
         "merged": ("DoRA, merged", dora.merge(adapted)),
         "lora-by-hand": ("LoRA, written by hand", by_hand),
         "lora": ("LoRA", lora),
-        "dora-frozen-scale": ("DoRA, scale frozen", dora.hoist(adapted)),
+        "dora-frozen-scale": ("DoRA, scale frozen", dora.precompute_scales(adapted)),
         "dora": ("DoRA, norm in every call", adapted),
     }
     rows: dict[str, Row] = {}

@@ -61,7 +61,7 @@ class Method:
     switches: dict[str, Any] = dataclasses.field(default_factory=dict)
     by_hand: type[LoRAByHand] | None = None
     full: bool = False
-    hoisted: bool = False
+    precomputed: bool = False
 
     @property
     def trainable(self) -> type[nnx.Variable]:
@@ -94,7 +94,7 @@ METHODS = {
     "lora": Method("LoRA", {"decompose": False}),
     "dora": Method("DoRA, exact gradient"),
     "dora-detached": Method("DoRA, detached norm", {"norm_gradient": "detached"}),
-    "dora-hoisted": Method("DoRA, hoisted", hoisted=True),
+    "dora-hoisted": Method("DoRA, hoisted", precomputed=True),
     "dora-materialized": Method("DoRA, materialised by hand", by_hand=DoRAMaterialized),
 }
 
@@ -148,7 +148,7 @@ def make_program(
     parts: Any = nnx.split(adapted, method.trainable, ...)
     graphdef, trainable, frozen = parts
     tx = method.optimizer()
-    gradient = _hoisted_gradient if method.hoisted else _gradient
+    gradient = _hoisted_gradient if method.precomputed else _gradient
 
     def step(
         trainable: Tree, frozen: Tree, opt_state: Tree, batch: Tree
@@ -203,12 +203,12 @@ def _hoisted_gradient(
     """Likewise; the scales are computed, and differentiated, once for all microbatches."""
     static: dict[str, Any] = {}
 
-    def hoist(trainable: Tree) -> tuple[Tree, Tree]:
-        hoisted = dora.hoist(nnx.merge(graphdef, trainable, frozen, copy=True))
+    def precompute_scales(trainable: Tree) -> tuple[Tree, Tree]:
+        hoisted = dora.precompute_scales(nnx.merge(graphdef, trainable, frozen, copy=True))
         parts: Any = nnx.split(hoisted, dora.DoRAParam, ...)
         static["graphdef"], scaled, rest = parts
         return scaled, rest
 
-    scaled, pull_back, frozen = jax.vjp(hoist, trainable, has_aux=True)
+    scaled, pull_back, frozen = jax.vjp(precompute_scales, trainable, has_aux=True)
     value, grads = _gradient(static["graphdef"], loss, scaled, frozen, batch, microbatches, unroll)
     return value, pull_back(grads)[0]

@@ -106,7 +106,7 @@ TARGETS = (
     ),
     Target(
         "CPU, inference: frozen scale over LoRA",
-        f"forward pass of DoRA after `dora.hoist`, the worst case; {_MEDIAN}",
+        f"forward pass of DoRA after `dora.precompute_scales`, the worst case; {_MEDIAN}",
         1.01,
         (*_INFERENCE, "dora-frozen-scale", "over_lora", "median"),
     ),
@@ -147,7 +147,7 @@ TARGETS = (
         _compiled("scan", "dora-policy", "temporary_bytes"),
     ),
     Target(
-        "TPU, microbatches with `dora.hoist`: FLOPs",
+        "TPU, microbatches with `dora.precompute_scales`: FLOPs",
         "one LLaMA-7B block and head, 8 microbatches: DoRA over LoRA",
         1.001,
         _compiled("microbatches", "dora-hoisted", "flops"),

@@ -18,7 +18,7 @@ from experiments.models.huggingface import load_bert
 
 
 def _adapter(folder: Path) -> dict[str, np.ndarray]:
-    tree = dora.read_adapters(folder / "adapter").adapters
+    tree = dora.checkpoint.read_adapters(folder / "adapter").adapters
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -49,7 +49,7 @@ def test_it_adapts_the_real_encoder_and_leaves_what_it_says(minilm, tmp_path, ca
     printed = capsys.readouterr().out
     for text in ("Test accuracy", "95 %", "trainable parameters", str(folder), "Next:"):
         assert text in printed
-    saved = dora.read_adapters(folder / "adapter").config
+    saved = dora.checkpoint.read_adapters(folder / "adapter").config
     assert saved.modules_to_save == ("classifier",)
     before, after = (
         dict(nnx.to_flat_state(nnx.state(load_bert(f)))) for f in (minilm, folder / "merged")

@@ -16,14 +16,17 @@ from tests.foreign.harness import LinenCase, NNXCase
 X = jax.random.normal(jax.random.key(5), (2, 6, 16))
 IMAGES = jax.random.normal(jax.random.key(6), (4, 8, 8, 3))
 ATTENTION = {
-    **{name: dora.KernelAxes((), (0,), (1, 2)) for name in ("query", "key", "value")},
-    "out": dora.KernelAxes((), (0, 1), (2,)),
+    **{name: dora.decomposition.KernelAxes((), (0,), (1, 2)) for name in ("query", "key", "value")},
+    "out": dora.decomposition.KernelAxes((), (0, 1), (2,)),
 }
 SCANNED_ATTENTION = {
-    **{name: dora.KernelAxes((0,), (1,), (2, 3)) for name in ("query", "key", "value")},
-    "out": dora.KernelAxes((0,), (1, 2), (3,)),
+    **{
+        name: dora.decomposition.KernelAxes((0,), (1,), (2, 3))
+        for name in ("query", "key", "value")
+    },
+    "out": dora.decomposition.KernelAxes((0,), (1, 2), (3,)),
 }
-CONV = dora.KernelAxes((), (0, 1, 2), (3,))
+CONV = dora.decomposition.KernelAxes((), (0, 1, 2), (3,))
 WITH_CONV = dora.DoRAConfig(rank=2, alpha=4.0, target_modules=["conv_0", "conv_1", "head"])
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import dora_jax as dora
-from tests import reference
+from tests.support import reference
 
 STEPS = 8
 LEARNING_RATE = 1e-2
@@ -25,7 +25,7 @@ CONFIG = dora.DoRAConfig(rank=2, alpha=4.0)
 AS_WRITTEN = {"xla_backend_optimization_level": 0}
 
 Tree = Any
-Axes = Mapping[str, dora.KernelAxes]
+Axes = Mapping[str, dora.decomposition.KernelAxes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,11 +166,11 @@ def _run_linen(case: LinenCase) -> Report:
     for key in jax.random.split(jax.random.key(2), STEPS):
         adapters, others, state, loss = train_step(params, adapters, others, state, key, *inputs)
         losses.append(float(loss))
-    merged = dora.merge(params, adapters, model)
+    merged = dora.merge(model, params, adapters)
     outputs = adapted(params, adapters, others, *inputs)
     return Report(
         layers=len(model.layers),
-        trainable=dora.count_parameters(adapters)["total"],
+        trainable=dora.adapters.count_parameters(adapters)["total"],
         start=start,
         start_optimized=start_optimized,
         losses=(losses[0], losses[-1]),
@@ -221,7 +221,7 @@ def _run_nnx(case: NNXCase) -> Report:
     final = outputs(model)
     return Report(
         layers=len({path[:-1] for path in _flat(adapters)}),
-        trainable=dora.count_parameters(adapters)["total"],
+        trainable=dora.adapters.count_parameters(adapters)["total"],
         start=start,
         start_optimized=start_optimized,
         losses=(losses[0], losses[-1]),
@@ -256,7 +256,7 @@ def _kernel_difference(case, params, merged, adapters) -> float:
         name = next(n for n in ("kernel", "w", "embedding") if (*layer, n) in params)
         kernel = params[(*layer, name)]
         stack = kernel.ndim - 2
-        plain = dora.KernelAxes(tuple(range(stack)), (stack,), (stack + 1,))
+        plain = dora.decomposition.KernelAxes(tuple(range(stack)), (stack,), (stack + 1,))
         ends = [axes for end, axes in case.axes.items() if ".".join(layer).endswith(end)]
         axes = ends[0] if ends else plain
         as_matrices = reference.as_stack_of_matrices
@@ -267,7 +267,7 @@ def _kernel_difference(case, params, merged, adapters) -> float:
             a.reshape(*w.shape[:-1], a.shape[-1]),
             b.reshape(w.shape[0], b.shape[len(axes.stack)], w.shape[-1]),
             m.reshape(w.shape[0], w.shape[-1]),
-            case.config.spec(layer).scaling,
+            case.config.layer_settings(layer).scaling,
         )
         worst = max(worst, largest_difference(as_matrices(merged[(*layer, name)], axes), expected))
     return worst

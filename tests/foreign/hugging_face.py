@@ -27,8 +27,10 @@ MASK = jnp.ones_like(IDS).at[1, 4:].set(0)
 POSITIONS = jnp.broadcast_to(jnp.arange(6), IDS.shape)
 
 # GPT-2's own layer stores its kernel as (out, in).
-dora.register_layout(FlaxConv1D, dora.einsum_layout(lambda layer, call: "...i,oi->...o"))
-CONV1D = dora.KernelAxes((), (1,), (0,))
+dora.layers.register_layout(
+    FlaxConv1D, dora.layers.einsum_layout(lambda layer, call: "...i,oi->...o")
+)
+CONV1D = dora.decomposition.KernelAxes((), (1,), (0,))
 
 
 def _clip(x, min=None, max=None, *, a_max=None):
@@ -91,7 +93,7 @@ def vit() -> LinenCase:
         (jax.random.normal(jax.random.key(5), (2, 8, 8, 3)),),
         dora.DoRAConfig(rank=2, alpha=4.0, target_modules=names),
         output=lambda output: output.logits,
-        axes={"projection": dora.KernelAxes((), (0, 1, 2), (3,))},
+        axes={"projection": dora.decomposition.KernelAxes((), (0, 1, 2), (3,))},
     )
 
 

@@ -37,9 +37,9 @@ POSITIONS = jnp.broadcast_to(jnp.arange(6), IDS.shape)
 CAUSAL = jnp.broadcast_to(jnp.tril(jnp.ones((6, 6), bool)), (2, 6, 6))
 
 # Tunix's own layer: a parameter `w`, and an equation among its attributes.
-dora.register_layout(
+dora.layers.register_layout(
     llama3.Einsum,
-    dora.einsum_layout(lambda layer, call: layer.einsum_str, kernel="w", inputs="x"),
+    dora.layers.einsum_layout(lambda layer, call: layer.einsum_str, kernel="w", inputs="x"),
 )
 
 
@@ -71,7 +71,7 @@ def tunix_llama() -> NNXCase:
         remat_config=llama3.RematConfig.BLOCK,
     )
     model = llama3.Llama3(sizes, rngs=nnx.Rngs(0))
-    heads = dora.KernelAxes((), (0,), (1, 2))
+    heads = dora.decomposition.KernelAxes((), (0,), (1, 2))
     return NNXCase(
         model,
         (IDS, POSITIONS, None, CAUSAL),
@@ -80,7 +80,7 @@ def tunix_llama() -> NNXCase:
             "q_proj": heads,
             "k_proj": heads,
             "v_proj": heads,
-            "o_proj": dora.KernelAxes((), (0, 1), (2,)),
+            "o_proj": dora.decomposition.KernelAxes((), (0, 1), (2,)),
         },
     )
 

@@ -21,12 +21,12 @@ def adapting(case: LinenCase, *names: str) -> LinenCase:
     ("build", "table"), [(hugging_face.gpt2, "wte"), (hugging_face.t5, "shared")]
 )
 def test_adapter_that_a_tied_head_would_not_see_is_refused(build, table):
-    with pytest.raises(dora.LayoutError, match=f"{table} cannot be adapted: a tied head"):
+    with pytest.raises(dora.errors.LayoutError, match=f"{table} cannot be adapted: a tied head"):
         run(adapting(build(), table))
 
 
 def test_tied_head_has_no_kernel_of_its_own():
-    with pytest.raises(dora.ConfigError, match="'lm_head' matches nothing"):
+    with pytest.raises(dora.errors.ConfigError, match="'lm_head' matches nothing"):
         run(adapting(hugging_face.gpt2(), "lm_head"))
 
 

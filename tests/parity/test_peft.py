@@ -26,9 +26,9 @@ from transformers.models.gpt2 import modeling_flax_gpt2
 import dora_jax as dora
 from dora_jax import peft
 from dora_jax.names import IDENTITY
-from dora_jax.peft import files
+from dora_jax.peft import folder as files
 from tests.parity import torch_models
-from tests.peft_models import TWINS, Adapted, Twin, build, loss
+from tests.support.peft_models import TWINS, Adapted, Twin, build, loss
 
 pytestmark = pytest.mark.parity
 
@@ -174,8 +174,8 @@ class GPT2(nn.Module):
 
 def test_transformers_own_flax_models_need_no_map(tmp_path):
     # Its kernels are (out, in).
-    layout = dora.einsum_layout(lambda layer, call: "...i,oi->...o")
-    dora.register_layout(modeling_flax_gpt2.FlaxConv1D, layout)
+    layout = dora.layers.einsum_layout(lambda layer, call: "...i,oi->...o")
+    dora.layers.register_layout(modeling_flax_gpt2.FlaxConv1D, layout)
     case = torch_models.CASES["gpt2"]
     base = torch_models.base_model(case)
     arrays = {key: x.float().numpy() for key, x in base.state_dict().items()}

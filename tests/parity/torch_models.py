@@ -207,7 +207,7 @@ def outputs(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 
 def loss(logits: torch.Tensor) -> torch.Tensor:
-    """Returns a loss with a gradient everywhere, the same as `tests.peft_models.loss`."""
+    """Returns a loss with a gradient everywhere, the same as `tests.support.peft_models.loss`."""
     features = torch.arange(logits.shape[-1], dtype=logits.dtype)
     return ((logits - torch.sin(features)) ** 2).mean()
 

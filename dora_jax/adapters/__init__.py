@@ -1,0 +1,24 @@
+"""Adapter trees: nested dicts by module path, the same for Linen and NNX.
+
+They are plain pytrees, so JAX's own functions map, shard and average them. Here they are counted,
+cast, compared, combined, and stacked to serve several at once.
+"""
+
+from dora_jax.adapters.combine import add_weighted, diff, interpolate
+from dora_jax.adapters.groups import cast_adapters, count_parameters, label_adapters
+from dora_jax.adapters.serving import select_adapters, stack_adapters
+from dora_jax.adapters.trees import check_shapes, flatten, tree_shapes
+
+__all__ = [
+    "add_weighted",
+    "cast_adapters",
+    "check_shapes",
+    "count_parameters",
+    "diff",
+    "flatten",
+    "interpolate",
+    "label_adapters",
+    "select_adapters",
+    "stack_adapters",
+    "tree_shapes",
+]

@@ -1,0 +1,37 @@
+"""Arrays between host and devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def device_put_like(value: Any, like: Any) -> Any:
+    """Returns an array on the devices, and in the sharding, of another of the same shape.
+
+    Each process puts the shards of its own devices there.
+    """
+    if not isinstance(like, jax.Array):
+        return value if isinstance(like, np.ndarray | np.generic) else jnp.asarray(value)
+    if not like.committed:
+        return jnp.asarray(value)
+    if is_random_key(like):
+        return jax.device_put(value, like.sharding)
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+
+
+def host_value(x: Any) -> np.ndarray:
+    """Returns the whole array on the host, from all processes; of a random key, its data."""
+    if is_random_key(x):
+        x = jax.random.key_data(x)
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def is_random_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,0 +1,78 @@
+"""Adapter trees stacked, selected for each example of a batch, or switched off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dora_jax.adapters.combine import check_weights
+from dora_jax.adapters.trees import Tree, check_shapes, get_in, set_in, tree_shapes
+from dora_jax.errors import AdapterError, Path
+
+
+def stack_adapters(trees: Sequence[Tree]) -> Any:
+    """Returns adapter trees of one structure as one, its leaves `(adapters, ...)`.
+
+    Raises:
+      AdapterError: the trees differ in structure or shapes.
+    """
+    check_weights(trees, [0.0] * len(trees))
+    for tree in trees[1:]:
+        check_shapes(tree, tree_shapes(trees[0]))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def select_adapters(stacked: Tree, index: Any) -> Any:
+    """Returns the adapters of each example: leaves `(adapters, ...)` become `(*index, ...)`.
+
+    An index out of range, a negative one too, gives NaN, not another adapter.
+
+    Raises:
+      AdapterError: the index is not of integers.
+    """
+    index = jnp.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise AdapterError(f"adapters are selected by integers, got an index of {index.dtype}")
+
+    def select(leaf: Any) -> Any:
+        number = np.shape(leaf)[0]
+        return jnp.take(leaf, jnp.where(index < 0, number, index), axis=0, mode="fill")
+
+    return jax.tree.map(select, stacked)
+
+
+def check_index(index: Any, inputs: Sequence[Any]) -> None:
+    """Raises `AdapterError` unless there is one index for each example of a batch."""
+    shape = np.shape(index)
+    for x in inputs:
+        if len(shape) != 1 or np.shape(x)[:1] != shape:
+            raise AdapterError(
+                f"every example needs the index of its adapter: the index has shape {shape}, an "
+                f"input has shape {np.shape(x)}, batch first"
+            )
+
+
+def disable(adapters: Tree, bases: Mapping[Path, Tree]) -> Any:
+    """Returns the tree with which adapted layers compute what their frozen kernels do.
+
+    Args:
+      adapters: an adapter tree, hoisted or not.
+      bases: what each layer keeps of its kernel, by module path.
+    """
+    disabled: Any = adapters
+    for path, base in bases.items():
+        layer = get_in(disabled, path, "the adapters")
+        start = {"lora_b": 0, "scale": 0, "magnitude": base["norm"]}
+        if "init_a" in base:
+            start |= {"lora_a": base["init_a"], "lora_b": base["init_b"]}
+        new = {
+            name: jnp.broadcast_to(start[name], np.shape(x)).astype(x.dtype)
+            for name, x in layer.items()
+            if name in start
+        }
+        disabled = set_in(disabled, path, {**layer, **new})
+    return disabled

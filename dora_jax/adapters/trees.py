@@ -1,0 +1,123 @@
+"""Nested dicts by module path: flattened, checked, and copied with some entries replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.core import meta
+
+from dora_jax.errors import AdapterError, Path
+
+Tree = Mapping[str, Any]
+
+
+def get_in(tree: Tree, path: Path, tree_name: str = "the parameters") -> Any:
+    """Returns what stands at `path`; raises AdapterError where nothing does."""
+    for i, key in enumerate(path):
+        if key not in tree:
+            raise AdapterError(f"no entry {'.'.join(path[: i + 1])} in {tree_name}")
+        tree = tree[key]
+    return tree
+
+
+def has_path(tree: Any, path: Path) -> bool:
+    """Returns whether anything stands at `path`."""
+    for key in path:
+        if not isinstance(tree, Mapping) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
+
+
+def set_in(tree: Tree, path: Path, value: Any) -> Any:
+    """Returns a copy of nested dicts with `value` at `path`; what is not on the path is shared."""
+    if not path:
+        return value
+    return {**tree, path[0]: set_in(tree.get(path[0], {}), path[1:], value)}
+
+
+def overlay(tree: Tree, over: Tree, path: Path = ()) -> dict[str, Any]:
+    """Returns nested dicts with the leaves of `over` in place of those of `tree`, boxes kept."""
+    result = dict(tree)
+    for key, value in over.items():
+        inner = (*path, key)
+        if key not in tree:
+            raise AdapterError(f"the adapters have {'.'.join(inner)}, the parameters do not")
+        if isinstance(value, Mapping):
+            result[key] = overlay(tree[key], value, inner) if value else tree[key]
+        elif np.shape(value) != (shape := np.shape(meta.unbox(tree[key]))):
+            raise AdapterError(
+                f"{'.'.join(inner)} has shape {np.shape(value)} in the adapters and {shape} in "
+                "the parameters"
+            )
+        else:
+            result[key] = meta.replace_boxed(tree[key], value)
+    return result
+
+
+def flatten_tree(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
+    """Returns the leaves of any pytree by path, of strings; `is_leaf` as for `jax.tree.leaves`.
+
+    Raises:
+      AdapterError: a name holds a slash, or two paths are the same.
+
+    Example:
+      >>> flatten_tree({"layers": [1, 2]})
+      {('layers', '0'): 1, ('layers', '1'): 2}
+    """
+    flat: dict[Path, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]:
+        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+        if any("/" in part for part in path) or path in flat:
+            raise AdapterError(f"{path}: names must be distinct and hold no slash")
+        flat[path] = leaf
+    return flat
+
+
+def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    """Returns nested dicts from leaves by path.
+
+    Example:
+      >>> nest({("layers", "0"): 1})
+      {'layers': {'0': 1}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def flatten(adapters: Mapping[str, Any]) -> dict[Path, Any]:
+    """Returns the arrays of an adapter tree by path.
+
+    Example:
+      >>> flatten({"query": {"magnitude": 1.0}})
+      {('query', 'magnitude'): 1.0}
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(dict(adapters))[0]
+    return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def tree_shapes(adapters: Mapping[str, Any]) -> dict[Path, tuple[int, ...]]:
+    """Returns the shape of every array of an adapter tree by path."""
+    return {path: np.shape(leaf) for path, leaf in flatten(adapters).items()}
+
+
+def check_shapes(adapters: Mapping[str, Any], wanted: Mapping[Path, tuple[int, ...]]) -> None:
+    """Raises `AdapterError` if arrays are missing, unknown or of another shape; names each."""
+    given = tree_shapes(adapters)
+    problems = [f"missing {'.'.join(p)}" for p in wanted if p not in given]
+    problems += [f"unknown {'.'.join(p)}" for p in given if p not in wanted]
+    problems += [
+        f"{'.'.join(p)} has shape {given[p]}, the model needs {shape}"
+        for p, shape in wanted.items()
+        if p in given and given[p] != shape
+    ]
+    if problems:
+        raise AdapterError("the adapters are of another model: " + "; ".join(problems))

@@ -1,0 +1,201 @@
+"""Trees of arrays on disk, through Orbax, with a manifest that tells damage from data.
+
+A folder holds two Orbax items: `arrays`, a tree of nested dicts, and `metadata`, a JSON object with
+the shape, dtype and SHA-256 of every array, and a SHA-256 of itself. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath  # type: ignore[import-untyped]
+
+from dora_jax.adapters.placement import host_value, is_random_key
+from dora_jax.adapters.trees import flatten_tree, nest
+from dora_jax.checkpoint.json import decode_json, encode_json
+from dora_jax.errors import CheckpointError, Path
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+
+FORMAT = "dora_jax/1"
+_MEMBERS = ("format", "arrays", "metadata")
+
+
+def save_args(tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> ocp.args.Composite:
+    """Returns the Orbax arguments that write a tree of arrays with its manifest.
+
+    Args:
+      tree: nested dicts of arrays; typed random keys are allowed.
+      metadata: JSON types and `bytes`.
+
+    Raises:
+      AdapterError: a name holds a slash, or metadata is no JSON; names it.
+    """
+    arrays, manifest = {}, {}
+    for path, leaf in flatten_tree(tree).items():
+        entry, value = _describe(leaf)
+        manifest["/".join(path)] = entry
+        arrays[path] = value
+    content = {"format": FORMAT, "arrays": manifest, "metadata": encode_json(metadata)}
+    return ocp.args.Composite(
+        arrays=ocp.args.PyTreeSave(nest(arrays)),
+        metadata=ocp.args.JsonSave({**content, "sha256": _digest(_canonical(content))}),
+    )
+
+
+def write(
+    folder: str | PathLike[str],
+    tree: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a tree into a new folder, which appears only when it is complete.
+
+    With `overwrite`, a folder that is there is exchanged after the new one has been written.
+    """
+    path = absolute(folder)
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists: pass overwrite=True, or choose another folder")
+    if path.exists() and not (path / "metadata").is_dir() and any(path.iterdir()):
+        raise CheckpointError(f"{path} holds something else: choose another folder")
+    args = save_args(tree, metadata)
+    target = path.parent / f".{path.name}.new" if path.exists() else path
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(target, args=args, force=True)
+    if target != path and jax.process_index() == 0:
+        old = path.parent / f".{path.name}.old"
+        if old.exists():
+            old.rmtree()
+        path.rename(old)
+        target.rename(path)
+        old.rmtree()
+
+
+def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the manifest of the arrays, by slashed path, and the metadata of a folder.
+
+    Raises:
+      CheckpointError: the folder is none that `write` wrote, or its manifest is damaged.
+    """
+    path = absolute(folder)
+    file = path / "metadata" / "metadata"
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder")
+    if not file.exists():
+        raise CheckpointError(
+            f"{path} is no checkpoint of dora_jax, or an incomplete one: {file} is missing"
+        )
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointError(f"{file} is not a manifest of dora_jax")
+    digest = content.pop("sha256", None)
+    if digest != _digest(_canonical(content)):
+        raise CheckpointError(f"{file} is damaged: it does not match its own sha256")
+    if content["format"] != FORMAT or tuple(content) != _MEMBERS:
+        raise CheckpointError(
+            f"{file} is of format {content['format']!r}, this version reads {FORMAT!r}: "
+            "use the dora_jax that wrote it, or a newer one"
+        )
+    return content["arrays"], decode_json(content["metadata"])
+
+
+def read(
+    folder: str | PathLike[str], wanted: Callable[[Path], bool] = lambda path: True
+) -> dict[Path, Any]:
+    """Returns the arrays of a folder by path, as NumPy arrays, each checked.
+
+    Args:
+      folder: what `write` wrote, or one step of a `CheckpointManager` with `save_args`.
+      wanted: which arrays to read, by path.
+
+    Raises:
+      CheckpointError: something is missing or damaged; names the file or array.
+    """
+    path = absolute(folder)
+    manifest, _ = read_metadata(path)
+    entries = {tuple(name.split("/")): entry for name, entry in manifest.items()}
+    entries = {name: entry for name, entry in entries.items() if wanted(name)}
+    if not entries:
+        return {}
+    try:
+        restored = flatten_tree(_restore(path / "arrays", nest(dict.fromkeys(entries, 0))))
+    except Exception as error:  # whatever Orbax and TensorStore make of damaged files
+        raise CheckpointError(
+            f"{path / 'arrays'} is damaged or incomplete: {_first_line(error)}"
+        ) from error
+    return {name: _checked(path, name, restored.get(name), e) for name, e in entries.items()}
+
+
+def absolute(folder: str | PathLike[str]) -> epath.Path:
+    """Returns the absolute path, as Orbax wants it; `~` is the home folder."""
+    return epath.Path(folder).expanduser().absolute()
+
+
+def _describe(leaf: Any) -> tuple[dict[str, Any], Any]:
+    """Returns the manifest's entry of an array, and the array as it is written."""
+    value = host_value(leaf)
+    entry = {
+        "shape": list(value.shape),
+        "dtype": value.dtype.name,
+        "sha256": _digest(_bytes(value)),
+    }
+    if is_random_key(leaf):
+        return {**entry, "key": str(jax.random.key_impl(leaf))}, jax.random.key_data(leaf)
+    return entry, leaf if isinstance(leaf, jax.Array) else value
+
+
+def _checked(folder: epath.Path, path: Path, value: Any, entry: Mapping[str, Any]) -> Any:
+    """Returns an array as it was before it was written, or raises that it is damaged."""
+    name = "/".join(path)
+    if not isinstance(value, np.ndarray):
+        raise CheckpointError(f"{folder}: array {name} is missing")
+    given = [list(value.shape), value.dtype.name]
+    if given != [entry["shape"], entry["dtype"]]:
+        raise CheckpointError(
+            f"{folder}: array {name} is {given[1]} {tuple(given[0])}, the manifest says "
+            f"{entry['dtype']} {tuple(entry['shape'])}"
+        )
+    if _digest(_bytes(value)) != entry["sha256"]:
+        raise CheckpointError(f"{folder}: array {name} is damaged: it does not match its sha256")
+    if "key" in entry:
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=entry["key"])
+    return value
+
+
+def _restore(folder: epath.Path, item: dict[str, Any]) -> Any:
+    """Reads the arrays of a tree of placeholders to the host, wherever they were saved from."""
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    return ocp.PyTreeCheckpointHandler().restore(
+        folder,
+        args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True),
+    )
+
+
+def _bytes(x: np.ndarray) -> bytes:
+    return np.ascontiguousarray(x).tobytes()
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

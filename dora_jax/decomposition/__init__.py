@@ -1,0 +1,38 @@
+"""The mathematics of DoRA, on arrays.
+
+A kernel's axes are split into three groups: *stack* (scan-stacked layers, vmapped copies, experts),
+*in* (contracted with the input) and *out*. For each stack index and output feature, DoRA
+(arXiv 2402.09353, eq. 5) rebuilds the frozen kernel `W0` as
+
+    W' = m * V / n,   V = W0 + s A B,   n = ||V|| over the in axes,
+
+with a trainable magnitude `m (*stack, *out)` and a trainable low-rank direction
+`A (*stack, *in, r)`, `B (*stack, r, *out)`. Only `merge` forms an array as large as the kernel.
+Shapes are written `stack`, `in`, `out` for possibly several axes each. Nothing here knows Flax.
+"""
+
+from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.base import base_changed, describe_base, first_row, kernel_norm
+from dora_jax.decomposition.initializers import init_layer
+from dora_jax.decomposition.merge import materialize, merge_kernel
+from dora_jax.decomposition.scale import (
+    direction_norm,
+    effective_factors,
+    relative_square_change,
+    scale_minus_one,
+)
+
+__all__ = [
+    "KernelAxes",
+    "base_changed",
+    "describe_base",
+    "direction_norm",
+    "effective_factors",
+    "first_row",
+    "init_layer",
+    "kernel_norm",
+    "materialize",
+    "merge_kernel",
+    "relative_square_change",
+    "scale_minus_one",
+]

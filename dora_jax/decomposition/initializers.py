@@ -1,0 +1,151 @@
+"""How a layer's adapter starts: always so that the adapted model is the pretrained one."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+import zlib
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dora_jax.config import DoRAConfig, LayerSettings
+from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.base import describe_base
+from dora_jax.errors import ConfigError, Path, layer_name
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+ArrayDict = dict[str, "Array"]
+
+
+def is_selected(settings: LayerSettings, axes: KernelAxes) -> bool:
+    """Whether a layer is adapted: not if `layers_to_transform` finds neither number nor stack."""
+    return settings.indices is None or bool(axes.stack)
+
+
+def init_layer(
+    config: DoRAConfig,
+    settings: LayerSettings,
+    path: Path,
+    key: Array,
+    kernel: Float[Array, "..."] | jax.ShapeDtypeStruct,
+    axes: KernelAxes,
+) -> tuple[ArrayDict, ArrayDict]:
+    """Returns the adapter of one layer and what it keeps of its base.
+
+    The key of a layer depends on `key` and its path alone, so that a layer starts the same whatever
+    else is adapted. An abstract kernel gives abstract arrays.
+
+    Returns:
+      `{"lora_a", "lora_b", "magnitude"}`, as far as the settings have them, and `{"norm", "row"}`
+      from `describe_base`, with `mask`, `init_a` and `init_b` where `effective_factors` needs them.
+
+    Raises:
+      ConfigError: the rank is above the smaller side of the kernel, or `layers_to_transform` asks
+        for a slice that a stack does not have.
+
+    Warns:
+      UserWarning: columns of the kernel are exactly zero; they stay zero.
+    """
+    name = layer_name(path)
+    sides = [math.prod(kernel.shape[i] for i in group) for group in (axes.inputs, axes.outputs)]
+    if settings.rank > min(sides):
+        raise ConfigError(
+            f"{name}: rank {settings.rank} is above the smaller side of its kernel "
+            f"({sides[0]} in, {sides[1]} out); lower it with rank_pattern"
+        )
+    if settings.indices is not None and max(settings.indices) >= (
+        length := kernel.shape[axes.stack[0]]
+    ):
+        raise ConfigError(
+            f"{name}: layers_to_transform asks for {list(settings.indices)}, but the stack has "
+            f"{length} layers"
+        )
+    build = functools.partial(_build, settings, config.init, config.adapter_dtype, axes)
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        return jax.eval_shape(build, key, kernel)
+    key = jax.random.fold_in(key, zlib.crc32(".".join(path).encode()))
+    adapter, base = _build_jit(settings, config.init, config.adapter_dtype, axes, key, kernel)
+    _warn_of_zero_columns(name, base["norm"])
+    return adapter, base
+
+
+def _build(
+    settings: LayerSettings, init: str, dtype: str, axes: KernelAxes, key: Array, kernel: Array
+) -> tuple[ArrayDict, ArrayDict]:
+    base = describe_base(kernel, axes, settings.eps)
+    shapes = axes.shapes(kernel.shape, settings.rank)
+    adapter = {}
+    if settings.rank and init in ("pissa", "olora"):
+        factors = (_singular_vectors if init == "pissa" else _orthogonal_basis)(
+            _as_matrices(kernel, axes), settings.rank
+        )
+        for name, factor in zip("ab", factors, strict=True):
+            # The product is scaled by s: both factors carry half of 1 / s.
+            start = factor.reshape(shapes[f"lora_{name}"]) / math.sqrt(settings.scaling)
+            adapter[f"lora_{name}"] = base[f"init_{name}"] = start.astype(dtype)
+    elif settings.rank:
+        fan_in = math.prod(kernel.shape[i] for i in axes.inputs)
+        adapter["lora_a"] = _draw(init, key, shapes["lora_a"], fan_in, settings.rank).astype(dtype)
+        adapter["lora_b"] = jnp.zeros(shapes["lora_b"], dtype)
+    if settings.indices is not None:
+        stack = tuple(kernel.shape[i] for i in axes.stack)
+        chosen = jnp.isin(jnp.arange(stack[0]), jnp.array(settings.indices))
+        base["mask"] = jnp.broadcast_to(chosen.reshape((-1,) + (1,) * (len(stack) - 1)), stack)
+    if settings.has_magnitude:
+        adapter["magnitude"] = base["norm"].astype(dtype)
+    return adapter, base
+
+
+_build_jit = jax.jit(_build, static_argnums=(0, 1, 2, 3))
+
+
+def _draw(init: str, key: Array, shape: tuple[int, ...], fan_in: int, rank: int) -> Array:
+    if init == "gaussian":
+        return jax.random.normal(key, shape) / rank
+    if init == "orthogonal":
+        matrices = (math.prod(shape) // (fan_in * rank), fan_in, rank)
+        return jnp.linalg.qr(jax.random.normal(key, matrices))[0].reshape(shape)
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _as_matrices(kernel: Array, axes: KernelAxes) -> Float[Array, "*stack in out"]:
+    """Returns a kernel as matrices, its in and out axes joined, in float32."""
+    stack, inputs, outputs = (tuple(kernel.shape[i] for i in group) for group in axes)
+    ordered = jnp.transpose(kernel, axes.stack + axes.inputs + axes.outputs)
+    return ordered.astype(jnp.float32).reshape(*stack, math.prod(inputs), math.prod(outputs))
+
+
+def _singular_vectors(
+    kernel: Float[Array, "*stack in out"], rank: int
+) -> tuple[Float[Array, "*stack in r"], Float[Array, "*stack r out"]]:
+    """Returns `U sqrt(S)` and `sqrt(S) V^T` of the largest singular values (PiSSA, eq. 2 and 3)."""
+    u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank])
+    return u[..., :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
+
+
+def _orthogonal_basis(
+    kernel: Float[Array, "*stack in out"], rank: int
+) -> tuple[Float[Array, "*stack in r"], Float[Array, "*stack r out"]]:
+    """Returns the first columns of Q and rows of R of the QR decomposition (OLoRA, section 3)."""
+    q, r = jnp.linalg.qr(kernel)
+    return q[..., :rank], r[..., :rank, :]
+
+
+def _warn_of_zero_columns(name: str, norm: Array) -> None:
+    if isinstance(norm, jax.core.Tracer):
+        return
+    if zeros := int(np.sum(np.asarray(norm) == 0)):
+        warnings.warn(
+            f"{name}: {zeros} of {norm.size} columns of the kernel are exactly zero; "
+            "they have no direction and stay zero",
+            stacklevel=2,
+        )

@@ -1,0 +1,89 @@
+"""The merged kernel, the only place where an array as large as the kernel is formed."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from dora_jax.decomposition.axes import Adapter, KernelAxes, expand_inputs
+from dora_jax.decomposition.scale import effective_factors, scale_minus_one
+from dora_jax.errors import Path, layer_name
+from dora_jax.ops.output_scale import scaled, wide_dtype
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+    from jaxtyping import Array, Float
+
+    from dora_jax.config import LayerSettings
+
+
+def materialize(
+    settings: LayerSettings,
+    kernel: Float[Array, "..."],
+    adapter: Adapter,
+    base: Adapter,
+    axes: KernelAxes,
+    *,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "..."]:
+    """Returns the merged kernel `m (W0 + s A B) / n` in the shape and dtype of `kernel`.
+
+    Computed in float32 or wider. The kernel itself, bit for bit, while the adapter is untrained.
+    `dtype` is that of the result, if not the kernel's.
+    """
+    letters, stack, inputs, outputs = axes.letters()
+    merged = kernel.astype(wide_dtype(kernel.dtype))
+    if settings.rank:
+        a, b = (x.astype(merged.dtype) for x in effective_factors(adapter, base, axes))
+        delta = jnp.einsum(
+            f"{stack}{inputs}y,{stack}y{outputs}->{letters}", a, b, precision="highest"
+        )
+        merged = merged + settings.scaling * delta
+    if settings.decompose:
+        wide = kernel.astype(merged.dtype)
+        d = scale_minus_one(settings, wide, adapter, base, axes, precision="highest")
+        merged = scaled(merged, expand_inputs(d, axes))
+    return merged.astype(kernel.dtype if dtype is None else dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "axes"))
+def merge_kernel(
+    settings: LayerSettings,
+    kernel: Float[Array, "..."],
+    adapter: Adapter,
+    base: Adapter,
+    axes: KernelAxes,
+) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """Returns the merged kernel, and the share of the change that its dtype rounds away.
+
+    The share is `||rounded - W'|| / ||W' - W0||` in float32 or wider; 0 where nothing changed, but
+    for what products that cancel leave of rounding.
+    """
+    exact = materialize(settings, kernel, adapter, base, axes, dtype=wide_dtype(kernel.dtype))
+    rounded = exact.astype(kernel.dtype)
+    wide = kernel.astype(exact.dtype)
+    error, change, whole = (
+        jnp.linalg.norm(x.ravel())
+        for x in (exact - rounded.astype(exact.dtype), exact - wide, wide)
+    )
+    unchanged = change <= 1e-6 * whole
+    return rounded, jnp.where(unchanged, 0, error / jnp.where(unchanged, 1, change))
+
+
+def warn_of_rounding(lost: Mapping[Path, Any], stacklevel: int = 3) -> None:
+    """Warns of what merging cost: the share of each layer's change that its dtype rounds away."""
+    shares = {p: float(s) for p, s in lost.items() if not isinstance(s, jax.core.Tracer)}
+    rounded = {path: share for path, share in shares.items() if share > 1e-3}
+    if rounded:
+        worst = max(rounded, key=lambda path: rounded[path])
+        warnings.warn(
+            f"merging rounds to the kernels' dtype: {len(rounded)} of {len(shares)} layers lose "
+            f"some of their change, {layer_name(worst)} the most ({rounded[worst]:.1%}). Where "
+            "that is too much, keep the adapters, or merge into float32 kernels",
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,30 @@
+"""The exceptions of the library; each message names the layer, field or file, and the fix."""
+
+from __future__ import annotations
+
+Path = tuple[str, ...]
+
+
+class DoRAError(ValueError):
+    """A request that cannot be honoured; the message names the layer or field and the mend."""
+
+
+class ConfigError(DoRAError):
+    """A field of `DoRAConfig` is out of range, or a pattern in it matches nothing."""
+
+
+class LayoutError(DoRAError):
+    """A layer cannot be adapted because how its kernel is contracted is not known."""
+
+
+class AdapterError(DoRAError):
+    """Adapters and model do not belong together, or a model is adapted or merged twice."""
+
+
+def layer_name(path: Path) -> str:
+    """Returns the dotted path of a layer, as errors name it; the model may be a layer itself."""
+    return ".".join(path) or "the model"
+
+
+class CheckpointError(DoRAError):
+    """A checkpoint is damaged, incomplete or of another format; the message names file or array."""

@@ -1,0 +1,112 @@
+"""What a traced call does with stored kernels: which layers run on them, who else reads them.
+
+An adapter lies beside the stored kernel and is merged into it. Where a model computes the kernel of
+a layer in each call (`nn.WeightNorm`, `nn.map_variables`), or computes with it outside of the layer
+(a head tied to an embedding), the adapted model and the merged one would not be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Jaxpr, Var
+
+T = TypeVar("T")
+_PREFIX = "dora_kernel:"
+
+TIED = (
+    "a tied head reads its table without calling it (attend), so it would not see the adapter, and "
+    "merging would change what the model computes: leave it out of target_modules"
+)
+
+# What selects, lays out or casts, but computes nothing.
+_TRANSPARENT = {
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "device_put",
+    "dynamic_slice",
+    "gather",
+    "name",
+    "optimization_barrier",
+    "reshape",
+    "sharding_constraint",
+    "slice",
+    "squeeze",
+    "transpose",
+}
+
+
+class Uses(NamedTuple):
+    """What a traced call does with stored kernels, by label.
+
+    Attributes:
+      computed: kernels that a layer runs on something else than (a slice of) the stored one.
+      read: kernels that something else than a marked layer computes with.
+    """
+
+    computed: set[str]
+    read: set[str]
+
+
+def tag_kernel(kernel: T, label: str) -> T:
+    """Marks in the program that is traced where a layer sees its kernel; returns it."""
+    return checkpoint_name(kernel, _PREFIX + label)
+
+
+def kernel_uses(jaxpr: Jaxpr, labels: Mapping[Var, str]) -> Uses:
+    """Returns how a traced call with marks uses those of its inputs that are stored kernels.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> def call(w, x):
+      ...     w_of_layer = tag_kernel(w, "stored")
+      ...     w_of_other = tag_kernel(2 * w, "computed")
+      ...     return x @ w_of_layer
+      >>> jaxpr = jax.make_jaxpr(call)(jnp.ones((3, 2)), jnp.ones(3)).jaxpr
+      >>> kernel_uses(jaxpr, {jaxpr.invars[0]: "stored"})
+      Uses(computed={'computed'}, read={'stored'})
+    """
+    uses = Uses(set(), set())
+    _collect(jaxpr, dict(labels), uses)
+    return uses
+
+
+def _collect(jaxpr: Jaxpr, labels: dict[Var, str], uses: Uses) -> None:
+    for eqn in jaxpr.eqns:
+        known = [labels.get(v) if isinstance(v, Var) else None for v in eqn.invars]
+        name, inner_jaxprs = eqn.primitive.name, list(_inner_jaxprs(eqn.params))
+        for inner in inner_jaxprs:
+            # A scan's or a branch's own inputs are the last ones of the equation's.
+            if name == "while":
+                inputs = _while_inputs(eqn.params, inner, known)
+            else:
+                inputs = list(zip(reversed(inner.invars), reversed(known), strict=False))
+            _collect(inner, {v: label for v, label in inputs if label}, uses)
+        if name == "name" and eqn.params["name"].startswith(_PREFIX):
+            mark = eqn.params["name"].removeprefix(_PREFIX)
+            uses.computed.update({mark} - {known[0]})
+        elif name in _TRANSPARENT and known and known[0]:
+            labels[eqn.outvars[0]] = known[0]
+        elif not inner_jaxprs:
+            uses.read.update(label for label in known if label)
+
+
+def _while_inputs(
+    params: Mapping[str, Any], inner: Jaxpr, known: list[str | None]
+) -> list[tuple[Var, str | None]]:
+    """The equation's inputs are the constants of condition and body, then the carry."""
+    first, second = params["cond_nconsts"], params["body_nconsts"]
+    is_body = inner is params["body_jaxpr"].jaxpr
+    own = known[first : first + second] if is_body else known[:first]
+    return list(zip(inner.invars, own + known[first + second :], strict=False))
+
+
+def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if isinstance(item, Jaxpr):
+                yield item

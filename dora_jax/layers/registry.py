@@ -1,0 +1,124 @@
+"""Which layout each layer class has, and which classes cannot be adapted."""
+
+from __future__ import annotations
+
+import inspect
+
+from flax import linen, nnx
+
+from dora_jax.errors import LayoutError
+from dora_jax.layers.conv import CONV
+from dora_jax.layers.dense import DENSE, EMBED, GENERAL
+from dora_jax.layers.einsum import EINSUM
+from dora_jax.layers.layout import Layout, Unsupported
+
+LAYOUTS: dict[type, Layout] = {}
+UNSUPPORTED: dict[type, Unsupported] = {}
+
+
+def register_layout(layer_class: type, layout: Layout) -> None:
+    """Makes a layer class known, so that `apply_dora` adapts its instances.
+
+    Raises:
+      TypeError: what is given is no class, or no `Layout`.
+      LayoutError: the layout names an argument that the class's `__call__` does not take.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from dora_jax import einsum_layout
+      >>> from flax import linen as nn
+      >>> class Projection(nn.Module):  # a parameter `w` and an equation given with each call
+      ...     shape: tuple[int, ...]
+      ...
+      ...     @nn.compact
+      ...     def __call__(self, equation, x):
+      ...         w = self.param("w", nn.initializers.normal(), self.shape)
+      ...         return jnp.einsum(equation, x, w)
+      >>> register_layout(
+      ...     Projection,
+      ...     einsum_layout(lambda layer, call: call["equation"], kernel="w", inputs="x"),
+      ... )
+      >>> find_layout(Projection).kernel
+      'w'
+    """
+    if not (isinstance(layer_class, type) and isinstance(layout, Layout)):
+        raise TypeError(f"expected a class and a Layout, got {layer_class!r} and {type(layout)}")
+    arguments = list(inspect.signature(layer_class.__call__).parameters)[1:]
+    if layout.inputs not in arguments:
+        raise LayoutError(
+            f"{layer_class.__name__}.__call__ takes {arguments}, not {layout.inputs!r}: name the "
+            "argument that the kernel is multiplied with"
+        )
+    LAYOUTS[layer_class] = layout
+
+
+def find_layout(layer_class: type) -> Layout | None:
+    """Returns the layout of a class, or None where it is not known.
+
+    A subclass of a known class has its layout, unless it has a `__call__` (or `attend`) of its own:
+    then what it does with the kernel is not known, and it must be registered itself.
+    """
+    for known in layer_class.__mro__:
+        if known in LAYOUTS:
+            return None if _own_method(layer_class, known) else LAYOUTS[known]
+    return None
+
+
+def _own_method(layer_class: type, known: type) -> str | None:
+    """Returns the name of a method with which a subclass uses the kernel in a way of its own."""
+    methods = LAYOUTS[known].methods
+    return next((m for m in methods if getattr(layer_class, m) is not getattr(known, m)), None)
+
+
+def unsupported_reason(layer_class: type) -> Unsupported | None:
+    """Returns why a class that holds a kernel cannot be adapted; None if nothing is known of it."""
+    for known in layer_class.__mro__:
+        if known in UNSUPPORTED:
+            return UNSUPPORTED[known]
+        if known in LAYOUTS:
+            if (method := _own_method(layer_class, known)) is None:
+                return None
+            name = layer_class.__name__
+            reason = (
+                f"{name} has a method {method} of its own, so what it does with the kernel of "
+                f"{known.__name__} is not known: register_layout({name}, ...), or exclude_modules"
+            )
+            return Unsupported(reason, LAYOUTS[known].all_linear)
+    return None
+
+
+LAYOUTS.update(
+    {
+        linen.Dense: DENSE,
+        nnx.Linear: DENSE,
+        linen.DenseGeneral: GENERAL,
+        nnx.LinearGeneral: GENERAL,
+        linen.Einsum: EINSUM,
+        nnx.Einsum: EINSUM,
+        linen.Conv: CONV,
+        nnx.Conv: CONV,
+        linen.ConvTranspose: CONV,
+        nnx.ConvTranspose: CONV,
+        linen.Embed: EMBED,
+        nnx.Embed: EMBED,
+    }
+)
+
+_ADAPTED = Unsupported(
+    "it has a low-rank adapter already: merge it into a plain nnx.Linear first", True
+)
+
+UNSUPPORTED.update(
+    {
+        nnx.LoRA: _ADAPTED,
+        nnx.LoRALinear: _ADAPTED,
+        linen.ConvLocal: Unsupported(
+            "its kernel is another one at each position: exclude_modules", False
+        ),
+        linen.recurrent.DenseParams: Unsupported(
+            "OptimizedLSTMCell joins the kernels of its gates before it multiplies: use LSTMCell, "
+            "which has the same parameters, or exclude_modules",
+            True,
+        ),
+    }
+)

@@ -1,0 +1,99 @@
+"""Adapted Linen models with scales computed once, switched off, or mixed in a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax.core import meta
+
+from dora_jax.adapters.serving import check_index, disable, select_adapters
+from dora_jax.adapters.trees import Tree, get_in, set_in
+from dora_jax.decomposition.scale import scale_minus_one
+from dora_jax.linen.model import DoRAModel, check_adapters, check_collections
+
+
+def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
+    """Returns an adapter tree that holds each layer's scale, computed once, here.
+
+    `model.apply` takes it as it takes `adapters`. The scale depends on parameters alone: inside a
+    loss, hoist before a loop over microbatches, and the norm is evaluated, and differentiated, once
+    for all of them. For inference, hoisting freezes the scale: a call costs what LoRA's does.
+
+    Example:
+      >>> import dora_jax as dora, jax.numpy as jnp
+      >>> module, x = nn.Dense(3), jnp.ones((5, 4))
+      >>> params = module.init(jax.random.key(0), x)["params"]
+      >>> model, adapters = dora.apply_dora(
+      ...     module, dora.DoRAConfig(rank=2), params=params, rng=jax.random.key(1), inputs=(x,)
+      ... )
+      >>> precompute_scales(model, params, adapters)["scale"]
+      Array([0., 0., 0.], dtype=float32)
+    """
+    check_adapters(model, adapters)
+    hoisted: Any = adapters
+    for path, layer in model.layers.items():
+        if not layer.settings.decompose:
+            continue
+        adapter = dict(get_in(adapters, path))
+        scale = scale_minus_one(
+            layer.settings,
+            meta.unbox(get_in(params, (*path, layer.layout.kernel))),
+            adapter,
+            model.base[path],
+            layer.axes,
+            dtype=layer.dtype,
+            precision=layer.precision,
+        )
+        adapter.pop("magnitude", None)
+        hoisted = set_in(hoisted, path, {**adapter, "scale": scale})
+    return hoisted
+
+
+def disabled_adapters(model: DoRAModel, adapters: Tree) -> dict[str, Any]:
+    """Returns the adapter tree with which the model computes what its base computes.
+
+    It has the structure of `adapters`, so that switching between them compiles nothing anew.
+    Modules trained in full stay as they are.
+    """
+    return disable(adapters, model.base)
+
+
+def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """Applies a model to a batch in which every example has an adapter of its own.
+
+    The outputs are those of one call for each adapter. Give hoisted adapters, so that norms are not
+    computed for each example.
+
+    Args:
+      model: the adapted model.
+      variables: its collections; the leaves of `dora` are stacked `(adapters, ...)`, as from
+        `dora_jax.adapters.stack_adapters`.
+      index: which of the adapters each example uses, int `(batch,)`.
+      *inputs: arrays with a leading batch axis.
+      **kwargs: further arguments, the same for every example.
+
+    Raises:
+      AdapterError: the adapters do not fit, or an example has no index.
+
+    Example:
+      >>> import dora_jax as dora, jax.numpy as jnp
+      >>> module, x = nn.Dense(3), jnp.ones((5, 4))
+      >>> params = module.init(jax.random.key(0), x)["params"]
+      >>> model, adapters = dora.apply_dora(
+      ...     module, dora.DoRAConfig(rank=2), params=params, rng=jax.random.key(1), inputs=(x,)
+      ... )
+      >>> both = dora.adapters.stack_adapters([adapters, dora.disabled_adapters(model, adapters)])
+      >>> apply_mixed(model, {"params": params, "dora": both}, jnp.array([0, 1, 1, 0, 1]), x).shape
+      (5, 3)
+    """
+    check_collections(variables)
+    check_index(index, inputs)
+    others = {name: value for name, value in variables.items() if name != "dora"}
+
+    def one(adapters: Tree, *example: Any) -> Any:
+        examples = (x[None] for x in example)
+        output = model.apply({**others, "dora": adapters}, *examples, **kwargs)
+        return jax.tree.map(lambda y: y[0], output)
+
+    return jax.vmap(one)(select_adapters(variables["dora"], index), *inputs)

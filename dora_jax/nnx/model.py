@@ -1,0 +1,100 @@
+"""The adapted layers of an NNX model, and its adapter tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dora_jax.adapters.trees import check_shapes, flatten
+from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.base import base_changed
+from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.layers.layout import stored_axes
+from dora_jax.nnx.layers import DoRALayer, base_of, layout_of, plain_class
+from dora_jax.nnx.variables import DoRAParam, M
+
+
+def check_base(model: nnx.Module) -> None:
+    """Raises `AdapterError` if a kernel is not the one its adapter was made for, naming the layer.
+
+    An adapted layer whose kernel was exchanged gives NaN, and merges to NaN; this says which,
+    except under a transformation such as `jax.jit`, where the values are not known.
+    """
+    checked_layers(model)
+    for path, layer in adapted_layers(model):
+        kernel, axes = kernel_and_axes(layer)
+        changed = base_changed(kernel[...], base_of(layer), axes)
+        if not isinstance(changed, jax.core.Tracer) and np.any(changed):
+            raise AdapterError(
+                f"{layer_name(path)}: the kernel changed since apply_dora, so its stored norm is "
+                "wrong. Load the base first, then adapt it"
+            )
+
+
+def get_adapters(model: nnx.Module) -> dict[str, Any]:
+    """Returns the adapter tree: nested dicts by module path, of everything that DoRA trains.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> mlp = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+      >>> mlp = dora.apply_dora(mlp, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
+      >>> jax.tree.map(jnp.shape, get_adapters(mlp))
+      {'layers': {'0': {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}}}
+    """
+    return _string_keys(nnx.to_pure_dict(nnx.state(model, DoRAParam)))
+
+
+def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
+    """Puts an adapter tree, as `get_adapters` returns it, into an adapted model.
+
+    Raises:
+      AdapterError: names, shapes or the presence of a magnitude differ; names each.
+    """
+    if adapters:
+        checked_layers(model)
+    state = nnx.state(model, DoRAParam)
+    wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    check_shapes(adapters, {path: variable.shape for path, variable in wanted.items()})
+    given = flatten(adapters)
+    for path, variable in wanted.items():
+        variable[...] = jnp.asarray(given[path], variable.dtype)
+    nnx.update(model, state)
+
+
+def copy_model(model: M) -> M:
+    return nnx.merge(*nnx.split(model), copy=True)  # new variables, the same arrays
+
+
+def adapted_layers(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
+    """Returns the layers that carry an adapter, by path; a shared one once."""
+    return ((path, m) for path, m in named_modules(model) if isinstance(m, DoRALayer))
+
+
+def checked_layers(model: nnx.Module) -> list[Any]:
+    layers = [layer for _, layer in adapted_layers(model)]
+    if not layers and not jax.tree.leaves(nnx.state(model, DoRAParam)):
+        raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
+    return layers
+
+
+def _string_keys(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {str(key): _string_keys(value) for key, value in tree.items()}
+    return tree
+
+
+def kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
+    """Returns the frozen kernel of an adapted layer, and the axes of what is stored."""
+    kernel = getattr(layer, layout_of(plain_class(type(layer))).kernel)
+    return kernel, stored_axes(layer.call_axes, kernel.ndim, type(layer).__name__)
+
+
+def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
+    """Yields every module of a model with its path; a shared one once."""
+    for path, module in nnx.iter_modules(model):
+        yield tuple(map(str, path)), module

@@ -1,0 +1,18 @@
+"""Products and scales in the order that XLA compiles well, with their gradients.
+
+The only home of `jax.interpreters` and `jax.extend`: whatever needs a primitive of our own, or a
+name for a rematerialisation policy, is here. Nothing here knows Flax or an adapter.
+"""
+
+from dora_jax.ops.low_rank import down_projection, up_projection
+from dora_jax.ops.output_scale import apply_scale, scaled, wide_dtype
+from dora_jax.ops.remat import save_scaled
+
+__all__ = [
+    "apply_scale",
+    "down_projection",
+    "save_scaled",
+    "scaled",
+    "up_projection",
+    "wide_dtype",
+]

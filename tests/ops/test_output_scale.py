@@ -1,0 +1,184 @@
+"""`y = h + d h`: its value, and the gradient that it takes from `y`, on each platform's way."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from dora_jax.ops import apply_scale
+from tests.support import reference
+
+SHAPES = {  # of h and d
+    "matrix": ((7, 4), (1, 4)),
+    "features alone": ((3, 5, 4), (4,)),
+    "tokens": ((3, 5, 4), (1, 1, 4)),
+    "one text": ((1, 5, 4), (1, 1, 4)),
+    "heads": ((3, 5, 2, 4), (1, 1, 2, 4)),
+    "experts": ((3, 5, 4), (3, 1, 4)),
+    "features first": ((4, 5), (4, 1)),
+    "heads of one": ((3, 1, 4), (1, 1, 4)),
+    "one feature": ((3, 5, 1), (1, 1, 1)),
+    "vector": ((4,), (4,)),
+}
+CASES = pytest.mark.parametrize(("h_shape", "d_shape"), SHAPES.values(), ids=SHAPES)
+
+
+def draw(h_shape, d_shape, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    h, g = (jnp.asarray(rng.normal(size=h_shape), dtype) for _ in range(2))
+    return h, jnp.asarray(rng.uniform(-0.9, 2, d_shape), jnp.float32), g
+
+
+def sum_to(x, shape):
+    """Sums over the axes that a broadcast from `shape` made."""
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    return x.sum(tuple(i for i, size in enumerate(shape) if size == 1), keepdims=True)
+
+
+def pull_back(h, d, g):
+    return jax.vjp(apply_scale, h, d)[1](g)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["JAX's own", "compiled"])
+@CASES
+def test_the_gradients_are_those_of_the_definition(h_shape, d_shape, run, dtype, bound):
+    """The compiled one is that of this platform; on a CPU it has an order of its own."""
+    h, d, g = draw(h_shape, d_shape, dtype)
+    by_h, by_d = run(pull_back)(h, d, g)
+    wide_h, wide_d, wide_g = reference.wide(h, d, g)
+    assert by_h.dtype == dtype and by_d.dtype == jnp.float32
+    assert by_h.shape == h_shape and by_d.shape == d_shape
+    assert reference.relative_error(by_h, wide_g * (1 + wide_d)) <= bound
+    assert reference.relative_error(by_d, sum_to(wide_g * wide_h, d_shape)) <= bound
+
+
+@pytest.mark.parametrize("shapes", ["tokens", "experts", "features first", "vector"])
+def test_it_has_second_derivatives_in_both_modes(shapes):
+    h, d, _ = draw(*SHAPES[shapes])
+    check_grads(jax.jit(apply_scale), (h, d), 2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("axes", [(0, None, 0), (None, 1, None)])
+@CASES
+def test_vmap_is_a_loop_also_of_its_gradient(h_shape, d_shape, axes):
+    h, d, g = draw(h_shape, d_shape)
+    given = [
+        v if axis is None else jnp.stack([v, 2 * v, -v], min(axis, v.ndim))
+        for v, axis in zip((h, d, g), axes, strict=True)
+    ]
+    axes = [
+        axis if axis is None else min(axis, v.ndim - 1) for v, axis in zip(given, axes, strict=True)
+    ]
+    found = jax.jit(jax.vmap(pull_back, axes))(*given)
+    for i in range(3):
+        one = [
+            v if axis is None else jnp.take(v, i, axis) for v, axis in zip(given, axes, strict=True)
+        ]
+        for got, expected in zip(found, pull_back(*one), strict=True):
+            assert reference.relative_error(got[i], expected) <= 1e-5
+
+
+def test_one_of_two_arguments_may_be_constant():
+    h, d, g = draw((7, 4), (1, 4))
+    by_h, by_d = jax.jit(pull_back)(h, d, g)
+    assert np.array_equal(
+        jax.jit(lambda h: jax.vjp(lambda h: apply_scale(h, d), h)[1](g))(h)[0], by_h
+    )
+    assert np.array_equal(
+        jax.jit(lambda d: jax.vjp(lambda d: apply_scale(h, d), d)[1](g))(d)[0], by_d
+    )
+
+
+def test_a_cotangent_may_be_constant():
+    """A sum of `y` is linear in `d`: its second derivative is 0, up to rounding."""
+    h, d, g = draw((7, 4), (1, 4))
+    slope = jax.jit(
+        lambda d: jax.jvp(jax.grad(lambda d: jnp.sum(g * apply_scale(h, d))), (d,), (d,))
+    )
+    first, second = slope(d)
+    assert np.max(np.abs(second)) <= 1e-5 * np.max(np.abs(first))
+
+
+def test_on_a_cpu_the_sum_is_over_the_rows_of_one_matrix():
+    """With the axes that the layer's own products see, the scaled cotangent is made once."""
+    h, d, g = draw((3, 5, 4), (1, 1, 4))
+    text = jax.jit(pull_back).lower(h, d, g).as_text()
+    assert "stablehlo.reduce" in text and "across dimensions = [0]" in text
+    assert "tensor<15x4xf32>" in text
+
+
+def test_a_scale_near_one_is_not_rounded_away():
+    """1.003 is 1 in bfloat16. The result is rounded once: to the bfloat16 nearest to h + d h."""
+    rng = np.random.default_rng(0)
+    h = jnp.asarray(rng.normal(size=4000), jnp.bfloat16)
+    d = jnp.asarray(rng.uniform(-0.02, 0.02, 4000), jnp.float32)
+    y = apply_scale(h, d)
+    assert y.dtype == jnp.bfloat16
+    exact = jnp.asarray(np.multiply(*reference.wide(h, 1 + np.asarray(d, np.float64))), jnp.float32)
+    # All but where float32 itself stands between two numbers of bfloat16.
+    assert np.mean(np.asarray(y == exact.astype(jnp.bfloat16))) > 0.999
+    assert np.mean(np.asarray(y != h)) > 0.5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("scale", [-3.0, -0.1, 1e-6, 1e-4, 0.1, 0.9, 1.0, 1e3])
+def test_the_gradient_of_a_scale_is_that_of_the_definition(scale, dtype, bound):
+    rng = np.random.default_rng(0)
+    h, weight = (jnp.asarray(rng.normal(size=(50, 4)), dtype) for _ in range(2))
+    d = jnp.float32(scale) * jnp.array([1.0, 0.5, 2.0, 1.5]) - 1
+
+    def loss(h, d):
+        return jnp.sum(weight.astype(jnp.float32) * apply_scale(h, d).astype(jnp.float32))
+
+    by_h, by_d = jax.grad(loss, (0, 1))(h, d)
+    wide_h, wide_weight, wide_d = reference.wide(h, weight, d)
+    assert by_h.dtype == dtype and by_d.dtype == jnp.float32
+    assert reference.relative_error(by_h, wide_weight * (1 + wide_d)) <= bound
+    assert reference.relative_error(by_d, np.sum(wide_weight * wide_h, axis=0)) <= bound
+    forward = jax.jvp(loss, (h, d), (jnp.ones_like(h), jnp.zeros_like(d)))[1]
+    assert reference.relative_error(forward, np.sum(wide_weight * (1 + wide_d))) <= bound
+
+
+def test_a_scale_of_zero_has_a_finite_gradient():
+    d = jnp.array([-1.0, 0.0])
+    by_h, by_d = jax.grad(lambda h, d: jnp.sum(apply_scale(h, d)), (0, 1))(jnp.ones((3, 2)), d)
+    assert np.array_equal(by_d, [0, 3])
+    assert np.array_equal(by_h, [[0, 1]] * 3)
+
+
+def test_the_output_of_a_scale_is_all_that_is_kept_of_it():
+    """The next layer keeps it too, as its input: then there is one array of its size, not two."""
+    h, d = jnp.ones((50, 4)), jnp.zeros(4)
+
+    def backward(h, d):
+        return jax.vjp(lambda h, d: apply_scale(h, d) ** 2, h, d)[1]
+
+    program = jax.make_jaxpr(backward)(h, d).jaxpr
+    kept = {v for v in program.outvars if v.aval.shape == h.shape}
+    # Two, since `2 y` of the square is one of its own; not h.
+    assert program.invars[0] not in kept
+    assert len(kept) <= 2
+
+
+def test_the_output_of_a_scale_is_kept_in_its_own_dtype():
+    """XLA takes the cast to bfloat16 and back for nothing, unless something stands between."""
+    h, d = jnp.ones((50, 4), jnp.bfloat16), jnp.zeros(4)
+    run = jax.jit(jax.grad(lambda d: jnp.sum(apply_scale(h, d).astype(jnp.float32))))
+    program = run.trace(d).lower(lowering_platforms=("tpu",))
+    barriers = [line for line in program.as_text().splitlines() if "optimization_barrier" in line]
+    assert len(barriers) == 1 and "tensor<50x4xbf16>" in barriers[0]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("batch", [(1, 50), (5, 1), (3, 50)])
+def test_the_gradient_of_a_scale_sums_over_each_axis_of_the_batch(batch, platform):
+    """Also over one of length 1: XLA on a CPU is slow where it is the first and not summed over."""
+    h, d = jnp.ones((*batch, 4)), jnp.zeros((1, 1, 4))
+    run = jax.jit(jax.grad(lambda d: jnp.sum(apply_scale(h, d))))
+    text = run.trace(d).lower(lowering_platforms=(platform,)).as_text()
+    expected = "across dimensions = [0]" if platform == "cpu" else "across dimensions = [0, 1]"
+    assert text.count("across dimensions") == text.count(expected) == 1
