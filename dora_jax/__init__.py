@@ -1,5 +1,8 @@
 """DoRA (Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353) for Flax.
 
+The names that nearly every user types are here; the rest is reached by package, such as
+`dora.adapters.diff`, `dora.layers.register_layout` or `dora.errors.ConfigError`.
+
 Example:
   >>> import dora_jax as dora
   >>> from flax import nnx
@@ -8,18 +11,20 @@ Example:
   >>> optimizer = nnx.Optimizer(model, dora.dora_optimizer(1e-3), wrt=dora.DoRAParam)
 """
 
-from dora_jax import huggingface, names, peft
-from dora_jax.adapters import (
-    add_weighted,
-    cast_adapters,
-    count_parameters,
-    diff,
-    interpolate,
-    label_adapters,
-    select_adapters,
-    stack_adapters,
-)
-from dora_jax.analysis import Summary, WeightChange, summary, weight_change
+from dora_jax import adapters as adapters
+from dora_jax import analysis as analysis
+from dora_jax import checkpoint as checkpoint
+from dora_jax import decomposition as decomposition
+from dora_jax import errors as errors
+from dora_jax import huggingface as huggingface
+from dora_jax import layers as layers
+from dora_jax import linen as linen
+from dora_jax import model as model
+from dora_jax import names as names
+from dora_jax import nnx as nnx
+from dora_jax import peft as peft
+from dora_jax import training as training
+from dora_jax.analysis import summary, weight_change
 from dora_jax.api import (
     apply_dora,
     apply_mixed,
@@ -28,58 +33,34 @@ from dora_jax.api import (
     merge,
     precompute_scales,
 )
-from dora_jax.checkpoint import Checkpoints, RestoredRun, SavedAdapters, load, read_adapters, save
+from dora_jax.checkpoint import Checkpoints, load, save
 from dora_jax.config import DoRAConfig
-from dora_jax.decomposition import KernelAxes
-from dora_jax.errors import AdapterError, CheckpointError, ConfigError, DoRAError, LayoutError
-from dora_jax.layers import Layout, einsum_layout, register_layout
+from dora_jax.errors import DoRAError
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
 from dora_jax.ops import save_scaled
 from dora_jax.training import dora_optimizer
+from dora_jax.version import __version__
 
 __all__ = [
-    "AdapterError",
-    "CheckpointError",
     "Checkpoints",
-    "ConfigError",
     "DoRAConfig",
     "DoRAError",
     "DoRAModel",
     "DoRAParam",
-    "KernelAxes",
-    "Layout",
-    "LayoutError",
-    "RestoredRun",
-    "SavedAdapters",
-    "Summary",
-    "WeightChange",
-    "add_weighted",
+    "__version__",
     "apply_dora",
     "apply_mixed",
-    "cast_adapters",
     "check_base",
-    "count_parameters",
-    "diff",
     "disabled_adapters",
     "dora_optimizer",
-    "einsum_layout",
     "get_adapters",
-    "huggingface",
-    "interpolate",
-    "label_adapters",
     "load",
     "merge",
-    "names",
-    "peft",
     "precompute_scales",
-    "read_adapters",
-    "register_layout",
     "save",
     "save_scaled",
-    "select_adapters",
     "set_adapters",
-    "stack_adapters",
     "summary",
     "weight_change",
 ]

@@ -1,27 +1,64 @@
-"""`apply_dora` and `merge` for either front end: Linen and NNX."""
+"""The functions for either front end, Linen and NNX, as one signature for each."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
+import jax
 from flax import linen, nnx
 
 from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
+from dora_jax.adapters.trees import Tree
 from dora_jax.config import DoRAConfig
 from dora_jax.errors import AdapterError
+from dora_jax.linen import DoRAModel, ExampleCall
+from dora_jax.nnx.variables import M
 
 
-def apply_dora(model: Any, config: DoRAConfig, **kwargs: Any) -> Any:
+@overload
+def apply_dora(
+    model: M, config: DoRAConfig, *, rngs: nnx.Rngs, inputs: Sequence[Any] | None = None
+) -> M: ...
+
+
+@overload
+def apply_dora(
+    model: linen.Module,
+    config: DoRAConfig,
+    *,
+    params: Tree,
+    rng: jax.Array,
+    inputs: Sequence[Any] | ExampleCall,
+) -> tuple[DoRAModel, dict[str, Any]]: ...
+
+
+def apply_dora(
+    model: Any,
+    config: DoRAConfig,
+    *,
+    rngs: Any = None,
+    params: Any = None,
+    rng: Any = None,
+    inputs: Any = None,
+) -> Any:
     """Adapts the selected layers of a Flax model; it computes the same as before, bit for bit.
 
-    For an `nnx.Module`: `apply_dora(model, config, rngs=...) -> model`, see
-    `dora_jax.nnx.apply_dora`. For a `linen.Module`: `apply_dora(model, config, params=..., rng=...,
-    inputs=(...)) -> (model, adapters)`, see `dora_jax.linen.apply_dora`.
+    Args:
+      model: an `nnx.Module`, see `dora_jax.nnx.apply_dora`; or a `linen.Module`, see
+        `dora_jax.linen.apply_dora`. It stays as it is.
+      config: which layers, and how.
+      rngs: NNX: draws `lora_a`, and serves the adapters' dropout.
+      params: Linen: the module's `params` collection.
+      rng: Linen: draws `lora_a`.
+      inputs: arguments of an example call, which is traced, not run. Needed for Linen.
+
+    Returns:
+      NNX: the adapted model. Linen: a `DoRAModel` and the adapter tree.
 
     Raises:
-      TypeError: `model` is of neither kind, or another argument of a wrong one.
+      TypeError: `model` is of neither kind, or an argument is missing or of a wrong type.
       DoRAError: see the function of the front end.
 
     Example:
@@ -32,23 +69,43 @@ def apply_dora(model: Any, config: DoRAConfig, **kwargs: Any) -> Any:
     """
     if not isinstance(config, DoRAConfig):
         raise TypeError(f"expected a DoRAConfig, got {type(config)}")
-    if not isinstance(kwargs.get("inputs"), (tuple, list, type(None))):
+    if not isinstance(inputs, (tuple, list, ExampleCall, type(None))):
         raise TypeError("inputs must be a tuple of the call's arguments, as in inputs=(x,)")
     if isinstance(model, nnx.Module):
-        return dora_nnx.apply_dora(model, config, **kwargs)
-    if isinstance(model, (linen.Module, dora_linen.DoRAModel)):
-        return dora_linen.apply_dora(model, config, **kwargs)
+        if isinstance(inputs, ExampleCall):
+            raise TypeError("an ExampleCall is for Linen: give an NNX model a tuple of arguments")
+        _refuse("an NNX model carries its arrays, and takes rngs", params=params, rng=rng)
+        return dora_nnx.apply_dora(model, config, rngs=rngs, inputs=inputs)
+    if isinstance(model, (linen.Module, DoRAModel)):
+        _refuse("a Linen module takes rng, a key", rngs=rngs)
+        _require("a Linen module", params=params, rng=rng, inputs=inputs)
+        assert inputs is not None
+        return dora_linen.apply_dora(model, config, params=params, rng=rng, inputs=inputs)
     raise TypeError(f"expected a flax.nnx.Module or a flax.linen.Module, got {type(model)}")
 
 
-def merge(model_or_params: Any, adapters: Any = None, config: Any = None) -> Any:
+@overload
+def merge(model: M) -> M: ...
+
+
+@overload
+def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]: ...
+
+
+def merge(model: Any, params: Any = None, adapters: Any = None) -> Any:
     """Folds the adapters into the kernels.
 
-    `merge(model)` returns an NNX model with plain layers, see `dora_jax.nnx.merge`;
-    `merge(params, adapters, config)` returns Linen parameters, see `dora_jax.linen.merge`.
+    Args:
+      model: an adapted NNX model, see `dora_jax.nnx.merge`; or the `DoRAModel` of a Linen one, see
+        `dora_jax.linen.merge`.
+      params: Linen: the base's parameters.
+      adapters: Linen: the adapter tree.
+
+    Returns:
+      NNX: a model with plain layers. Linen: parameters for the plain module.
 
     Raises:
-      TypeError: neither an NNX model alone nor all three for Linen are given.
+      TypeError: the arguments are those of neither front end.
       AdapterError: there is nothing to merge, or the parts do not belong together.
 
     Example:
@@ -58,76 +115,103 @@ def merge(model_or_params: Any, adapters: Any = None, config: Any = None) -> Any
       >>> bool((dora.merge(adapted).kernel[...] == model.kernel[...]).all())
       True
     """
-    if isinstance(model_or_params, nnx.Module):
-        if adapters is not None or config is not None:
-            raise TypeError("merge(model) takes an NNX model alone: it carries its adapters")
-        return dora_nnx.merge(model_or_params)
-    of_linen = isinstance(model_or_params, Mapping) and isinstance(adapters, Mapping)
-    if not (of_linen and isinstance(config, (DoRAConfig, dora_linen.DoRAModel))):
-        raise TypeError(
-            "merge takes an NNX model, or params, adapters and config (or the DoRAModel) of a "
-            "Linen one"
-        )
-    if not adapters:
-        raise AdapterError("the adapter tree is empty: nothing to merge")
-    return dora_linen.merge(model_or_params, adapters, config)
+    if _is_nnx(model, params=params, adapters=adapters):
+        return dora_nnx.merge(model)
+    return dora_linen.merge(model, params, adapters)
+
+
+@overload
+def precompute_scales(model: M) -> M: ...
+
+
+@overload
+def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]: ...
 
 
 def precompute_scales(model: Any, params: Any = None, adapters: Any = None) -> Any:
     """Computes every layer's scale once, ahead of the calls that use it.
 
-    `precompute_scales(model)` returns an NNX model, see `dora_jax.nnx.precompute_scales`; `precompute_scales(model, params, adapters)`
-    returns an adapter tree for a Linen one, see `dora_jax.linen.precompute_scales`.
+    Returns:
+      NNX: a model, see `dora_jax.nnx.precompute_scales`. Linen: an adapter tree, see
+      `dora_jax.linen.precompute_scales`.
     """
-    if _front_end(model, params=params, adapters=adapters) is dora_nnx:
+    if _is_nnx(model, params=params, adapters=adapters):
         return dora_nnx.precompute_scales(model)
     return dora_linen.precompute_scales(model, params, adapters)
+
+
+@overload
+def disabled_adapters(model: nnx.Module) -> dict[str, Any]: ...
+
+
+@overload
+def disabled_adapters(model: DoRAModel, adapters: Tree) -> dict[str, Any]: ...
 
 
 def disabled_adapters(model: Any, adapters: Any = None) -> Any:
     """Returns the adapter tree with which an adapted model computes what its base computes.
 
-    `disabled_adapters(model)` for NNX, see `dora_jax.nnx.disabled_adapters`;
-    `disabled_adapters(model, adapters)` for Linen, see `dora_jax.linen.disabled_adapters`.
+    See `dora_jax.nnx.disabled_adapters` and `dora_jax.linen.disabled_adapters`.
     """
-    if _front_end(model, adapters=adapters) is dora_nnx:
+    if _is_nnx(model, adapters=adapters):
         return dora_nnx.disabled_adapters(model)
     return dora_linen.disabled_adapters(model, adapters)
 
 
-def apply_mixed(model: Any, *args: Any, **kwargs: Any) -> Any:
+def apply_mixed(model: Any, adapters: Tree, index: Any, *inputs: Any, **kwargs: Any) -> Any:
     """Applies an adapted model to a batch in which every example has an adapter of its own.
 
-    `apply_mixed(model, stacked, index, *inputs)` for NNX, see `dora_jax.nnx.apply_mixed`;
-    `apply_mixed(model, variables, index, *inputs)` for Linen, see `dora_jax.linen.apply_mixed`.
+    Args:
+      model: the adapted model.
+      adapters: NNX: adapter trees, stacked by `dora_jax.adapters.stack_adapters`, see
+        `dora_jax.nnx.apply_mixed`. Linen: all collections, `dora` among them stacked, see
+        `dora_jax.linen.apply_mixed`.
+      index: which adapter each example uses, int `(batch,)`.
+      *inputs: of the model, arrays with a leading batch axis.
+      **kwargs: further arguments of the model, the same for every example.
     """
-    return _front_end(model).apply_mixed(model, *args, **kwargs)
+    if _is_nnx(model):
+        return dora_nnx.apply_mixed(model, adapters, index, *inputs, **kwargs)
+    return dora_linen.apply_mixed(model, adapters, index, *inputs, **kwargs)
+
+
+@overload
+def check_base(model: nnx.Module) -> None: ...
+
+
+@overload
+def check_base(model: DoRAModel, params: Tree) -> None: ...
 
 
 def check_base(model: Any, params: Any = None) -> None:
-    """Raises `AdapterError` if a frozen kernel is not the one its adapter was made for.
-
-    `check_base(model)` for NNX; `check_base(model, params)` for Linen.
-    """
-    if _front_end(model, params=params) is dora_nnx:
+    """Raises `AdapterError` if a frozen kernel is not the one its adapter was made for."""
+    if _is_nnx(model, params=params):
         dora_nnx.check_base(model)
     else:
         dora_linen.check_base(model, params)
 
 
-def _front_end(model: Any, **of_linen: Any) -> Any:
-    """Returns the functions for an adapted model, `dora_nnx` or `dora_linen`.
+def _is_nnx(model: Any, **of_linen: Any) -> bool:
+    """Returns whether an adapted model is an NNX one rather than a `DoRAModel`.
 
     `of_linen` are arguments that a Linen model needs and an NNX model, which carries them, refuses.
     """
     if isinstance(model, nnx.Module):
-        if given := [name for name, value in of_linen.items() if value is not None]:
-            raise TypeError(f"an NNX model carries its arrays: leave out {', '.join(given)}")
-        return dora_nnx
-    if isinstance(model, dora_linen.DoRAModel):
-        if missing := [name for name, value in of_linen.items() if value is None]:
-            raise TypeError(f"a Linen model needs {', '.join(missing)} too")
-        return dora_linen
+        _refuse("an NNX model carries its arrays", **of_linen)
+        return True
+    if isinstance(model, DoRAModel):
+        _require("a Linen model", **of_linen)
+        return False
     if isinstance(model, linen.Module):
         raise AdapterError("the module is not adapted: give the DoRAModel that apply_dora returned")
     raise TypeError(f"expected an adapted flax.nnx.Module or a DoRAModel, got {type(model)}")
+
+
+def _refuse(reason: str, **arguments: Any) -> None:
+    if given := [name for name, value in arguments.items() if value is not None]:
+        raise TypeError(f"{reason}: leave out {', '.join(given)}")
+
+
+def _require(what: str, **arguments: Any) -> None:
+    if missing := [name for name, value in arguments.items() if value is None]:
+        raise TypeError(f"{what} needs {', '.join(missing)} too")

@@ -44,7 +44,7 @@ class LayerSettings:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """The arrays of the layer's adapter, in order; `scale` where the scale was hoisted."""
+        """The arrays of the layer's adapter, in order; `scale` where it was precomputed."""
         low_rank = ("lora_a", "lora_b") if self.rank else ()
         if self.precomputed and self.decompose:
             return (*low_rank, "scale")
@@ -281,6 +281,7 @@ def _pattern_dict(field: str, value: Any) -> dict[str, Any]:
 
 
 def pattern_matches(pattern: str, name: str) -> bool:
+    """Returns whether a key of `rank_pattern` or `alpha_pattern` matches a dotted path."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 

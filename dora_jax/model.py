@@ -1,98 +1,247 @@
-"""An adapted model of either front end, seen alike."""
+"""An adapted model of either front end, seen alike.
+
+Everything that stands on adapted models (checkpoints, PEFT, Hugging Face, analysis, the command)
+asks these functions. They are, with the front ends and `api`, the only place that tells Linen from
+NNX.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 from flax.core import meta
 
 from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
 from dora_jax.adapters.placement import device_put_like
-from dora_jax.adapters.trees import flatten, nest
+from dora_jax.adapters.trees import Tree, flatten, nest, tree_shapes
 from dora_jax.config import DoRAConfig, LayerSettings
+from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import Path
-from dora_jax.linen.model import DoRAModel
-from dora_jax.nnx.variables import BaseParam, nnx_values, set_nnx_values
+from dora_jax.layers.layout import Layout
+from dora_jax.linen import DoRAModel
+from dora_jax.nnx.layers import BASE_PREFIX, base_of, plain_class
+from dora_jax.nnx.model import copy_model
+from dora_jax.nnx.variables import BaseParam, DoRAParam, set_nnx_values
 
 M = TypeVar("M")
-Bases = Mapping[Path, Mapping[str, Any]]
-_PREFIX = "base_"
+# An NNX module or a `DoRAModel`: what `apply_dora` returns of either front end.
+AdaptedModel = Any
 
 
-def bases_of(model: Any) -> dict[Path, dict[str, Any]]:
-    """Returns what each adapted layer of an NNX model or a `DoRAModel` keeps of its base."""
+class ModelLayer(NamedTuple):
+    """An adapted layer of a model.
+
+    Attributes:
+      path: of its module.
+      settings: the layer's settings.
+      layout: of its class.
+      axes: of the stored kernel.
+      layer_class: the plain Flax class.
+      module: the layer, for its attributes.
+      base: what is kept of the frozen kernel.
+    """
+
+    path: Path
+    settings: LayerSettings
+    layout: Layout
+    axes: KernelAxes
+    layer_class: type
+    module: Any
+    base: FrozenBase
+
+
+class Plain(NamedTuple):
+    """Arguments with which `apply_dora` adapts a plain model, as far as they are given.
+
+    Attributes:
+      rngs: `nnx.Rngs` for NNX, a key for Linen; by default of seed 0.
+      params: of a Linen module.
+      inputs: arguments of an example call.
+    """
+
+    rngs: Any = None
+    params: Any = None
+    inputs: Any = None
+
+
+def is_adapted(model: Any) -> bool:
+    """Returns whether a model of either front end has adapted layers.
+
+    Raises:
+      TypeError: it is no Flax model.
+    """
     if isinstance(model, DoRAModel):
-        return {path: dict(base) for path, base in model.base.items()}
-    values = nnx_values(model, BaseParam)
-    return group_bases({(*p[:-1], p[-1].removeprefix(_PREFIX)): x for p, x in values.items()})
+        return True
+    if isinstance(model, nnx.Module):
+        return bool(dora_nnx.adapted_layers(model)) or bool(nnx.state(model, DoRAParam))
+    if isinstance(model, linen.Module):
+        return False
+    raise TypeError(f"expected a Flax module or a DoRAModel, got {type(model)}")
 
 
-def group_bases(flat: Mapping[Path, Any]) -> dict[Path, dict[str, Any]]:
-    """Returns arrays by path and name, grouped by path."""
-    bases: dict[Path, dict[str, Any]] = {}
-    for path, value in flat.items():
-        bases.setdefault(path[:-1], {})[path[-1]] = value
-    return bases
+def carries_arrays(model: Any) -> bool:
+    """Returns whether a model holds its own parameters and adapters, as NNX models do."""
+    return isinstance(model, nnx.Module)
 
 
-def with_bases(model: M, bases: Bases) -> M:
-    """Puts what `bases_of` returned back; an NNX model is changed in place."""
+def adapt(model: Any, config: DoRAConfig, plain: Plain) -> tuple[AdaptedModel, dict[str, Any]]:
+    """Returns an adapted model and its adapter tree, whether or not it was adapted before.
+
+    What is given stays as it is. The tree of a `DoRAModel`, which holds no adapters, is abstract.
+
+    Raises:
+      TypeError: `plain` is given for a model that is adapted already, or lacks `params`.
+      DoRAError: see `apply_dora`.
+    """
+    if is_adapted(model):
+        if given := [name for name, value in plain._asdict().items() if value is not None]:
+            raise TypeError(f"the model is adapted already, so it takes no {', '.join(given)}")
+        if isinstance(model, DoRAModel):
+            return model, nest(
+                {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in model.shapes.items()}
+            )
+        model = copy_model(model)
+        return model, dora_nnx.get_adapters(model)
+    if isinstance(model, nnx.Module):
+        if plain.params is not None:
+            raise TypeError("an NNX model carries its arrays: leave out params")
+        rngs = nnx.Rngs(0) if plain.rngs is None else plain.rngs
+        model = dora_nnx.apply_dora(model, config, rngs=rngs, inputs=plain.inputs)
+        return model, dora_nnx.get_adapters(model)
+    if plain.params is None or plain.inputs is None:
+        raise TypeError("a Linen module needs params and inputs too")
+    rng = jax.random.key(0) if plain.rngs is None else plain.rngs
+    return dora_linen.apply_dora(model, config, params=plain.params, rng=rng, inputs=plain.inputs)
+
+
+def adapt_abstract(model: Any, config: DoRAConfig, plain: Plain) -> AdaptedModel:
+    """Returns a plain model adapted without making an array, to learn its layers and shapes."""
+    if isinstance(model, nnx.Module):
+        graphdef, state = nnx.split(model)
+        return adapt(nnx.merge(graphdef, abstract(state)), config, plain)[0]
+    params = None if plain.params is None else abstract(plain.params)
+    return adapt(model, config, plain._replace(params=params))[0]
+
+
+def model_layers(model: AdaptedModel) -> dict[Path, ModelLayer]:
+    """Returns the adapted layers of a model, by path."""
+    found = {}
+    if isinstance(model, DoRAModel):
+        for path, stored in model.layers.items():
+            known, base = stored.adapted, model.base[path]
+            module = stored.module
+            found[path] = ModelLayer(
+                path, known.settings, known.layout, stored.axes, type(module), module, base
+            )
+        return found
+    for path, layer in dora_nnx.adapted_layers(model).items():
+        known, base = layer.adapted, base_of(layer)
+        _, axes = dora_nnx.kernel_and_axes(layer)
+        layer_class = plain_class(type(layer))
+        found[path] = ModelLayer(path, known.settings, known.layout, axes, layer_class, layer, base)
+    return found
+
+
+def layer_settings(model: AdaptedModel) -> dict[Path, LayerSettings]:
+    """Returns the settings of the adapted layers of a model, by path."""
+    return {path: layer.settings for path, layer in model_layers(model).items()}
+
+
+def layer_axes(model: AdaptedModel) -> dict[Path, KernelAxes]:
+    """Returns the axes of the stored kernels of the adapted layers, by path."""
+    return {path: layer.axes for path, layer in model_layers(model).items()}
+
+
+def adapter_shapes(model: AdaptedModel) -> dict[Path, tuple[int, ...]]:
+    """Returns the shape of every array of a model's adapter tree, by path."""
+    if isinstance(model, DoRAModel):
+        return dict(model.shapes)
+    return tree_shapes(dora_nnx.get_adapters(model))
+
+
+def adapter_tree(model: AdaptedModel, adapters: Tree | None = None) -> Tree:
+    """Returns the adapter tree of a model: the one given, or the one that an NNX model carries.
+
+    Raises:
+      TypeError: a `DoRAModel` is given without its adapters.
+      AdapterError: the tree does not fit the model; names each array.
+    """
+    if isinstance(model, DoRAModel):
+        if adapters is None:
+            raise TypeError("a Linen model needs its adapters too")
+        dora_linen.check_adapters(model, adapters)
+        return adapters
+    return dora_nnx.get_adapters(model) if adapters is None else adapters
+
+
+def with_adapter_arrays(
+    model: AdaptedModel, own: Tree, values: Mapping[Path, Any]
+) -> AdaptedModel | tuple[DoRAModel, dict[str, Any]]:
+    """Returns what `apply_dora` returns, with other adapter arrays.
+
+    Args:
+      model: what `adapt` returned; an NNX model is changed in place.
+      own: the adapter tree that `adapt` returned.
+      values: the new arrays by path. They are placed as those in their place; arrays that are not
+        given stay.
+    """
+    if isinstance(model, DoRAModel):
+        flat = flatten(own)
+        placed = {path: device_put_like(x, flat[path]) for path, x in values.items()}
+        return model, nest(flat | placed)
+    set_nnx_values(model, DoRAParam, values)
+    return model
+
+
+def base_records(model: AdaptedModel) -> dict[Path, FrozenBase]:
+    """Returns what each adapted layer of a model keeps of its frozen kernel."""
+    return {path: layer.base for path, layer in model_layers(model).items()}
+
+
+def with_base_records(model: M, records: Mapping[Path, FrozenBase]) -> M:
+    """Returns a model whose layers keep other records; an NNX model is changed in place.
+
+    Arrays are placed on the devices, and in the sharding, of those in their place.
+    """
     if isinstance(model, DoRAModel):
         placed = {
-            path: {
-                name: device_put_like(base[name], like) for name, like in model.base[path].items()
-            }
-            for path, base in bases.items()
+            path: jax.tree.map(device_put_like, record, model.base[path])
+            for path, record in records.items()
         }
         return dataclasses.replace(model, base={**model.base, **placed})
     values = {
-        (*path, _PREFIX + name): value
-        for path, base in bases.items()
-        for name, value in base.items()
+        (*path, BASE_PREFIX + name): value
+        for path, record in records.items()
+        for name, value in record.arrays().items()
     }
     set_nnx_values(model, BaseParam, values)
     return model
 
 
-def layer_settings(model: Any) -> dict[Path, LayerSettings]:
-    """Returns the settings of the adapted layers of an NNX model or a `DoRAModel`."""
-    if isinstance(model, dora_linen.DoRAModel):
-        return {path: layer.settings for path, layer in model.layers.items()}
-    return {path: layer.settings for path, layer in dora_nnx.adapted_layers(model)}
+def check_base(model: AdaptedModel, params: Any = None) -> None:
+    """Raises `AdapterError` if a frozen kernel is not the one its adapter was made for.
 
-
-Tree = Mapping[str, Any]
-
-
-def _adapt(model: Any, config: DoRAConfig, kwargs: Mapping[str, Any]) -> tuple[Any, Tree]:
-    """Returns an adapted model, and its adapter tree, whether it was adapted before or not."""
+    Of a `DoRAModel` without its parameters nothing can be checked.
+    """
     if isinstance(model, nnx.Module):
-        if any(True for _ in dora_nnx.adapted_layers(model)):
-            _refuse(kwargs)
-            model = nnx.merge(*nnx.split(model), copy=True)
-        else:
-            model = dora_nnx.apply_dora(model, config, **{"rngs": nnx.Rngs(0), **kwargs})
-        return model, dora_nnx.get_adapters(model)
-    if isinstance(model, dora_linen.DoRAModel):
-        _refuse(kwargs)
-        abstract = {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in model.shapes.items()}
-        return model, nest(abstract)
-    return dora_linen.apply_dora(model, config, **{"rng": jax.random.key(0), **kwargs})
-
-
-def _refuse(kwargs: Mapping[str, Any]) -> None:
-    if kwargs:
-        raise TypeError(f"the model is adapted already, so it takes no {', '.join(kwargs)}")
+        dora_nnx.check_base(model)
+    elif params is not None:
+        dora_linen.check_base(model, params)
 
 
 def base_parameters(model: Any, params: Any = None) -> dict[Path, Any]:
-    """Returns the base's parameters by path: arrays, or their shapes where they are abstract."""
+    """Returns the base's parameters by path: arrays, or their shapes where they are abstract.
+
+    Raises:
+      TypeError: a Linen model is given without `params`.
+    """
     if isinstance(model, nnx.Module):
         state = nnx.to_flat_state(nnx.state(model, nnx.Param))
         return {tuple(map(str, path)): variable.get_value() for path, variable in state}

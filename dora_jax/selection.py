@@ -148,6 +148,7 @@ def _known(names: Iterable[str]) -> str:
 
 
 def saved_paths(config: DoRAConfig, modules: Iterable[Path]) -> list[Path]:
+    """Returns the paths of the modules that `modules_to_save` selects, in order."""
     by_name = {".".join(path): path for path in modules}
     saved = match_modules(config.modules_to_save, by_name, "modules_to_save")
     return [by_name[name] for name in sorted(saved)]

@@ -14,6 +14,7 @@ import numpy as np
 from dora_jax.adapters.groups import label_adapters
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, get_in, set_in, tree_shapes
 from dora_jax.config import DoRAConfig
+from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, Path, layer_name
 
 
@@ -29,8 +30,8 @@ def interpolate(trees: Sequence[Tree], weights: Sequence[float]) -> Any:
         another sum they would be scaled.
 
     Raises:
-      AdapterError: the trees differ in structure or shapes, are hoisted (a mean of scales is not
-        the scale of the mean), or the weights do not sum to 1.
+      AdapterError: the trees differ in structure or shapes, hold precomputed scales (a mean of
+        scales is not the scale of the mean), or the weights do not sum to 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -53,7 +54,7 @@ def add_weighted(
     trees: Sequence[Tree],
     weights: Sequence[float],
     config: DoRAConfig,
-    stack_axes: Mapping[str, int] | None = None,
+    axes: Mapping[Path, KernelAxes] | None = None,
 ) -> tuple[Any, DoRAConfig]:
     """Returns one adapter that adds the weighted changes of several, and its configuration.
 
@@ -65,48 +66,58 @@ def add_weighted(
       trees: adapter trees of one structure, trained from the same base.
       weights: one for each tree, of sum 1 (see `interpolate`).
       config: the configuration that all of them have.
-      stack_axes: how many stack axes a layer has, by dotted path, where shapes do not tell it (a
-        stack as long as the rank).
+      axes: of the kernels, by module path: `dora_jax.model.layer_axes(model)`, or
+        `dora_jax.checkpoint.read_adapters(path).axes`. Need not be given where every `lora_a` is
+        `(in, r)` and every `lora_b` is `(r, out)`.
 
     Returns:
       The tree and the configuration with which the base is adapted to take it.
 
     Raises:
-      AdapterError: structures or shapes differ, the ranks are not those of `config`, or the weights
-        do not sum to 1.
+      AdapterError: structures or shapes differ, the ranks are not those of `config`, the weights do
+        not sum to 1, or a layer with more axes is not in `axes`.
     """
     if config.changes_product:
         raise AdapterError(
-            f"adapters that started with init={config.init!r} act by what they changed, which does "
+            f"adapters that started with init={config.init!r} count by their change, which does "
             "not join along the rank: merge each instead"
         )
-    mean, k = interpolate(trees, weights), len(trees)
-    joined: Any = mean
-    for path in [path for path in flatten(mean) if path[-1] == "lora_a"]:
-        layers = [get_in(tree, path[:-1], "the adapters") for tree in trees]
-        if (rank := np.shape(layers[0]["lora_a"])[-1]) != config.layer_settings(path[:-1]).rank:
+    joined: Any = interpolate(trees, weights)
+    for path in [path[:-1] for path in flatten(joined) if path[-1] == "lora_a"]:
+        layers = [get_in(tree, path, "the adapters") for tree in trees]
+        rank, own = np.shape(layers[0]["lora_a"])[-1], config.layer_settings(path).rank
+        if rank != own:
             raise AdapterError(
-                f"{layer_name(path[:-1])}: the adapters have rank {rank}, the configuration "
-                f"{config.layer_settings(path[:-1]).rank}; its scaling would not be theirs"
+                f"{layer_name(path)}: the adapters have rank {rank}, the configuration {own}; its "
+                "scaling would not be theirs"
             )
-        scaled = [w * layer["lora_b"] for w, layer in zip(weights, layers, strict=True)]
-        stack = (stack_axes or {}).get(".".join(path[:-1]))
-        if stack is None:
-            stack = _count_stack_axes(layers[0], path[:-1])
-        pair = {
-            "lora_a": jnp.concatenate([layer["lora_a"] for layer in layers], axis=-1),
-            "lora_b": jnp.concatenate(scaled, axis=stack),
-        }
-        joined = set_in(joined, path[:-1], {**get_in(joined, path[:-1]), **pair})
-    alpha = math.sqrt(k) if config.use_rslora else k  # so that the scaling stays as it is
-    wider = dataclasses.replace(
+        stack = _count_stack_axes(path, layers[0], axes or {})
+        pair = _join_factors(layers, weights, stack)
+        joined = set_in(joined, path, {**get_in(joined, path), **pair})
+    return joined, _with_rank_times(config, len(trees))
+
+
+def _join_factors(
+    layers: Sequence[Tree], weights: Sequence[float], stack: int
+) -> dict[str, jax.Array]:
+    """Returns the factors of several adapters of a layer joined along the rank."""
+    scaled = [w * layer["lora_b"] for w, layer in zip(weights, layers, strict=True)]
+    return {
+        "lora_a": jnp.concatenate([layer["lora_a"] for layer in layers], axis=-1),
+        "lora_b": jnp.concatenate(scaled, axis=stack),
+    }
+
+
+def _with_rank_times(config: DoRAConfig, k: int) -> DoRAConfig:
+    """Returns a configuration of k times the rank, with the same scaling."""
+    alpha = math.sqrt(k) if config.use_rslora else k
+    return dataclasses.replace(
         config,
         rank=k * config.rank,
         alpha=alpha * config.alpha,
         rank_pattern={p: k * r for p, r in config.rank_pattern.items()},
         alpha_pattern={p: alpha * a for p, a in config.alpha_pattern.items()},
     )
-    return joined, wider
 
 
 def diff(one: Tree, other: Tree) -> dict[str, float]:
@@ -131,6 +142,7 @@ def diff(one: Tree, other: Tree) -> dict[str, float]:
 
 
 def check_weights(trees: Sequence[Tree], weights: Sequence[float]) -> None:
+    """Raises `AdapterError` unless there is at least one tree, and a weight for each."""
     if not trees or len(trees) != len(weights):
         raise AdapterError(
             f"need at least one adapter tree and a weight for each, got {len(trees)} trees and "
@@ -138,13 +150,15 @@ def check_weights(trees: Sequence[Tree], weights: Sequence[float]) -> None:
         )
 
 
-def _count_stack_axes(layer: Tree, path: Path) -> int:
+def _count_stack_axes(path: Path, layer: Tree, axes: Mapping[Path, KernelAxes]) -> int:
     """Returns how many stack axes lead `lora_a (*stack, *in, r)` and `lora_b (*stack, r, *out)`."""
+    if path in axes:
+        return len(axes[path].stack)
     a, b = (np.shape(layer[name]) for name in ("lora_a", "lora_b"))
-    fits = [n for n in range(min(len(a), len(b)) - 1) if (*a[:n], a[-1]) == b[: n + 1]]
-    if len(fits) != 1:
+    if len(a) != 2 or len(b) != 2:
         raise AdapterError(
-            f"{layer_name(path)}: the shapes {a} of lora_a and {b} of lora_b do not tell how many "
-            "axes are stack; pass stack_axes"
+            f"{layer_name(path)}: lora_a has shape {a} and lora_b {b}, which do not tell how many "
+            "axes are stack axes: pass axes, from dora_jax.model.layer_axes(model) or "
+            "read_adapters(path).axes"
         )
-    return fits[0]
+    return 0

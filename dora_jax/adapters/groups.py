@@ -42,8 +42,8 @@ def label_adapters(adapters: Any) -> Any:
     for path in paths:
         if path[-1] == "scale" and path[:-1] in adapted:
             raise AdapterError(
-                f"{'.'.join(path)} is a hoisted scale, which is computed and not trained: use the "
-                "adapters that were hoisted"
+                f"{'.'.join(path)} is a precomputed scale, which is computed and not trained: use "
+                "the adapters that precompute_scales was given"
             )
         if path[-1] not in ADAPTER_ARRAYS and path[:-1] in adapted:
             raise AdapterError(

@@ -34,4 +34,5 @@ def host_value(x: Any) -> np.ndarray:
 
 
 def is_random_key(x: Any) -> bool:
+    """Returns whether an array holds typed random keys."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

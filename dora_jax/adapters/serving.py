@@ -11,6 +11,7 @@ import numpy as np
 
 from dora_jax.adapters.combine import check_weights
 from dora_jax.adapters.trees import Tree, check_shapes, get_in, set_in, tree_shapes
+from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import AdapterError, Path
 
 
@@ -56,19 +57,19 @@ def check_index(index: Any, inputs: Sequence[Any]) -> None:
             )
 
 
-def disable(adapters: Tree, bases: Mapping[Path, Tree]) -> Any:
+def disable(adapters: Tree, bases: Mapping[Path, FrozenBase]) -> Any:
     """Returns the tree with which adapted layers compute what their frozen kernels do.
 
     Args:
-      adapters: an adapter tree, hoisted or not.
+      adapters: an adapter tree, with precomputed scales or without.
       bases: what each layer keeps of its kernel, by module path.
     """
     disabled: Any = adapters
     for path, base in bases.items():
         layer = get_in(disabled, path, "the adapters")
-        start = {"lora_b": 0, "scale": 0, "magnitude": base["norm"]}
-        if "init_a" in base:
-            start |= {"lora_a": base["init_a"], "lora_b": base["init_b"]}
+        start: dict[str, Any] = {"lora_b": 0, "scale": 0, "magnitude": base.norm}
+        if base.init_a is not None:
+            start |= {"lora_a": base.init_a, "lora_b": base.init_b}
         new = {
             name: jnp.broadcast_to(start[name], np.shape(x)).astype(x.dtype)
             for name, x in layer.items()

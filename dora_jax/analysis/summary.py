@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
-import jax
 import numpy as np
 from flax import linen, nnx
-from flax.core import meta
 
-from dora_jax import linen as dora_linen
-from dora_jax import nnx as dora_nnx
-from dora_jax.config import DoRAConfig, LayerSettings
-from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.adapters.trees import Tree
+from dora_jax.config import DoRAConfig
 from dora_jax.errors import AdapterError
+from dora_jax.linen import DoRAModel, ExampleCall
+from dora_jax.model import (
+    ModelLayer,
+    Plain,
+    adapt_abstract,
+    adapter_shapes,
+    adapter_tree,
+    base_parameters,
+    is_adapted,
+    model_layers,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +105,33 @@ class Summary:
         )
 
 
+@overload
+def summary(
+    model: nnx.Module,
+    config: DoRAConfig | None = None,
+    *,
+    inputs: Sequence[Any] | None = None,
+) -> Summary: ...
+
+
+@overload
+def summary(
+    model: linen.Module | DoRAModel,
+    config: DoRAConfig | None = None,
+    *,
+    params: Tree,
+    adapters: Tree | None = None,
+    inputs: Sequence[Any] | ExampleCall | None = None,
+) -> Summary: ...
+
+
 def summary(
     model: Any,
     config: DoRAConfig | None = None,
     *,
     params: Any = None,
     adapters: Any = None,
-    **kwargs: Any,
+    inputs: Any = None,
 ) -> Summary:
     """Returns what of a model is adapted; with `config`, what would be (no array is made).
 
@@ -114,7 +141,7 @@ def summary(
       config: for a dry run.
       params: of a Linen model.
       adapters: of a `DoRAModel`, to be checked against it.
-      **kwargs: in a dry run, the further arguments of `apply_dora` (`inputs`).
+      inputs: for a dry run, arguments of an example call, as for `apply_dora`.
 
     Raises:
       TypeError: the model is of neither kind, or `params` are missing.
@@ -129,79 +156,35 @@ def summary(
       (root)  Linear         4   3    float32  2     16     17
       17 trainable parameters: 113.333% of 15
     """
-    if isinstance(model, nnx.Module):
-        if config is not None:
-            model = dora_nnx.apply_dora(_abstract_nnx(model), config, rngs=nnx.Rngs(0), **kwargs)
-        return _summarize_nnx(model)
-    if not isinstance(model, (linen.Module, dora_linen.DoRAModel)):
-        raise TypeError(f"expected a Flax module or a DoRAModel, got {type(model)}")
-    if params is None:
-        raise TypeError("a Linen model needs params too")
-    if isinstance(model, linen.Module):
-        if config is None:
-            raise AdapterError("the module is not adapted: pass config=... for a dry run")
-        params = _abstract(params)
-        model, _ = dora_linen.apply_dora(
-            model, config, params=params, rng=jax.random.key(0), **kwargs
-        )
-    elif config is not None:
-        raise AdapterError("the model is adapted already: a dry run takes the module itself")
-    elif adapters is not None:
-        dora_linen.check_adapters(model, adapters)
-    return _summarize_linen(model, params)
-
-
-def _summarize_nnx(model: nnx.Module) -> Summary:
-    layers = []
-    for path, layer in dora_nnx.adapted_layers(model):
-        kernel, axes = dora_nnx.kernel_and_axes(layer)
-        name = type(layer).__mro__[2].__name__
-        layers.append(_row(".".join(path), name, kernel, axes, layer.settings))
-    if not layers and not jax.tree.leaves(nnx.state(model, dora_nnx.DoRAParam)):
+    adapted = is_adapted(model)
+    if not adapted and config is None:
         raise AdapterError("the model is not adapted: pass config=... for a dry run")
-    base = _size(nnx.state(model, nnx.Param))
-    return Summary(tuple(layers), _size(nnx.state(model, dora_nnx.SavedParam)), base)
+    if adapted and config is not None:
+        raise AdapterError("the model is adapted already: a dry run takes the plain model")
+    if config is not None:
+        model = adapt_abstract(model, config, Plain(params=params, inputs=inputs))
+    if adapters is not None:
+        adapter_tree(model, adapters)
+    base = base_parameters(model, params)
+    layers = model_layers(model)
+    rows = tuple(_row(layer, base[(*path, layer.layout.kernel)]) for path, layer in layers.items())
+    saved = (math.prod(s) for p, s in adapter_shapes(model).items() if p[:-1] not in layers)
+    return Summary(rows, sum(saved), sum(math.prod(x.shape) for x in base.values()))
 
 
-def _summarize_linen(model: dora_linen.DoRAModel, params: Mapping[str, Any]) -> Summary:
-    layers = []
-    for path, layer in model.layers.items():
-        own: Any = params
-        for key in path:
-            own = own[key]
-        kernel = meta.unbox(own[layer.layout.kernel])
-        layers.append(
-            _row(".".join(path), type(layer.module).__name__, kernel, layer.axes, layer.settings)
-        )
-    saved = (math.prod(s) for path, s in model.shapes.items() if path[:-1] not in model.layers)
-    return Summary(tuple(layers), sum(saved), _size(params))
-
-
-def _row(
-    path: str, layer: str, kernel: Any, axes: KernelAxes, settings: LayerSettings
-) -> LayerSummary:
+def _row(layer: ModelLayer, kernel: Any) -> LayerSummary:
+    settings, axes = layer.settings, layer.axes
     sizes = axes.shapes(kernel.shape, settings.rank)
     trained = dataclasses.replace(settings, precomputed=False).parameter_names
-    parameters = sum(math.prod(sizes[name]) for name in trained)
     stack, inputs, outputs = (tuple(kernel.shape[i] for i in group) for group in axes)
-    dtype = str(np.dtype(kernel.dtype))
     return LayerSummary(
-        path, layer, stack, inputs, outputs, dtype, settings.rank, settings.alpha, parameters
+        path=".".join(layer.path),
+        layer=layer.layer_class.__name__,
+        stack=stack,
+        inputs=inputs,
+        outputs=outputs,
+        dtype=str(np.dtype(kernel.dtype)),
+        rank=settings.rank,
+        alpha=settings.alpha,
+        parameters=sum(math.prod(sizes[name]) for name in trained),
     )
-
-
-def _size(tree: Any) -> int:
-    return sum(math.prod(x.shape) for x in _leaves(tree))
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    return (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape"))
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def _abstract_nnx(model: nnx.Module) -> nnx.Module:
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, _abstract(state))

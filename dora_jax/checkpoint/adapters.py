@@ -1,4 +1,4 @@
-"""Adapters on disk, in Orbax's format: saved with their configuration and the mark of their base.
+"""Adapters on disk, in Orbax's format: saved with their configuration and their base's fingerprint.
 
 Only what was trained is written. `load` adapts the base anew and puts it in.
 """
@@ -6,29 +6,42 @@ Only what was trained is written. `load` adapts the base anew and puts it in.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from flax import nnx
+import jax
+from flax import linen, nnx
 
-from dora_jax import linen as dora_linen
-from dora_jax import nnx as dora_nnx
-from dora_jax.adapters.placement import device_put_like
-from dora_jax.adapters.trees import check_shapes, flatten, nest, tree_shapes
+from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest, tree_shapes
 from dora_jax.checkpoint.checks import check_settings, check_tree
-from dora_jax.checkpoint.fingerprint import reconcile
+from dora_jax.checkpoint.fingerprint import group_records, reconcile
 from dora_jax.checkpoint.storage import absolute, read, read_metadata, write
 from dora_jax.config import DoRAConfig
+from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import AdapterError, CheckpointError, Path
-from dora_jax.model import Bases, Tree, _adapt, bases_of, group_bases, layer_settings, with_bases
-from dora_jax.nnx.variables import set_nnx_values
+from dora_jax.linen import DoRAModel, ExampleCall
+from dora_jax.model import (
+    Plain,
+    adapt,
+    adapter_tree,
+    base_records,
+    check_base,
+    layer_axes,
+    layer_settings,
+    with_adapter_arrays,
+    with_base_records,
+)
+from dora_jax.nnx.variables import M
 from dora_jax.selection import match_modules
+from dora_jax.version import __version__
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    Folder = str | PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,38 +51,54 @@ class SavedAdapters:
     Attributes:
       adapters: the adapter tree, of NumPy arrays.
       config: the configuration they were trained with.
-      base: by module path, `norm` and `row` (`dora_jax.decomposition.describe_base`) of the
-        kernels they were trained for; empty where they were saved without their model.
+      base: by module path, what the layers kept of the kernels they were trained for; empty where
+        the adapters were saved without their model.
+      axes: of those kernels, by module path; empty likewise.
       version: of the dora_jax that wrote them.
     """
 
     adapters: dict[str, Any]
     config: DoRAConfig
-    base: Bases
+    base: Mapping[Path, FrozenBase]
+    axes: Mapping[Path, KernelAxes]
     version: str
 
 
+@overload
 def save(
-    path: str | PathLike[str],
-    adapters: nnx.Module | Tree,
-    config: DoRAConfig | dora_linen.DoRAModel,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Saves adapters with their configuration, checksums, and the mark of their base.
+    path: Folder, model: nnx.Module, config: DoRAConfig, /, *, overwrite: bool = False
+) -> None: ...
+
+
+@overload
+def save(path: Folder, model: DoRAModel, adapters: Tree, /, *, overwrite: bool = False) -> None: ...
+
+
+@overload
+def save(
+    path: Folder, config: DoRAConfig, adapters: Tree, /, *, overwrite: bool = False
+) -> None: ...
+
+
+def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) -> None:
+    """Saves adapters with their configuration, checksums, and the fingerprint of their base.
+
+        save(path, model, config)      an adapted NNX model, and its configuration
+        save(path, model, adapters)    the DoRAModel of a Linen model, and its adapters
+        save(path, config, adapters)   an adapter tree alone: `load` cannot tell another base
 
     The folder appears when it is complete; a process killed before leaves none. The base is not
     saved.
 
     Args:
       path: a folder, which is made.
-      adapters: an adapted NNX model, or the adapter tree of a Linen one.
-      config: the configuration; for a tree better the `DoRAModel`, which knows its base: without,
-        `load` cannot tell another base.
-      overwrite: exchange what is there.
+      model: see above.
+      content: see above.
+      overwrite: replace what is there.
 
     Raises:
-      AdapterError: the adapters are not of this configuration, hoisted, or not finite; names them.
+      AdapterError: the adapters are not of this configuration, hold precomputed scales, or are not
+        finite; names them.
       CheckpointError: the folder exists.
 
     Example:
@@ -84,16 +113,43 @@ def save(
       >>> bool((loaded.lora_a[...] == model.lora_a[...]).all())
       True
     """
-    write(path, *contents(adapters, config), overwrite=overwrite)
+    write(path, *contents(model, content), overwrite=overwrite)
+
+
+@overload
+def load(
+    path: Folder,
+    model: M,
+    *,
+    only: Sequence[str] | None = None,
+    allow_base_mismatch: bool = False,
+    rngs: nnx.Rngs | None = None,
+    inputs: Sequence[Any] | None = None,
+) -> M: ...
+
+
+@overload
+def load(
+    path: Folder,
+    model: linen.Module | DoRAModel,
+    *,
+    only: Sequence[str] | None = None,
+    allow_base_mismatch: bool = False,
+    rngs: jax.Array | None = None,
+    params: Tree | None = None,
+    inputs: Sequence[Any] | ExampleCall | None = None,
+) -> tuple[DoRAModel, dict[str, Any]]: ...
 
 
 def load(
-    path: str | PathLike[str],
+    path: Folder,
     model: Any,
     *,
     only: Sequence[str] | None = None,
     allow_base_mismatch: bool = False,
-    **kwargs: Any,
+    rngs: Any = None,
+    params: Any = None,
+    inputs: Any = None,
 ) -> Any:
     """Loads adapters into a model: what `apply_dora` returns, trained.
 
@@ -103,8 +159,9 @@ def load(
       only: names or path suffixes of modules; adapters of others are left as `apply_dora` makes
         them.
       allow_base_mismatch: load them although the base is not the one they were trained for.
-      **kwargs: further arguments of `apply_dora` for a plain model: `params` and `inputs` of a
-        Linen module. `rngs` (NNX), `rng` (Linen) need not be given.
+      rngs: for a plain model: as for `apply_dora`, a key for Linen; need not be given.
+      params: of a plain Linen module.
+      inputs: for a plain model: as for `apply_dora`.
 
     Returns:
       The adapted NNX model; for Linen the `DoRAModel` and the adapter tree.
@@ -116,28 +173,12 @@ def load(
       ConfigError: an entry of `only` matches nothing.
 
     Warns:
-      UserWarning: the adapters were saved without the mark of their base.
-
-    Example:
-      >>> import tempfile, jax.numpy as jnp
-      >>> import dora_jax as dora
-      >>> from flax import linen as nn
-      >>> module, x = nn.Dense(3), jnp.ones((5, 4))
-      >>> params = module.init(jax.random.key(0), x)["params"]
-      >>> given = {"params": params, "inputs": (x,)}
-      >>> model, adapters = dora.apply_dora(
-      ...     module, dora.DoRAConfig(rank=2), rng=jax.random.key(1), **given
-      ... )
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     save(f"{folder}/adapter", adapters, model)
-      ...     model, loaded = load(f"{folder}/adapter", module, **given)
-      >>> bool((loaded["lora_a"] == adapters["lora_a"]).all())
-      True
+      UserWarning: the adapters were saved without the fingerprint of their base.
     """
     saved = read_adapters(path)
-    if only is not None and isinstance(model, dora_linen.DoRAModel):
+    if only is not None and isinstance(model, DoRAModel):
         raise TypeError("only needs the plain module: a DoRAModel has no adapters of its own")
-    model, own = _adapt(model, saved.config, kwargs)
+    model, own = adapt(model, saved.config, Plain(rngs, params, inputs))
     chosen, base = flatten(saved.adapters), saved.base
     wanted = tree_shapes(own)
     if only is not None:
@@ -145,15 +186,11 @@ def load(
         wanted = {p: shape for p, shape in wanted.items() if p in chosen}
     check_shapes(nest(chosen), wanted)
     check_settings(saved.config, layer_settings(model))
-    model = with_bases(model, check_same_base(base, model, allow_base_mismatch=allow_base_mismatch))
-    if isinstance(model, dora_linen.DoRAModel):
-        given = flatten(own)
-        return model, nest(given | {p: device_put_like(x, given[p]) for p, x in chosen.items()})
-    set_nnx_values(model, dora_nnx.DoRAParam, chosen)
-    return model
+    records = check_same_base(base, model, allow_base_mismatch=allow_base_mismatch)
+    return with_adapter_arrays(with_base_records(model, records), own, chosen)
 
 
-def read_adapters(path: str | PathLike[str]) -> SavedAdapters:
+def read_adapters(path: Folder) -> SavedAdapters:
     """Reads a folder of adapters without a model.
 
     Raises:
@@ -172,59 +209,60 @@ def read_adapters(path: str | PathLike[str]) -> SavedAdapters:
         raise CheckpointError(f"{folder} holds no configuration of adapters")
     config = DoRAConfig.from_json(json.dumps(metadata["config"]))
     arrays = read(folder, lambda path: path[0] in ("adapters", "base"))
-    base = group_bases({p[1:]: x for p, x in arrays.items() if p[0] == "base"})
+    base = group_records({p[1:]: x for p, x in arrays.items() if p[0] == "base"})
     adapters = nest({p[1:]: x for p, x in arrays.items() if p[0] == "adapters"})
-    return SavedAdapters(adapters, config, base, metadata["version"])
+    axes = {
+        tuple(name.split("/")) if name else (): KernelAxes(*map(tuple, groups))
+        for name, groups in metadata["axes"].items()
+    }
+    return SavedAdapters(adapters, config, base, axes, metadata["version"])
 
 
-def contents(
-    adapters: nnx.Module | Tree, config: DoRAConfig | dora_linen.DoRAModel
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the arrays and the metadata to save for adapters; checks that they are of `config`.
+def contents(model: Any, content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arrays and the metadata to save for adapters; arguments are those of `save`.
 
     Raises:
       AdapterError: see `save`.
     """
-    model: Any = None
-    if isinstance(adapters, nnx.Module):
-        model, adapters = adapters, dora_nnx.get_adapters(adapters)
-        dora_nnx.check_base(model)
-        if isinstance(config, dora_linen.DoRAModel):
-            raise AdapterError("config must be the DoRAConfig of the NNX model")
-        check_settings(config, layer_settings(model))
-    elif isinstance(config, dora_linen.DoRAModel):
-        model, config = config, config.config
+    if isinstance(model, DoRAConfig):
+        check_tree(content, model, None)
+        return {"adapters": content}, _metadata(model, {})
+    adapters, config = (
+        (content, model.config) if isinstance(model, DoRAModel) else (adapter_tree(model), content)
+    )
+    if not isinstance(config, DoRAConfig):
+        raise AdapterError("an NNX model is saved with its DoRAConfig: save(path, model, config)")
+    check_base(model)
+    check_settings(config, layer_settings(model))
     check_tree(adapters, config, model)
     tree = {"adapters": adapters}
-    if model is not None:
-        bases = bases_of(model)
-        tree["base"] = nest({(*p, n): x for p, base in bases.items() for n, x in base.items()})
-    return tree, {"version": library_version(), "config": config.to_dict()}
+    records = base_records(model)
+    tree["base"] = nest({(*p, n): x for p, own in records.items() for n, x in own.arrays().items()})
+    return tree, _metadata(config, layer_axes(model))
 
 
-def check_same_base(saved: Bases, model: Any, *, allow_base_mismatch: bool) -> Bases:
-    """Returns what the layers of a model are to keep of their base, see `reconcile`; or warns."""
+def check_same_base(
+    saved: Mapping[Path, FrozenBase], model: Any, *, allow_base_mismatch: bool
+) -> dict[Path, FrozenBase]:
+    """Returns the records that the layers of a model are to keep, see `reconcile`; or warns."""
     if not saved and not allow_base_mismatch:
         warnings.warn(
-            "the adapters were saved without the mark of their base, so that another base would "
-            "not be noticed; allow_base_mismatch=True says that this is known",
+            "the adapters were saved without the fingerprint of their base, so that another base "
+            "would not be noticed; allow_base_mismatch=True says that this is known",
             stacklevel=3,
         )
-    return reconcile(saved, bases_of(model), allow_base_mismatch=allow_base_mismatch)
+    return reconcile(saved, base_records(model), allow_base_mismatch=allow_base_mismatch)
 
 
-def library_version() -> str:
-    """Returns the version of dora_jax, as installed."""
-    try:
-        return importlib.metadata.version("dora-jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "unknown"
+def _metadata(config: DoRAConfig, axes: Mapping[Path, KernelAxes]) -> dict[str, Any]:
+    groups = {"/".join(path): [list(group) for group in own] for path, own in axes.items()}
+    return {"version": __version__, "config": config.to_dict(), "axes": groups}
 
 
 def _choose(
-    flat: Mapping[Path, Any], bases: Bases, only: Sequence[str]
-) -> tuple[dict[Path, Any], Bases]:
-    """Returns the arrays, and what is kept of the base, of the modules that names select."""
+    flat: Mapping[Path, Any], base: Mapping[Path, FrozenBase], only: Sequence[str]
+) -> tuple[dict[Path, Any], dict[Path, FrozenBase]]:
+    """Returns the arrays, and the records of the base, of the modules that names select."""
     modules = {".".join(path[:i]) for path in flat for i in range(1, len(path))}
     found = match_modules(tuple(only), modules, "only")
 
@@ -233,5 +271,5 @@ def _choose(
 
     return (
         {p: x for p, x in flat.items() if inside(p[:-1])},
-        {p: base for p, base in bases.items() if inside(p)},
+        {p: record for p, record in base.items() if inside(p)},
     )

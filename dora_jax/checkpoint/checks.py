@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dora_jax import linen as dora_linen
 from dora_jax.adapters.groups import ADAPTER_ARRAYS
 from dora_jax.adapters.placement import host_value
 from dora_jax.adapters.trees import flatten
 from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.errors import AdapterError, Path, layer_name
-from dora_jax.model import layer_settings
+from dora_jax.model import adapter_tree, layer_settings
 
 # What a layer computes depends on these settings; on the others only how it is trained.
 _OUTPUT_FIELDS = (
@@ -51,13 +50,13 @@ def check_tree(adapters: Mapping[str, Any], config: DoRAConfig, model: Any) -> N
     for path in layers | known:  # a normalisation layer trained in full has a scale, too
         if (*path, "scale") in flat:
             raise AdapterError(
-                f"{layer_name(path)} is hoisted: save the adapters that were hoisted, a scale is "
-                "computed and not trained"
+                f"{layer_name(path)} holds a precomputed scale, which is computed and not "
+                "trained: save the adapters that precompute_scales was given"
             )
-    if isinstance(model, dora_linen.DoRAModel):
-        dora_linen.check_adapters(model, adapters)
-    elif model is None:
+    if model is None:
         _check_against_config(flat, layers, config)
+    else:
+        adapter_tree(model, adapters)
     for path, x in flat.items():
         if not np.isfinite(host_value(x)).all():
             raise AdapterError(
@@ -69,18 +68,19 @@ def check_tree(adapters: Mapping[str, Any], config: DoRAConfig, model: Any) -> N
 def _check_against_config(flat: Mapping[Path, Any], layers: set[Path], config: DoRAConfig) -> None:
     if config.changes_product:
         raise AdapterError(
-            f"adapters that started with init={config.init!r} act by what they changed: pass the "
-            "adapted model in place of the configuration, it keeps what they started from"
+            f"adapters that started with init={config.init!r} count by their change: save them "
+            "with the adapted model, which keeps their start"
         )
     for path in layers:
         settings = config.layer_settings(path)
         names = {p[-1] for p in flat if p[:-1] == path}
         if names != set(settings.parameter_names):
             raise AdapterError(
-                f"{layer_name(path)}: the configuration asks for {sorted(settings.parameter_names)}, "
-                f"the adapter has {sorted(names)}"
+                f"{layer_name(path)}: the configuration asks for "
+                f"{sorted(settings.parameter_names)}, the adapter has {sorted(names)}"
             )
         if settings.rank and (rank := np.shape(flat[*path, "lora_a"])[-1]) != settings.rank:
             raise AdapterError(
-                f"{layer_name(path)}: the adapter has rank {rank}, the configuration {settings.rank}"
+                f"{layer_name(path)}: the adapter has rank {rank}, the configuration "
+                f"{settings.rank}"
             )

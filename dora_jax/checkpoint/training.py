@@ -18,12 +18,13 @@ from dora_jax.adapters.placement import device_put_like
 from dora_jax.adapters.trees import flatten, nest
 from dora_jax.checkpoint.adapters import check_same_base, contents
 from dora_jax.checkpoint.checks import check_settings
+from dora_jax.checkpoint.fingerprint import group_records
 from dora_jax.checkpoint.state import check_values, state_values, with_state_values
 from dora_jax.checkpoint.storage import absolute, read, read_metadata, save_args
 from dora_jax.config import DoRAConfig
 from dora_jax.errors import AdapterError, CheckpointError, Path
 from dora_jax.linen.model import DoRAModel
-from dora_jax.model import group_bases, layer_settings, with_bases
+from dora_jax.model import layer_settings, with_base_records
 from dora_jax.nnx.variables import DoRAParam, nnx_values, set_nnx_values
 
 if TYPE_CHECKING:
@@ -174,7 +175,10 @@ class Checkpoints:
             raise AdapterError(
                 f"metrics need a finite {self._best!r}, by which the best are kept, got {metrics}"
             )
-        tree, metadata = contents(adapters, self._config)
+        if isinstance(adapters, nnx.Module):
+            tree, metadata = contents(adapters, self._config)
+        else:
+            tree, metadata = contents(self._config, adapters)
         if isinstance(adapters, nnx.Module):
             tree["model"] = nest(nnx_values(adapters, _CHANGING))
         tree["state"] = nest(state_values(state))
@@ -275,10 +279,9 @@ class Checkpoints:
         config = self._config.config if isinstance(self._config, DoRAModel) else self._config
         if isinstance(model, nnx.Module | DoRAModel):
             check_settings(config, layer_settings(model))
-            base = group_bases(parts.get("base", {}))
-            model = with_bases(
-                model, check_same_base(base, model, allow_base_mismatch=allow_base_mismatch)
-            )
+            base = group_records(parts.get("base", {}))
+            records = check_same_base(base, model, allow_base_mismatch=allow_base_mismatch)
+            model = with_base_records(model, records)
         if data is not None:
             data.set_state(metadata["data"])
         values = {

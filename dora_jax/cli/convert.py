@@ -16,7 +16,7 @@ from dora_jax.checkpoint.fingerprint import reconcile
 from dora_jax.cli.base_weights import Base, torch_axes
 from dora_jax.cli.folders import folder_format
 from dora_jax.cli.placeholder_model import of_peft, of_saved
-from dora_jax.decomposition.base import describe_base
+from dora_jax.decomposition.base import FrozenBase, describe_base
 from dora_jax.errors import AdapterError, CheckpointError
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft import folder as files
@@ -71,7 +71,7 @@ def convert(
     model = of_peft(tensors, names, opened)
     tree, config = read_peft(model, source, names)
     if base is None:
-        save(target, tree, config, overwrite=overwrite)
+        save(target, config, tree, overwrite=overwrite)
     else:
         adapted = dora_nnx.apply_dora(model, config, rngs=nnx.Rngs(0))
         dora_nnx.set_adapters(adapted, tree)
@@ -83,7 +83,7 @@ def _modules_of(saved: SavedAdapters, names: NameMap) -> list[str]:
     found = []
     for path in saved.base:
         module = names.find(".".join(path))
-        stack = np.shape(saved.base[path]["norm"])[: len(module.stacked)]
+        stack = np.shape(saved.base[path].norm)[: len(module.stacked)]
         found += module.names(stack)
     return found
 
@@ -94,17 +94,16 @@ def _check_base(
     """Raises `AdapterError` unless the weights are those that an adapter was trained for."""
     for path, kept in saved.base.items():
         module = names.find(".".join(path))
-        norm, row = np.asarray(kept["norm"]), np.asarray(kept["row"])
+        norm, row = np.asarray(kept.norm), np.asarray(kept.first_row)
         stack = norm.shape[: len(module.stacked)]
         for index, name in zip(np.ndindex(*stack), module.names(stack), strict=True):
             weight = base.read(f"{name}.weight")
             table = weight.shape[-1] == norm[index].size and weight.shape[0] != norm[index].size
             axes = torch_axes(weight.ndim, embedding=table, transposed=module.transposed)
             own = describe_base(jnp.asarray(weight), axes, saved.config.eps)
-            in_order = {
-                k: module.to_hf_order(x[index].reshape(-1))
-                for k, x in (("norm", norm), ("row", row))
-            }
+            in_order = FrozenBase(
+                *(jnp.asarray(module.to_hf_order(x[index].reshape(-1))) for x in (norm, row))
+            )
             reconcile({(name,): in_order}, {(name,): own}, allow_base_mismatch=allow_base_mismatch)
 
 

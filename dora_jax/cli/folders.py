@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dora_jax.adapters.groups import count_parameters
-from dora_jax.adapters.trees import flatten
+from dora_jax.adapters.trees import flatten, get_in
 from dora_jax.checkpoint.adapters import SavedAdapters, read_adapters
+from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import CheckpointError, Path
 from dora_jax.peft import folder as files
 from dora_jax.peft.config import FILE as PEFT_CONFIG
@@ -146,8 +147,8 @@ def _from_orbax(path: pathlib.Path, saved: SavedAdapters, size: int) -> AdapterF
     rest = {".".join(p): x for p, x in flat.items() if p[:-1] not in layers}
     rows = []
     for p, arrays in sorted(layers.items()):
-        settings, base = saved.config.layer_settings(p), saved.base.get(p, {})
-        a, b = _joined(arrays, base)
+        settings, base = saved.config.layer_settings(p), saved.base.get(p)
+        a, b = _joined(arrays, base, stack_axes(saved, p))
         rows.append(
             LayerAdapter(
                 ".".join(p),
@@ -157,7 +158,7 @@ def _from_orbax(path: pathlib.Path, saved: SavedAdapters, size: int) -> AdapterF
                 a,
                 b,
                 _float64(arrays.get("magnitude")),
-                _float64(base.get("norm")),
+                _float64(None if base is None else base.norm),
                 sum(x.size for x in arrays.values()),
                 arrays,
             )
@@ -209,34 +210,31 @@ def _peft_layer(config: PeftConfig, name: str, arrays: dict[str, Array]) -> Laye
 
 
 def _joined(
-    arrays: Mapping[str, Array], base: Mapping[str, Array]
+    arrays: Mapping[str, Array], base: FrozenBase | None, axis: int | None
 ) -> tuple[Array | None, Array | None]:
     """Returns the factors as they act, `(stack, in, r)` and `(stack, r, out)`."""
     if "lora_a" not in arrays:
         return None, None
     a, b = (_float64(arrays[name]) for name in ("lora_a", "lora_b"))
     assert a is not None and b is not None
-    axis = stack_axes(arrays, base)
     if axis is None:
         return None, None
-    if "init_a" in base:
-        a = np.concatenate([a, np.float64(base["init_a"])], axis=-1)
-        b = np.concatenate([b, -np.float64(base["init_b"])], axis=axis)
+    if base is not None and base.init_a is not None:
+        a = np.concatenate([a, np.float64(base.init_a)], axis=-1)
+        b = np.concatenate([b, -np.float64(base.init_b)], axis=axis)
     stack = math.prod(a.shape[:axis])
     return a.reshape(stack, -1, a.shape[-1]), b.reshape(stack, b.shape[axis], -1)
 
 
-def stack_axes(arrays: Mapping[str, Array], base: Mapping[str, Array]) -> int | None:
-    """Returns how many stack axes lead a layer's arrays; None if the shapes leave it open."""
-    a, b = arrays["lora_a"].shape, arrays["lora_b"].shape
-    kept = base["norm"].shape if "norm" in base else np.shape(arrays.get("magnitude", b[1:]))
-    known = "norm" in base or "magnitude" in arrays
-    fits = [
-        n
-        for n in range(min(len(a), len(b)) - 1)
-        if (*a[:n], a[-1]) == b[: n + 1] and (not known or b[:n] + b[n + 1 :] == kept)
-    ]
-    return fits[0] if len(fits) == 1 else None
+def stack_axes(saved: SavedAdapters, path: Path) -> int | None:
+    """Returns how many stack axes lead a layer's arrays; None if nothing in the folder says so.
+
+    A folder that was saved with its model says it. Without, two axes of `lora_a` leave no stack.
+    """
+    if path in saved.axes:
+        return len(saved.axes[path].stack)
+    arrays = get_in(saved.adapters, path, "the adapters")
+    return 0 if all(np.ndim(arrays[n]) == 2 for n in ("lora_a", "lora_b") if n in arrays) else None
 
 
 def _float64(x: Any) -> Array | None:

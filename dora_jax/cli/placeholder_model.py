@@ -22,7 +22,7 @@ from dora_jax.cli.base_weights import Base
 from dora_jax.cli.folders import stack_axes
 from dora_jax.config import DoRAConfig
 from dora_jax.errors import AdapterError, Path, layer_name
-from dora_jax.model import with_bases
+from dora_jax.model import with_base_records
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft.config import PeftError
 from dora_jax.peft.keys import PREFIX
@@ -61,7 +61,7 @@ def of_saved(saved: SavedAdapters, names: NameMap, base: Base | None) -> nnx.Mod
         "layers_pattern": saved.config.layers_pattern,
     }
     adapted = dora_nnx.apply_dora(tree, DoRAConfig(**config), rngs=nnx.Rngs(0))
-    return with_bases(adapted, saved.base) if saved.base else adapted
+    return with_base_records(adapted, saved.base) if saved.base else adapted
 
 
 def of_peft(tensors: Mapping[str, Array], names: NameMap, base: Base | None) -> nnx.Module:
@@ -100,7 +100,7 @@ def _layer_of(
         )
     module = names.find(".".join(path))
     a, b, stack = own["lora_a"].shape, own["lora_b"].shape, len(module.stacked)
-    known = stack_axes(own, saved.base.get(path, {}))
+    known = stack_axes(saved, path)
     if known is not None and known != stack:
         raise AdapterError(
             f"{layer_name(path)}: the adapter has {known} stack axes, the name map {stack}"

@@ -12,10 +12,18 @@ Shapes are written `stack`, `in`, `out` for possibly several axes each. Nothing 
 """
 
 from dora_jax.decomposition.axes import KernelAxes
-from dora_jax.decomposition.base import base_changed, describe_base, first_row, kernel_norm
+from dora_jax.decomposition.base import (
+    FrozenBase,
+    base_changed,
+    describe_base,
+    first_row,
+    kernel_norm,
+)
 from dora_jax.decomposition.initializers import init_layer
 from dora_jax.decomposition.merge import materialize, merge_kernel
 from dora_jax.decomposition.scale import (
+    Factors,
+    KernelProduct,
     direction_norm,
     effective_factors,
     relative_square_change,
@@ -23,7 +31,10 @@ from dora_jax.decomposition.scale import (
 )
 
 __all__ = [
+    "Factors",
+    "FrozenBase",
     "KernelAxes",
+    "KernelProduct",
     "base_changed",
     "describe_base",
     "direction_norm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
 
+# The arrays of one layer's adapter, by name.
 Adapter = Mapping[str, "Array"]
 
 
@@ -49,7 +50,12 @@ class KernelAxes(NamedTuple):
 
 
 def expand_trailing(mask: Array, ndim: int) -> Array:
-    """Gives a mask of leading axes trailing ones of length 1, for broadcasting."""
+    """Appends axes of length 1 to a mask of leading axes, for broadcasting.
+
+    Example:
+      >>> expand_trailing(jnp.ones(3), 3).shape
+      (3, 1, 1)
+    """
     return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
 
 
@@ -60,7 +66,13 @@ def expand_inputs(x: Array, axes: KernelAxes) -> Array:
     return jnp.expand_dims(jnp.transpose(x, order), axes.inputs)
 
 
-def canonical_transpose(letters: str, axes: KernelAxes, canonical: str) -> Callable[[Array], Array]:
-    """Returns the transpose that brings a kernel without its in axes to `stack + out` order."""
-    kept = "".join(c for i, c in enumerate(letters) if i not in axes.inputs)
-    return lambda x: jnp.transpose(x, [kept.index(c) for c in canonical])
+def canonical_transpose(x: Array, axes: KernelAxes) -> Array:
+    """Transposes a kernel reduced over its in axes to `(*stack, *out)`.
+
+    Example:
+      >>> axes = KernelAxes(stack=(1,), inputs=(2,), outputs=(0,))  # a kernel (out, stack, in)
+      >>> canonical_transpose(jnp.ones((5, 3)), axes).shape
+      (3, 5)
+    """
+    kept = [i for i in range(axes.ndim) if i not in axes.inputs]
+    return jnp.transpose(x, [kept.index(i) for i in axes.stack + axes.outputs])

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 
-from dora_jax.decomposition.axes import Adapter, KernelAxes, canonical_transpose
+from dora_jax.decomposition.axes import KernelAxes, canonical_transpose
 from dora_jax.ops.output_scale import wide_dtype
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
-
+    from jaxtyping import Array, Bool, Float, Shaped
 
 # How far a kernel may be from the one the adapter was made for: far enough for a cast to bfloat16
 # (2^-9) or float8 (2^-4), near enough that another kernel is noticed.
 _CAST_TOLERANCE = 2.0**-4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FrozenBase:
+    """What an adapted layer keeps of its frozen kernel; a pytree, never trained.
+
+    Attributes:
+      norm: `||W0||` over the in axes, float32 or wider; the magnitude starts there.
+      first_row: the kernel at index 0 of every in axis, a cheap fingerprint of the kernel.
+      mask: which slices of a stack are adapted; None if all are.
+      init_a: `lora_a` as it started, where the product `A B` did not start at zero; else None.
+      init_b: `lora_b` as it started, likewise.
+
+    Example:
+      >>> base = describe_base(jnp.array([[3.0, 0.0], [4.0, 1.0]]), KernelAxes((), (0,), (1,)))
+      >>> sorted(base.arrays())
+      ['first_row', 'norm']
+    """
+
+    norm: Float[Array, "*stack *out"]
+    first_row: Shaped[Array, "*stack *out"]
+    mask: Bool[Array, "*stack"] | None = None
+    init_a: Float[Array, "*stack *in r"] | None = None
+    init_b: Float[Array, "*stack r *out"] | None = None
+
+    def arrays(self) -> dict[str, Array]:
+        """Returns the arrays that are there, by name: `FrozenBase(**base.arrays())` is `base`."""
+        fields = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in fields if value is not None}
+
+
+def describe_base(kernel: Float[Array, "..."], axes: KernelAxes, eps: float = 1e-8) -> FrozenBase:
+    """Returns what an adapted layer keeps of a kernel that all its slices adapt."""
+    return FrozenBase(norm=kernel_norm(kernel, axes, eps), first_row=first_row(kernel, axes))
 
 
 def kernel_norm(
@@ -29,39 +65,32 @@ def kernel_norm(
       >>> kernel_norm(jnp.array([[3.0, 0.0], [4.0, 0.0]]), KernelAxes((), (0,), (1,)))
       Array([5., 0.], dtype=float32)
     """
-    letters, stack, _, outputs = axes.letters()
     wide = kernel.astype(wide_dtype(kernel.dtype))
-    to_canonical = canonical_transpose(letters, axes, stack + outputs)
-    square = to_canonical(jnp.sum(jnp.square(wide), axes.inputs))
-    nonzero = to_canonical(jnp.any(kernel != 0, axes.inputs))
+    square = canonical_transpose(jnp.sum(jnp.square(wide), axes.inputs), axes)
+    nonzero = canonical_transpose(jnp.any(kernel != 0, axes.inputs), axes)
     return jnp.where(nonzero, jnp.maximum(jnp.sqrt(square), eps), 0.0)
 
 
 def first_row(kernel: Float[Array, "..."], axes: KernelAxes) -> Float[Array, "*stack *out"]:
-    """Returns the kernel at index 0 of every in axis: the mark by which a base is recognised."""
-    letters, stack, _, outputs = axes.letters()
+    """Returns the kernel at index 0 of every in axis: a cheap fingerprint of it."""
     index = tuple(0 if i in axes.inputs else slice(None) for i in range(axes.ndim))
-    return canonical_transpose(letters, axes, stack + outputs)(kernel[index])
-
-
-def describe_base(
-    kernel: Float[Array, "..."], axes: KernelAxes, eps: float = 1e-8
-) -> dict[str, Array]:
-    """Returns what an adapted layer keeps of its frozen kernel.
-
-    `norm` is `||W0||`, from which the magnitude starts; `row` recognises the kernel later.
-    """
-    return {"norm": kernel_norm(kernel, axes, eps), "row": first_row(kernel, axes)}
+    return canonical_transpose(kernel[index], axes)
 
 
 def base_changed(
-    kernel: Float[Array, "..."], base: Adapter, axes: KernelAxes
-) -> Float[Array, "*stack *out"]:
+    kernel: Float[Array, "..."], base: FrozenBase, axes: KernelAxes
+) -> Bool[Array, "*stack *out"]:
     """Returns True for each output feature whose kernel is not the one `base` describes."""
     return ~same_base(kernel, base, axes)
 
 
-def same_base(kernel: Array, base: Adapter, axes: KernelAxes) -> Array:
-    row, now = (x.astype(jnp.float32) for x in (base["row"], first_row(kernel, axes)))
+def same_base(
+    kernel: Float[Array, "..."], base: FrozenBase, axes: KernelAxes
+) -> Bool[Array, "*stack *out"]:
+    """Returns True for each output feature whose first weight is the one that `base` holds.
+
+    A cast of the kernel to a narrower dtype is no change.
+    """
+    kept, now = (x.astype(jnp.float32) for x in (base.first_row, first_row(kernel, axes)))
     # The absolute part is for float16, in which numbers under 6e-8 become 0.
-    return jnp.abs(now - row) <= _CAST_TOLERANCE * jnp.abs(row) + 1e-7
+    return jnp.abs(now - kept) <= _CAST_TOLERANCE * jnp.abs(kept) + 1e-7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -14,7 +15,7 @@ import numpy as np
 
 from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.decomposition.axes import KernelAxes
-from dora_jax.decomposition.base import describe_base
+from dora_jax.decomposition.base import FrozenBase, describe_base
 from dora_jax.errors import ConfigError, Path, layer_name
 
 if TYPE_CHECKING:
@@ -36,15 +37,14 @@ def init_layer(
     key: Array,
     kernel: Float[Array, "..."] | jax.ShapeDtypeStruct,
     axes: KernelAxes,
-) -> tuple[ArrayDict, ArrayDict]:
+) -> tuple[ArrayDict, FrozenBase]:
     """Returns the adapter of one layer and what it keeps of its base.
 
     The key of a layer depends on `key` and its path alone, so that a layer starts the same whatever
     else is adapted. An abstract kernel gives abstract arrays.
 
     Returns:
-      `{"lora_a", "lora_b", "magnitude"}`, as far as the settings have them, and `{"norm", "row"}`
-      from `describe_base`, with `mask`, `init_a` and `init_b` where `effective_factors` needs them.
+      `{"lora_a", "lora_b", "magnitude"}`, as far as the settings have them, and the `FrozenBase`.
 
     Raises:
       ConfigError: the rank is above the smaller side of the kernel, or `layers_to_transform` asks
@@ -72,16 +72,16 @@ def init_layer(
         return jax.eval_shape(build, key, kernel)
     key = jax.random.fold_in(key, zlib.crc32(".".join(path).encode()))
     adapter, base = _build_jit(settings, config.init, config.adapter_dtype, axes, key, kernel)
-    _warn_of_zero_columns(name, base["norm"])
+    _warn_of_zero_columns(name, base.norm)
     return adapter, base
 
 
 def _build(
     settings: LayerSettings, init: str, dtype: str, axes: KernelAxes, key: Array, kernel: Array
-) -> tuple[ArrayDict, ArrayDict]:
+) -> tuple[ArrayDict, FrozenBase]:
     base = describe_base(kernel, axes, settings.eps)
     shapes = axes.shapes(kernel.shape, settings.rank)
-    adapter = {}
+    adapter, kept = {}, {}
     if settings.rank and init in ("pissa", "olora"):
         factors = (_singular_vectors if init == "pissa" else _orthogonal_basis)(
             _as_matrices(kernel, axes), settings.rank
@@ -89,7 +89,7 @@ def _build(
         for name, factor in zip("ab", factors, strict=True):
             # The product is scaled by s: both factors carry half of 1 / s.
             start = factor.reshape(shapes[f"lora_{name}"]) / math.sqrt(settings.scaling)
-            adapter[f"lora_{name}"] = base[f"init_{name}"] = start.astype(dtype)
+            adapter[f"lora_{name}"] = kept[f"init_{name}"] = start.astype(dtype)
     elif settings.rank:
         fan_in = math.prod(kernel.shape[i] for i in axes.inputs)
         adapter["lora_a"] = _draw(init, key, shapes["lora_a"], fan_in, settings.rank).astype(dtype)
@@ -97,10 +97,10 @@ def _build(
     if settings.indices is not None:
         stack = tuple(kernel.shape[i] for i in axes.stack)
         chosen = jnp.isin(jnp.arange(stack[0]), jnp.array(settings.indices))
-        base["mask"] = jnp.broadcast_to(chosen.reshape((-1,) + (1,) * (len(stack) - 1)), stack)
+        kept["mask"] = jnp.broadcast_to(chosen.reshape((-1,) + (1,) * (len(stack) - 1)), stack)
     if settings.has_magnitude:
-        adapter["magnitude"] = base["norm"].astype(dtype)
-    return adapter, base
+        adapter["magnitude"] = base.norm.astype(dtype)
+    return adapter, dataclasses.replace(base, **kept)
 
 
 _build_jit = jax.jit(_build, static_argnums=(0, 1, 2, 3))

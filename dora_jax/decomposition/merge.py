@@ -1,4 +1,4 @@
-"""The merged kernel, the only place where an array as large as the kernel is formed."""
+"""The merged kernel: the only place where an array as large as the kernel is formed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from dora_jax.decomposition.axes import Adapter, KernelAxes, expand_inputs
-from dora_jax.decomposition.scale import effective_factors, scale_minus_one
+from dora_jax.decomposition.base import FrozenBase
+from dora_jax.decomposition.scale import KernelProduct, effective_factors, scale_minus_one
 from dora_jax.errors import Path, layer_name
 from dora_jax.ops.output_scale import scaled, wide_dtype
 
@@ -26,15 +27,15 @@ def materialize(
     settings: LayerSettings,
     kernel: Float[Array, "..."],
     adapter: Adapter,
-    base: Adapter,
+    base: FrozenBase,
     axes: KernelAxes,
     *,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """Returns the merged kernel `m (W0 + s A B) / n` in the shape and dtype of `kernel`.
 
-    Computed in float32 or wider. The kernel itself, bit for bit, while the adapter is untrained.
-    `dtype` is that of the result, if not the kernel's.
+    Computed in float32 or wider. It is the kernel itself, bit for bit, while the adapter is
+    untrained. `dtype` is that of the result, if not the kernel's.
     """
     letters, stack, inputs, outputs = axes.letters()
     merged = kernel.astype(wide_dtype(kernel.dtype))
@@ -46,7 +47,8 @@ def materialize(
         merged = merged + settings.scaling * delta
     if settings.decompose:
         wide = kernel.astype(merged.dtype)
-        d = scale_minus_one(settings, wide, adapter, base, axes, precision="highest")
+        product = KernelProduct(axes, precision="highest")
+        d = scale_minus_one(settings, wide, adapter, base, product)
         merged = scaled(merged, expand_inputs(d, axes))
     return merged.astype(kernel.dtype if dtype is None else dtype)
 
@@ -56,13 +58,14 @@ def merge_kernel(
     settings: LayerSettings,
     kernel: Float[Array, "..."],
     adapter: Adapter,
-    base: Adapter,
+    base: FrozenBase,
     axes: KernelAxes,
 ) -> tuple[Float[Array, "..."], Float[Array, ""]]:
-    """Returns the merged kernel, and the share of the change that its dtype rounds away.
+    """Returns the merged kernel and its rounding loss.
 
-    The share is `||rounded - W'|| / ||W' - W0||` in float32 or wider; 0 where nothing changed, but
-    for what products that cancel leave of rounding.
+    The loss is the share of the change that the kernel's dtype rounds away,
+    `||rounded - W'|| / ||W' - W0||`, in float32 or wider. It is 0 where the kernel did not change,
+    apart from rounding.
     """
     exact = materialize(settings, kernel, adapter, base, axes, dtype=wide_dtype(kernel.dtype))
     rounded = exact.astype(kernel.dtype)
@@ -75,9 +78,9 @@ def merge_kernel(
     return rounded, jnp.where(unchanged, 0, error / jnp.where(unchanged, 1, change))
 
 
-def warn_of_rounding(lost: Mapping[Path, Any], stacklevel: int = 3) -> None:
-    """Warns of what merging cost: the share of each layer's change that its dtype rounds away."""
-    shares = {p: float(s) for p, s in lost.items() if not isinstance(s, jax.core.Tracer)}
+def warn_of_rounding(rounding_losses: Mapping[Path, Any], stacklevel: int = 3) -> None:
+    """Warns which share of their change layers lose to the kernels' dtype in a merge."""
+    shares = {p: float(s) for p, s in rounding_losses.items() if not isinstance(s, jax.core.Tracer)}
     rounded = {path: share for path, share in shares.items() if share > 1e-3}
     if rounded:
         worst = max(rounded, key=lambda path: rounded[path])

@@ -1,16 +1,6 @@
-"""The mathematics of DoRA, on arrays.
+"""The scale of an adapted layer: `d = (m - n) / n`, with the norm `n = ||W0 + s A B||`.
 
-A kernel's axes are of three kinds: *stack* (scan-stacked layers, vmapped copies, experts), *in*
-(contracted with the input) and *out*. For each stack index and output feature, DoRA
-(arXiv 2402.09353, eq. 5) rebuilds the frozen kernel `W0` as
-
-    W' = m * V / n,   V = W0 + s A B,   n = ||V|| over the in axes,
-
-with a trainable magnitude `m (*stack, *out)` and a trainable low-rank direction
-`A (*stack, *in, r)`, `B (*stack, r, *out)`. Nothing here but `materialize` forms an array as large
-as the kernel.
-
-Shapes are written `stack`, `in`, `out` for possibly several axes each.
+The norm comes from the factors, so no array as large as the kernel is formed.
 """
 
 from __future__ import annotations
@@ -23,7 +13,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from dora_jax.decomposition.axes import Adapter, KernelAxes, expand_trailing
-from dora_jax.decomposition.base import same_base
+from dora_jax.decomposition.base import FrozenBase, same_base
 from dora_jax.ops.output_scale import wide_dtype
 
 if TYPE_CHECKING:
@@ -33,43 +23,34 @@ if TYPE_CHECKING:
     from dora_jax.config import LayerSettings
 
 
-def relative_square_change(
-    kernel: Float[Array, "..."],
-    lora_a: Float[Array, "*stack *in r"],
-    lora_b: Float[Array, "*stack r *out"],
-    base_norm: Float[Array, "*stack *out"],
-    scaling: float,
-    axes: KernelAxes,
-    *,
-    dtype: DTypeLike | None = None,
-    precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "*stack *out"]:
-    """Returns `(||W0 + s A B||^2 - ||W0||^2) / ||W0||^2`, without forming `W0 + s A B`.
+class Factors(NamedTuple):
+    """The low-rank factors with which a layer computes, see `effective_factors`."""
 
-    From `||W0 + s A B||^2 = ||W0||^2 + 2 s <A^T W0, B> + s^2 diag(B^T (A^T A) B)`, accumulated in
-    float32 or wider. It is exactly 0 where `lora_b` is 0. Costs `2 r in out` operations.
+    a: Float[Array, "*stack *in k"]
+    b: Float[Array, "*stack k *out"]
 
-    Args:
-      base_norm: `||W0||`, zero where a column is zero.
-      dtype: the dtype in which the layer multiplies; defaults to the kernel's.
+
+class KernelProduct(NamedTuple):
+    """How the norm multiplies the factors with a kernel; hashable.
+
+    Attributes:
+      axes: the kernel's axes.
+      dtype: the dtype in which the layer multiplies; None is the kernel's.
       precision: of the product with the kernel, as for `jax.lax.dot_general`.
     """
-    dtype = kernel.dtype if dtype is None else dtype
-    product = _FactoredProduct(axes, jnp.dtype(dtype), precision)
-    change = _square_change(product, scaling, kernel.astype(dtype), lora_a, lora_b)
-    return change / jnp.square(jnp.where(base_norm == 0, 1, base_norm))
-
-
-class _FactoredProduct(NamedTuple):
-    """How `_square_change` multiplies; hashable, for `jax.custom_jvp`."""
 
     axes: KernelAxes
-    dtype: jnp.dtype
-    precision: jax.lax.PrecisionLike
+    dtype: DTypeLike | None = None
+    precision: jax.lax.PrecisionLike = None
+
+    @property
+    def wide(self) -> jnp.dtype:
+        """Float32, or the layer's dtype if that is wider."""
+        return wide_dtype(jnp.float32 if self.dtype is None else self.dtype)
 
     def rounded(self, factor: Array) -> Array:
-        """A factor as the layer itself multiplies it: rounded to its dtype, then wide again."""
-        return factor.astype(self.dtype).astype(wide_dtype(self.dtype))
+        """Returns a factor rounded to the layer's dtype, as the layer multiplies it, then wide."""
+        return factor.astype(self.dtype).astype(self.wide)
 
     def with_kernel(self, a: Array, kernel: Array) -> Float[Array, "*stack r *out"]:
         """Returns `A^T W`."""
@@ -79,7 +60,7 @@ class _FactoredProduct(NamedTuple):
             a.astype(self.dtype),
             kernel,
             precision=self.precision,
-            preferred_element_type=wide_dtype(self.dtype),
+            preferred_element_type=self.wide,
         )
 
     def with_factors(self, a: Array, other: Array, b: Array) -> Float[Array, "*stack r *out"]:
@@ -93,11 +74,35 @@ class _FactoredProduct(NamedTuple):
         return jnp.sum(x, axis=len(self.axes.stack))
 
 
-# With `V = W0 + s A B` the differential of `||V||^2` is `2 s <A^T V, dB> + 2 s <dA^T V, B>`. So
-# written, each part is one product; JAX's own rules take the symmetric `A^T A` for two.
+def relative_square_change(
+    kernel: Float[Array, "..."],
+    factors: Factors,
+    base_norm: Float[Array, "*stack *out"],
+    scaling: float,
+    product: KernelProduct,
+) -> Float[Array, "*stack *out"]:
+    """Returns `(||W0 + s A B||^2 - ||W0||^2) / ||W0||^2`, without forming `W0 + s A B`.
+
+    From `||W0 + s A B||^2 = ||W0||^2 + 2 s <A^T W0, B> + s^2 diag(B^T (A^T A) B)`, accumulated in
+    float32 or wider. It is exactly 0 where `B` is 0. Costs `2 r in out` operations.
+
+    Args:
+      kernel: the frozen kernel `W0`.
+      factors: `A` and `B`.
+      base_norm: `||W0||`, zero where a column is zero.
+      scaling: `s`.
+      product: how the layer multiplies.
+    """
+    product = product._replace(dtype=jnp.dtype(product.dtype or kernel.dtype))
+    change = _square_change(product, scaling, kernel.astype(product.dtype), *factors)
+    return change / jnp.square(jnp.where(base_norm == 0, 1, base_norm))
+
+
+# With `V = W0 + s A B` the differential of `||V||^2` is `2 s <A^T V, dB> + 2 s <dA^T V, B>`. This
+# form needs one product for each tangent; JAX would differentiate the symmetric `A^T A` twice.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _square_change(
-    product: _FactoredProduct, scaling: float, kernel: Array, lora_a: Array, lora_b: Array
+    product: KernelProduct, scaling: float, kernel: Array, lora_a: Array, lora_b: Array
 ) -> Float[Array, "*stack *out"]:
     """Returns `||W0 + s A B||^2 - ||W0||^2`."""
     a, b = product.rounded(lora_a), product.rounded(lora_b)
@@ -106,7 +111,7 @@ def _square_change(
 
 
 def _square_change_jvp(
-    product: _FactoredProduct,
+    product: KernelProduct,
     scaling: float,
     primals: tuple[Array, Array, Array],
     tangents: tuple[Any, Any, Any],
@@ -144,31 +149,29 @@ def direction_norm(
     return safe * jnp.sqrt(jnp.maximum(1 + relative_change, least))
 
 
-def effective_factors(adapter: Adapter, base: Adapter, axes: KernelAxes) -> tuple[Array, Array]:
-    """Returns the factors `A (*stack, *in, k)` and `B (*stack, k, *out)` as they act on the kernel.
+def effective_factors(adapter: Adapter, base: FrozenBase, axes: KernelAxes) -> Factors:
+    """Returns the factors `A (*stack, *in, k)` and `B (*stack, k, *out)` that change the kernel.
 
-    A `mask (*stack,)` in `base` switches slices of a stack off. Factors that did not start at a
-    product of zero (`init_a`, `init_b` in `base`) act by what they changed, `A B - A0 B0`, as one
-    product of twice the rank: the frozen kernel stays the pretrained one.
+    The mask of the base switches slices of a stack off. Factors whose product did not start at zero
+    count by their change, `A B - A0 B0`, written as one product of twice the rank: so the frozen
+    kernel stays the pretrained one.
     """
     a, b = adapter["lora_a"], adapter["lora_b"]
-    if "init_a" in base:
-        a = jnp.concatenate([a, base["init_a"]], axis=-1)
-        b = jnp.concatenate([b, -base["init_b"]], axis=len(axes.stack))
-    if "mask" in base:
-        b = b * expand_trailing(base["mask"], b.ndim).astype(b.dtype)
-    return a, b
+    if base.init_a is not None and base.init_b is not None:
+        a = jnp.concatenate([a, base.init_a], axis=-1)
+        b = jnp.concatenate([b, -base.init_b], axis=len(axes.stack))
+    if base.mask is not None:
+        b = b * expand_trailing(base.mask, b.ndim).astype(b.dtype)
+    return Factors(a, b)
 
 
 def scale_minus_one(
     settings: LayerSettings,
     kernel: Float[Array, "..."],
     adapter: Adapter,
-    base: Adapter,
-    axes: KernelAxes,
-    *,
-    dtype: DTypeLike | None = None,
-    precision: jax.lax.PrecisionLike = None,
+    base: FrozenBase,
+    product: KernelProduct,
+    factors: Factors | None = None,
 ) -> Float[Array, "*stack *out"]:
     """Returns `d = (m - n) / n`, so that the adapted output is `h + d h` with `h = x V`.
 
@@ -182,42 +185,38 @@ def scale_minus_one(
       settings: the layer's settings.
       kernel: the frozen kernel `W0`.
       adapter: `lora_a`, `lora_b`, `magnitude`, as far as the settings have them; or `scale`, `d`
-        itself, where it was hoisted.
-      base: `norm` and `row` from `describe_base`; `mask`, `init_a`, `init_b` where there are
-        any, see `effective_factors`.
-      axes: the kernel's axes.
-      dtype: the dtype in which the layer multiplies.
-      precision: of the product with the kernel.
+        itself, where it was precomputed.
+      base: what is kept of the kernel.
+      product: the kernel's axes, and how the layer multiplies.
+      factors: `effective_factors`, if they are at hand already.
     """
     if "scale" in adapter:
         return adapter["scale"]
-    norm = base["norm"]
+    norm = base.norm
     magnitude = _magnitude(adapter["magnitude"], norm) if settings.has_magnitude else norm
     n = norm
     if settings.normalize and settings.rank:
-        factors = effective_factors(adapter, base, axes)
+        factors = factors or effective_factors(adapter, base, product.axes)
         if settings.norm_gradient == "detached":
             factors = jax.lax.stop_gradient(factors)
-        change = relative_square_change(
-            kernel, *factors, norm, settings.scaling, axes, dtype=dtype, precision=precision
-        )
+        change = relative_square_change(kernel, factors, norm, settings.scaling, product)
         n = direction_norm(change, norm, settings.eps)
-    # What is selected is selected before the division, after which XLA on a CPU would put it into
-    # the loops over activations and do it once for each token.
+    # Apply `where` before dividing: XLA on a CPU would otherwise fuse it into the loop over tokens.
     zero = norm == 0
-    magnitude, n = jnp.where(zero, 0, _keep_off_zero_scale(magnitude, n)), jnp.where(zero, 1, n)
-    if "mask" in base:
-        on = expand_trailing(base["mask"], n.ndim)
-        magnitude, n = jnp.where(on, magnitude, 1), jnp.where(on, n, 1)
-    n = jnp.where(same_base(kernel, base, axes), n, jnp.nan)
+    magnitude = jnp.where(zero, 0, _keep_off_zero_scale(magnitude, n))
+    n = jnp.where(zero, 1, n)
+    if base.mask is not None:
+        adapted = expand_trailing(base.mask, n.ndim)
+        magnitude, n = jnp.where(adapted, magnitude, 1), jnp.where(adapted, n, 1)
+    n = jnp.where(same_base(kernel, base, product.axes), n, jnp.nan)
     return (magnitude - n) / n
 
 
 def _keep_off_zero_scale(magnitude: Array, n: Array) -> Array:
-    """Moves a magnitude that is 0 beside `n` to where `(m - n) / n` is just not -1.
+    """Keeps `(m - n) / n` above -1, so that a magnitude of 0 still receives a gradient.
 
-    At -1 the output is 0, and says nothing of `h`, from which the magnitude's gradient is taken:
-    it would stay there for ever. Moves by less than `n` is rounded by.
+    At -1 the output is 0. The magnitude's gradient is computed from the output, so it would be 0
+    there for ever. The magnitude moves by less than the rounding of `n`.
     """
     least = jax.lax.stop_gradient(n) * jnp.finfo(n.dtype).epsneg
     move = least - jax.lax.stop_gradient(magnitude)
@@ -229,8 +228,9 @@ def _magnitude(
 ) -> Float[Array, "*stack *out"]:
     """Returns the magnitude in the dtype of the norm.
 
-    A narrower one that still is the norm, rounded, stands for the norm itself, so that an untrained
-    adapter is an identity in any dtype. (XLA may leave out a cast to and fro, not this rounding.)
+    A narrower magnitude that equals the rounded norm counts as the norm itself, so that an
+    untrained adapter is an identity in any dtype. XLA may drop a cast to and fro, so the rounding
+    is spelt out with `reduce_precision`.
     """
     if magnitude.dtype == norm.dtype:
         return magnitude

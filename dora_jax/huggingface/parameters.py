@@ -15,8 +15,8 @@ from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, CheckpointError, LayoutError
-from dora_jax.layers.conv import CONV
-from dora_jax.layers.dense import EMBED
+from dora_jax.layers.conv import ConvLayout
+from dora_jax.layers.dense import EmbedLayout
 from dora_jax.layers.registry import find_layout
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def replace_parameters(model: Any, values: Sequence[Any]) -> Any:
 
 def _tree(model: Any) -> Any:
     if isinstance(model, nnx.Module):
-        if any(True for _ in dora_nnx.adapted_layers(model)):
+        if dora_nnx.adapted_layers(model):
             raise AdapterError(
                 "the model is adapted: load the base before apply_dora; save it after merge"
             )
@@ -249,7 +249,7 @@ def _nnx_axes(model: Any) -> dict[str, KernelAxes]:
         return found
     for path, module in nnx.iter_modules(model):
         layout = find_layout(type(module))
-        if layout is None or layout in (CONV, EMBED):
+        if layout is None or isinstance(layout, (ConvLayout, EmbedLayout)):
             continue
         try:
             axes = layout.axes(module, {})

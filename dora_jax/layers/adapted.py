@@ -8,13 +8,13 @@ from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-from flax import linen as nn
 
 from dora_jax.config import LayerSettings
 from dora_jax.decomposition.axes import Adapter, KernelAxes
-from dora_jax.decomposition.scale import effective_factors, scale_minus_one
+from dora_jax.decomposition.base import FrozenBase
+from dora_jax.decomposition.scale import KernelProduct, effective_factors, scale_minus_one
 from dora_jax.errors import LayoutError, Path
-from dora_jax.layers.layout import Call, Layout, OutputAxes, Run
+from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes
 from dora_jax.ops.output_scale import apply_scale
 from dora_jax.ops.remat import scaled_name
 
@@ -23,116 +23,98 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
+@dataclasses.dataclass(frozen=True)
+class AdaptedLayer:
+    """What is known of one adapted layer before it is called; static and hashable.
+
+    Attributes:
+      settings: the layer's settings.
+      layout: the layout of its class.
+      axes: of the kernel that one call sees, without the stack axes that a scan or vmap takes.
+      path: of the layer, by which rematerialisation may save its output.
+    """
+
+    settings: LayerSettings
+    layout: Layout
+    axes: KernelAxes
+    path: Path = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendCall:
+    """One call of an embedding's `attend`.
+
+    Attributes:
+      layer: the Linen or NNX layer, for its attributes.
+      query: `(*batch, features)`.
+      kernel: the frozen table `(vocab, features)`.
+      attend: the layer's own method on the frozen table.
+    """
+
+    layer: Any
+    query: Float[Array, "*batch features"]
+    kernel: Float[Array, "vocab features"]
+    attend: Callable[[Array], Array]
+
+
 def adapted_output(
-    settings: LayerSettings,
-    layout: Layout,
-    layer: Any,
-    call: Call,
-    axes: KernelAxes,
-    plain_output: Float[Array, "..."],
-    kernel: Float[Array, "..."],
-    bias: Float[Array, "..."] | None,
-    adapter: Adapter,
-    base: Adapter,
-    dropout: Callable[[Array], Array],
-    run: Run,
-    path: Path = (),
+    adapted: AdaptedLayer, call: LayerCall, adapter: Adapter, base: FrozenBase
 ) -> Float[Array, "..."]:
     """Returns the output of an adapted layer: `h + d h + bias`, `h = x W0 + s dropout(x) A B`.
 
-    The bias is not scaled, hence `plain_output` is the layer's output *without* it: taking it off
-    again would not be exact.
+    The bias is not scaled. It is added last rather than subtracted from the plain layer's output
+    first, which would not be exact.
 
     Args:
-      settings: the layer's settings.
-      layout: the layout of its class.
-      layer: the Linen or NNX layer, for its attributes.
-      call: the arguments of the call.
-      axes: those of the kernel that the adapter was made for, as one call sees it.
-      plain_output: `x W0`, from the layer's own method.
-      kernel: the frozen kernel `W0`.
-      bias: the layer's bias, if it has one.
+      adapted: the layer's settings, layout and axes.
+      call: the arguments of the call, and the plain layer's output.
       adapter: `lora_a`, `lora_b`, `magnitude`, as far as the settings have them; `scale` in place
-        of the magnitude if it was hoisted.
-      base: `norm` and `row` of the kernel.
-      dropout: acts on the input of the low-rank branch.
-      run: runs the layer's own method with another kernel and no bias.
-      path: of the layer, by which remat may save `h + d h`.
+        of the magnitude if it was precomputed.
+      base: what is kept of the frozen kernel.
 
     Raises:
       LayoutError: this call uses the kernel in another way than the one that was traced.
     """
-    if layout.axes(layer, call) != axes:
-        raise LayoutError(
-            f"{type(layer).__name__} was adapted for a kernel of {axes}, this call uses it as "
-            f"{layout.axes(layer, call)}; one adapter cannot serve both: exclude_modules"
-        )
-    h = plain_output
-    output_axes = layout.output_axes(layer, call, axes)
-    dtype = compute_dtype(layer, call[layout.inputs], kernel)
-    if settings.rank:
-        inputs = call[layout.inputs]
-        dropped = {**call, layout.inputs: dropout(inputs) if layout.dropout else inputs}
-        a, b = effective_factors(adapter, base, axes)
-        h = h + layout.low_rank(layer, dropped, a, b, settings.scaling, dtype, run).astype(h.dtype)
+    settings, layout, layer = adapted.settings, adapted.layout, call.layer
+    axes = _checked_axes(adapted, call)
+    output_axes = layout.output_axes(layer, call.arguments, axes)
+    dtype = compute_dtype(layer, call.arguments[layout.inputs], call.kernel)
+    factors = effective_factors(adapter, base, axes) if settings.rank else None
+    h = call.plain_output
+    if factors is not None:
+        branch = LowRank(*factors, settings.scaling, dtype)
+        h = h + layout.low_rank(_with_dropout(layout, call), branch).astype(h.dtype)
     if settings.decompose:
-        d = layer_scale(settings, layout, layer, call, kernel, adapter, base)
-        h = apply_scale(h, _along_output(d, axes, output_axes, h.ndim), scaled_name(path))
-    if bias is None:
+        product = KernelProduct(axes, dtype, getattr(layer, "precision", None))
+        d = scale_minus_one(settings, call.kernel, adapter, base, product, factors)
+        d = _along_output(d, axes, output_axes, h.ndim)
+        h = apply_scale(h, d, scaled_name(adapted.path))
+    if call.bias is None:
         return h
-    shape = [kernel.shape[i] if i is not None else 1 for i in _expand(output_axes, h.ndim)]
-    return h + bias.astype(h.dtype).reshape(shape)
+    shape = [call.kernel.shape[i] if i is not None else 1 for i in _expand(output_axes, h.ndim)]
+    return h + call.bias.astype(h.dtype).reshape(shape)
 
 
 def adapted_attend(
-    settings: LayerSettings,
-    layout: Layout,
-    layer: Any,
-    attend: Callable[[Array], Array],
-    query: Float[Array, "*batch features"],
-    kernel: Float[Array, "vocab features"],
-    adapter: Adapter,
-    base: Adapter,
+    adapted: AdaptedLayer, call: AttendCall, adapter: Adapter, base: FrozenBase
 ) -> Float[Array, "*batch vocab"]:
     """Returns `query W'^T` for an adapted embedding table, so that a tied head sees the adapter.
 
     The scale is per feature, which is contracted here: it acts on the query.
-
-    Args:
-      attend: the layer's own method on the frozen table.
     """
-    dtype = compute_dtype(layer, query, kernel)
-    query = query.astype(dtype)
+    settings, axes = adapted.settings, adapted.axes
+    dtype = compute_dtype(call.layer, call.query, call.kernel)
+    factors = effective_factors(adapter, base, axes) if settings.rank else None
+    query = call.query.astype(dtype)
     if settings.decompose:
-        d = layer_scale(settings, layout, layer, {layout.inputs: query}, kernel, adapter, base)
+        product = KernelProduct(axes, dtype, getattr(call.layer, "precision", None))
+        d = scale_minus_one(settings, call.kernel, adapter, base, product, factors)
         query = apply_scale(query, d)
-    logits = attend(query)
-    if not settings.rank:
+    logits = call.attend(query)
+    if factors is None:
         return logits
-    axes = layout.axes(layer, {})
-    a, b = (x.astype(dtype) for x in effective_factors(adapter, base, axes))
+    a, b = (x.astype(dtype) for x in factors)
     return logits + (settings.scaling * (query @ b.T) @ a.T).astype(logits.dtype)
-
-
-def layer_scale(
-    settings: LayerSettings,
-    layout: Layout,
-    layer: Any,
-    call: Call,
-    kernel: Float[Array, "..."],
-    adapter: Adapter,
-    base: Adapter,
-) -> Float[Array, "*stack *out"]:
-    """Returns `d` of a layer: as hoisted out of the model, or computed here."""
-    return scale_minus_one(
-        settings,
-        kernel,
-        adapter,
-        base,
-        layout.axes(layer, call),
-        dtype=compute_dtype(layer, call[layout.inputs], kernel),
-        precision=getattr(layer, "precision", None),
-    )
 
 
 def compute_dtype(layer: Any, inputs: Array, kernel: Array) -> DTypeLike:
@@ -142,6 +124,25 @@ def compute_dtype(layer: Any, inputs: Array, kernel: Array) -> DTypeLike:
         return own
     floating = [x for x in (inputs, kernel) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.result_type(*floating)
+
+
+def _checked_axes(adapted: AdaptedLayer, call: LayerCall) -> KernelAxes:
+    """Returns the kernel's axes; raises `LayoutError` if this call uses it in another way."""
+    axes = adapted.layout.axes(call.layer, call.arguments)
+    if axes != adapted.axes:
+        raise LayoutError(
+            f"{type(call.layer).__name__} was adapted for a kernel of {adapted.axes}, this call "
+            f"uses it as {axes}; one adapter cannot serve both: exclude_modules"
+        )
+    return axes
+
+
+def _with_dropout(layout: Layout, call: LayerCall) -> LayerCall:
+    """Returns the call with dropout on the inputs of the low-rank branch, where that can act."""
+    if not layout.dropout:
+        return call
+    dropped = call.dropout(call.arguments[layout.inputs])
+    return dataclasses.replace(call, arguments={**call.arguments, layout.inputs: dropped})
 
 
 def _expand(output_axes: OutputAxes, ndim: int) -> list[int | None]:
@@ -163,27 +164,3 @@ def _along_output(
     canonical = axes.stack + axes.outputs
     x = jnp.transpose(x, [canonical.index(i) for i in entries if i is not None])
     return jnp.expand_dims(x, [position for position, i in enumerate(entries) if i is None])
-
-
-@dataclasses.dataclass(frozen=True)
-class AdaptedLayer:
-    """What `DoRAModel` knows of one adapted layer.
-
-    Attributes:
-      settings: the layer's settings.
-      layout: the layout of its class.
-      axes: of the stored kernel.
-      call_axes: of the kernel that one call sees.
-      positions: where lifted transforms take the stack axes, the outermost transform's first.
-      dtype, precision: of the layer's products.
-      module: a copy of it, for its attributes.
-    """
-
-    settings: LayerSettings
-    layout: Layout
-    axes: KernelAxes
-    call_axes: KernelAxes
-    positions: tuple[int, ...] = ()
-    dtype: Any = None
-    precision: Any = None
-    module: nn.Module | None = None

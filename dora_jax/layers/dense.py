@@ -2,85 +2,95 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from dora_jax.decomposition.axes import KernelAxes
-from dora_jax.layers.layout import Call, Layout, Run, as_tuple, refuse_stateful_product
+from dora_jax.layers.layout import (
+    Arguments,
+    LayerCall,
+    Layout,
+    LowRank,
+    refuse_stateful_product,
+)
 from dora_jax.ops.low_rank import down_projection, up_projection
 
 if TYPE_CHECKING:
     from jax import Array
-    from jax.typing import DTypeLike
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseLayout(Layout):
+    """`Dense` and `Linear`: a kernel `(in, out)`."""
+
+    def axes(self, layer: Any, arguments: Arguments) -> KernelAxes:
+        """Returns one in and one out axis."""
+        refuse_stateful_product(layer)
+        return KernelAxes((), (0,), (1,))
+
+    def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
+        """Returns `s (x A) B`."""
+        a, b = branch.in_compute_dtype()
+        if _has_own_product(call.layer):  # which may do more than multiply
+            xa = call.run(call.arguments, a, a.shape[-1])
+        else:
+            x = call.arguments[self.inputs].astype(branch.dtype)
+            xa = down_projection(x, a, precision=call.layer.precision)
+        return up_projection(branch.scaling * xa, b, precision=call.layer.precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneralLayout(Layout):
+    """`DenseGeneral` and `LinearGeneral`: a kernel `(*batch, *in, *out)`."""
+
+    def axes(self, layer: Any, arguments: Arguments) -> KernelAxes:
+        """Returns the batch axes as stack axes, then the in axes, then the out axes."""
+        refuse_stateful_product(layer)
+        batch = len(_as_tuple(getattr(layer, "batch_dims", getattr(layer, "batch_axis", ()))))
+        inputs = len(_as_tuple(layer.axis))
+        outputs = len(_as_tuple(getattr(layer, "features", None) or layer.out_features))
+        order = tuple(range(batch + inputs + outputs))
+        return KernelAxes(order[:batch], order[batch : batch + inputs], order[batch + inputs :])
+
+    def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
+        """Returns `s (x A) B`, contracted over the layer's axes of `x`."""
+        layer, x = call.layer, call.arguments[self.inputs].astype(branch.dtype)
+        a, b = branch.in_compute_dtype()
+        axes = self.axes(layer, call.arguments)
+        contracted = tuple(sorted(axis % x.ndim for axis in _as_tuple(layer.axis)))  # as Flax does
+        product = layer.dot_general or lax.dot_general
+        dimensions = ((contracted, axes.inputs), (axes.stack, axes.stack))
+        xa = product(x, a, dimensions, precision=layer.precision)
+        return up_projection(
+            branch.scaling * xa, b, stack=len(axes.stack), precision=layer.precision
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedLayout(DenseLayout):
+    """`Embed`: a table `(vocab, features)`, looked up, or multiplied by `attend`."""
+
+    kernel: str = "embedding"
+    dropout: bool = False
+    attend: bool = True
+    all_linear: bool = False
+
+    def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
+        """Returns `s A[ids] B`."""
+        ids = call.arguments[self.inputs]
+        a, b = branch.in_compute_dtype()
+        if a.shape[0] == 1:  # as Flax does: a table of one row is broadcast, whatever the ids
+            ids = jnp.zeros_like(ids)
+        return up_projection(branch.scaling * jnp.take(a, ids, axis=0), b)
 
 
 def _has_own_product(layer: Any) -> bool:
     return getattr(layer, "dot_general", None) not in (None, lax.dot_general)
 
 
-def _dense_axes(layer: Any, call: Call) -> KernelAxes:
-    refuse_stateful_product(layer)
-    return KernelAxes((), (0,), (1,))
-
-
-def _dense_low_rank(
-    layer: Any, call: Call, a: Array, b: Array, scaling: float, dtype: DTypeLike, run: Run
-) -> Array:
-    a, b = a.astype(dtype), b.astype(dtype)
-    if _has_own_product(layer):  # which may do more than multiply
-        xa = run(call, a, a.shape[-1])
-    else:
-        xa = down_projection(call["inputs"].astype(dtype), a, precision=layer.precision)
-    return up_projection(scaling * xa, b, precision=layer.precision)
-
-
-def _general_axes(layer: Any, call: Call) -> KernelAxes:
-    """The kernel of DenseGeneral and LinearGeneral is laid out as (batch, in, out)."""
-    refuse_stateful_product(layer)
-    batch = len(as_tuple(getattr(layer, "batch_dims", getattr(layer, "batch_axis", ()))))
-    inputs = len(as_tuple(layer.axis))
-    outputs = len(as_tuple(getattr(layer, "features", None) or layer.out_features))
-    order = tuple(range(batch + inputs + outputs))
-    return KernelAxes(order[:batch], order[batch : batch + inputs], order[batch + inputs :])
-
-
-def _general_low_rank(
-    layer: Any, call: Call, a: Array, b: Array, scaling: float, dtype: DTypeLike, run: Run
-) -> Array:
-    x = call["inputs"].astype(dtype)
-    axes = _general_axes(layer, call)
-    contracted = tuple(sorted(axis % x.ndim for axis in as_tuple(layer.axis)))  # as Flax does
-    product = layer.dot_general or lax.dot_general
-    xa = product(
-        x,
-        a.astype(dtype),
-        ((contracted, axes.inputs), (axes.stack, axes.stack)),
-        precision=layer.precision,
-    )
-    return up_projection(
-        scaling * xa, b.astype(dtype), stack=len(axes.stack), precision=layer.precision
-    )
-
-
-def _embed_low_rank(
-    layer: Any, call: Call, a: Array, b: Array, scaling: float, dtype: DTypeLike, run: Run
-) -> Array:
-    ids = call["inputs"]
-    if a.shape[0] == 1:  # as Flax does: a table of one row is broadcast, whatever the ids
-        ids = jnp.zeros_like(ids)
-    return up_projection(scaling * jnp.take(a.astype(dtype), ids, axis=0), b.astype(dtype))
-
-
-DENSE = Layout(_dense_axes, _dense_low_rank)
-GENERAL = Layout(_general_axes, _general_low_rank)
-
-EMBED = Layout(
-    _dense_axes,
-    _embed_low_rank,
-    kernel="embedding",
-    dropout=False,
-    attend=True,
-    all_linear=False,
-)
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (Sequence, Mapping)) else (value,)

@@ -1,4 +1,4 @@
-"""For each Flax layer class: which kernel axes are stacked, contracted, output; its low rank.
+"""How a layer class uses its kernel: the base class of every layout, and the record of a call.
 
 One `Layout` serves a Linen layer and its NNX namesake, since both have the same attributes.
 """
@@ -15,30 +15,67 @@ from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import LayoutError
 
 if TYPE_CHECKING:
-    from jaxtyping import Array
-
+    from jax.typing import DTypeLike
+    from jaxtyping import Array, Float
 
 # The arguments of a layer's call, by name.
-Call = Mapping[str, Any]
+Arguments = Mapping[str, Any]
 # Where the kernel's axes stand in a layer's output: a kernel axis, None for an axis of the inputs,
 # `...` for any number of those.
 OutputAxes = Sequence["int | EllipsisType | None"]
-# `run(call, kernel, features)`: the layer's own method with another kernel and no bias.
-Run = Callable[[Call, "Array", int], "Array"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer that is adapted.
+
+    Attributes:
+      layer: the Linen or NNX layer, for its attributes.
+      arguments: of the call, by name.
+      plain_output: `x W0` from the layer's own method, without the bias.
+      kernel: the frozen kernel `W0`.
+      bias: the layer's bias; None if it has none.
+      dropout: acts on the input of the low-rank branch.
+      run: `(arguments, kernel, features) -> output`, the layer's own method with another kernel, of
+        `features` out features, and no bias.
+    """
+
+    layer: Any
+    arguments: Arguments
+    plain_output: Float[Array, "..."]
+    kernel: Float[Array, "..."]
+    bias: Float[Array, "..."] | None
+    dropout: Callable[[Array], Array]
+    run: Callable[[Arguments, Array, int], Array]
+
+
+class LowRank(NamedTuple):
+    """The low-rank branch `scaling * A B` of one call.
+
+    Attributes:
+      a: `A (*stack, *in, k)`.
+      b: `B (*stack, k, *out)`.
+      scaling: `s`.
+      dtype: in which the layer multiplies.
+    """
+
+    a: Array
+    b: Array
+    scaling: float
+    dtype: DTypeLike
+
+    def in_compute_dtype(self) -> tuple[Array, Array]:
+        """Returns both factors in the dtype in which the layer multiplies."""
+        return self.a.astype(self.dtype), self.b.astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a layer class uses its kernel.
+    """How a layer class uses its kernel. Subclasses say it in `axes` and `low_rank`.
+
+    Frozen and hashable: a layout is a static part of every adapted layer.
 
     Attributes:
-      axes: `(layer, call) -> KernelAxes` of the kernel that one call of the layer sees (stack axes
-        that a scan or vmap adds in front are found from the stored kernel). `call` is empty where
-        there is none yet.
-      low_rank: `(layer, call, lora_a, lora_b, scaling, dtype, run) -> scaling * (inputs A) B`, in
-        the shape of the layer's output. `call` holds the inputs after dropout.
-      output_axes: `(layer, call, axes) -> OutputAxes`: by default the stack axes first, then those
-        of the inputs, then the out axes.
       kernel: the name of the kernel among the layer's parameters.
       bias: the name of what the layer adds to its output, if it adds anything: it is not scaled.
       inputs: the name of the argument that the kernel is multiplied with.
@@ -47,19 +84,38 @@ class Layout:
       all_linear: whether `target_modules="all-linear"` covers the layer.
     """
 
-    axes: Callable[[Any, Call], KernelAxes]
-    low_rank: Callable[..., Array]
-    output_axes: Callable[[Any, Call, KernelAxes], OutputAxes] = lambda layer, call, axes: (
-        *axes.stack,
-        ...,
-        *axes.outputs,
-    )
     kernel: str = "kernel"
     bias: str = "bias"
     inputs: str = "inputs"
     dropout: bool = True
     attend: bool = False
     all_linear: bool = True
+
+    def axes(self, layer: Any, arguments: Arguments) -> KernelAxes:
+        """Returns the axes of the kernel that one call of the layer sees.
+
+        Stack axes that a scan or vmap adds are found from the stored kernel. `arguments` is empty
+        where no call is known yet.
+
+        Raises:
+          LayoutError: the layer uses its kernel in a way that a low rank does not fit; says the
+            fix.
+        """
+        raise NotImplementedError
+
+    def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
+        """Returns `scaling * (inputs A) B`, in the shape of the layer's output.
+
+        The call's arguments hold the inputs after dropout.
+        """
+        raise NotImplementedError
+
+    def output_axes(self, layer: Any, arguments: Arguments, axes: KernelAxes) -> OutputAxes:
+        """Returns where the kernel's axes stand in the output.
+
+        By default the stack axes come first, then those of the inputs, then the out axes.
+        """
+        return (*axes.stack, ..., *axes.outputs)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -68,7 +124,7 @@ class Layout:
 
 
 class Unsupported(NamedTuple):
-    """Why a layer class is not adapted, with the mend; and whether "all-linear" would mean it."""
+    """Why a layer cannot be adapted, with the fix; and whether "all-linear" would cover it."""
 
     reason: str
     all_linear: bool
@@ -111,13 +167,10 @@ def stored_axes(axes: KernelAxes, stored_ndim: int, path: str) -> KernelAxes:
 
 
 def refuse_stateful_product(layer: Any) -> None:
+    """Raises `LayoutError` if a layer makes its product with a class that may keep a state."""
     for name in ("dot_general_cls", "conv_general_dilated_cls"):
         if getattr(layer, name, None) is not None:
             raise LayoutError(
                 f"the {name} of {type(layer).__name__} may keep a state for its one kernel, which "
                 "the low-rank products cannot share: exclude_modules, or give it a function"
             )
-
-
-def as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (Sequence, Mapping)) else (value,)

@@ -7,9 +7,9 @@ import inspect
 from flax import linen, nnx
 
 from dora_jax.errors import LayoutError
-from dora_jax.layers.conv import CONV
-from dora_jax.layers.dense import DENSE, EMBED, GENERAL
-from dora_jax.layers.einsum import EINSUM
+from dora_jax.layers.conv import ConvLayout
+from dora_jax.layers.dense import DenseLayout, EmbedLayout, GeneralLayout
+from dora_jax.layers.einsum import EinsumLayout
 from dora_jax.layers.layout import Layout, Unsupported
 
 LAYOUTS: dict[type, Layout] = {}
@@ -25,7 +25,7 @@ def register_layout(layer_class: type, layout: Layout) -> None:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from dora_jax import einsum_layout
+      >>> from dora_jax.layers import einsum_layout
       >>> from flax import linen as nn
       >>> class Projection(nn.Module):  # a parameter `w` and an equation given with each call
       ...     shape: tuple[int, ...]
@@ -36,7 +36,7 @@ def register_layout(layer_class: type, layout: Layout) -> None:
       ...         return jnp.einsum(equation, x, w)
       >>> register_layout(
       ...     Projection,
-      ...     einsum_layout(lambda layer, call: call["equation"], kernel="w", inputs="x"),
+      ...     einsum_layout(lambda layer, arguments: arguments["equation"], kernel="w", inputs="x"),
       ... )
       >>> find_layout(Projection).kernel
       'w'
@@ -89,18 +89,18 @@ def unsupported_reason(layer_class: type) -> Unsupported | None:
 
 LAYOUTS.update(
     {
-        linen.Dense: DENSE,
-        nnx.Linear: DENSE,
-        linen.DenseGeneral: GENERAL,
-        nnx.LinearGeneral: GENERAL,
-        linen.Einsum: EINSUM,
-        nnx.Einsum: EINSUM,
-        linen.Conv: CONV,
-        nnx.Conv: CONV,
-        linen.ConvTranspose: CONV,
-        nnx.ConvTranspose: CONV,
-        linen.Embed: EMBED,
-        nnx.Embed: EMBED,
+        linen.Dense: DenseLayout(),
+        nnx.Linear: DenseLayout(),
+        linen.DenseGeneral: GeneralLayout(),
+        nnx.LinearGeneral: GeneralLayout(),
+        linen.Einsum: EinsumLayout(),
+        nnx.Einsum: EinsumLayout(),
+        linen.Conv: ConvLayout(),
+        nnx.Conv: ConvLayout(),
+        linen.ConvTranspose: ConvLayout(),
+        nnx.ConvTranspose: ConvLayout(),
+        linen.Embed: EmbedLayout(),
+        nnx.Embed: EmbedLayout(),
     }
 )
 

@@ -8,9 +8,11 @@ from dora_jax.linen.adapt import apply_dora
 from dora_jax.linen.inference import apply_mixed, disabled_adapters, precompute_scales
 from dora_jax.linen.merge import merge
 from dora_jax.linen.model import DoRAModel, check_adapters, check_base
+from dora_jax.linen.tracing import ExampleCall
 
 __all__ = [
     "DoRAModel",
+    "ExampleCall",
     "apply_dora",
     "apply_mixed",
     "check_adapters",

@@ -1,13 +1,8 @@
-"""DoRA for Flax Linen: a method interceptor around `Module.apply`.
-
-The adapters travel inside `params` beside the kernels they adapt, so that whatever the model does
-with its own parameters (`nn.scan`, `nn.vmap`, `nn.remat`, `nn.share_scope`) it does with them.
-"""
+"""`apply_dora` for Linen: a traced call shows the layers, whose adapters are a separate tree."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,14 +10,14 @@ from flax import linen as nn
 from flax.core import meta
 
 from dora_jax.adapters.trees import Tree, get_in, set_in, tree_shapes
-from dora_jax.config import DoRAConfig
-from dora_jax.decomposition.initializers import init_layer, is_selected
-from dora_jax.errors import AdapterError, ConfigError
+from dora_jax.config import DoRAConfig, LayerSettings
+from dora_jax.errors import AdapterError, ConfigError, Path
 from dora_jax.layers.adapted import AdaptedLayer
-from dora_jax.linen.model import DoRAModel
+from dora_jax.layers.plan import StoredKernel, plan_layers, start_layers
+from dora_jax.linen.model import DoRAModel, StoredLayer
 from dora_jax.linen.stack_axes import is_in_front
-from dora_jax.linen.tracing import stored_kernel_axes, trace_layers
-from dora_jax.selection import check_indices, saved_paths, select_layers
+from dora_jax.linen.tracing import ExampleCall, Trace, stored_kernel_axes, trace_layers
+from dora_jax.selection import saved_paths
 
 
 def apply_dora(
@@ -31,15 +26,14 @@ def apply_dora(
     *,
     params: Tree,
     rng: jax.Array,
-    inputs: Sequence[Any],
-    variables: Tree | None = None,
-    method: Callable[..., Any] | str | None = None,
-    kwargs: Mapping[str, Any] | None = None,
+    inputs: Sequence[Any] | ExampleCall,
 ) -> tuple[DoRAModel, dict[str, Any]]:
     """Returns an adapted model and its adapters, for a Linen module and its parameters.
 
-    Nothing is changed in `module` or `params`. At this point both models compute the same, bit for
-    bit.
+        params    {"up": {"kernel": (in, out), "bias": (out,)}, ...}      stay as they are
+        adapters  {"up": {"lora_a": (in, r), "lora_b": (r, out), "magnitude": (out,)}, ...}
+
+    Both models compute the same at this point, bit for bit.
 
     Args:
       module: any `flax.linen.Module`.
@@ -47,10 +41,8 @@ def apply_dora(
       params: the module's `params` collection (not the dict around it).
       rng: draws `lora_a`.
       inputs: arguments of a call, arrays or `jax.ShapeDtypeStruct`: the call is traced, not run, to
-        see which layers there are.
-      variables: further collections that the call reads, such as `batch_stats`.
-      method: the method to trace, if not `__call__`.
-      kwargs: keyword arguments of the call.
+        see which layers there are. An `ExampleCall` for one with keyword arguments, another method
+        or further collections.
 
     Returns:
       The model, for `model.apply({"params": params, "dora": adapters}, *inputs)`, and the adapter
@@ -70,53 +62,51 @@ def apply_dora(
       ... )
       >>> jax.tree.map(jnp.shape, adapters)
       {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}
-      >>> y = model.apply({"params": params, "dora": adapters}, x)
-      >>> bool((y == module.apply({"params": params}, x)).all())
-      True
     """
     if isinstance(module, DoRAModel):
         raise AdapterError("the module is adapted already: merge it first")
     if "params" in params:
         raise ConfigError("params must be the collection itself: pass variables['params']")
-    trace = functools.partial(
-        trace_layers, module, params, inputs, variables or {}, method, kwargs or {}
-    )
-    found, modules = trace()
-    settings_by_path = select_layers(
-        config,
-        {path: layer.layout.all_linear for path, layer in found.items()},
-        modules,
-        {path: refusal for path, refusal in modules.items() if refusal},
-    )
+    call = inputs if isinstance(inputs, ExampleCall) else ExampleCall(inputs)
+    trace = trace_layers(module, params, call)
+    layouts = {path: layer.layout for path, layer in trace.layers.items()}
+    settings = plan_layers(config, layouts, trace.modules, trace.unsupported)
+    stored = _stored_layers(module, params, call, trace, settings)
     kernels = {
-        p: meta.unbox(get_in(params, (*p, found[p].layout.kernel))) for p in settings_by_path
+        path: StoredKernel(layer.kernel(params), layer.axes) for path, layer in stored.items()
     }
-    unclear = [
-        p for p in settings_by_path if not is_in_front(kernels[p].shape, found[p].kernel_shape)
-    ]
-    if unclear:
-        found, _ = trace([(*path, found[path].layout.kernel) for path in unclear])
-    layers, base = {}, {}
-    adapters: dict[str, Any] = {}
-    for path, settings in settings_by_path.items():
-        layout, kernel = found[path].layout, kernels[path]
-        positions, axes = stored_kernel_axes(path, found[path], kernel.shape)
-        if not is_selected(settings, axes):
-            continue
-        adapter, base[path] = init_layer(config, settings, path, rng, kernel, axes)
-        adapters = set_in(adapters, path, adapter)
-        traced = found[path]
-        layers[path] = AdaptedLayer(
-            settings,
-            layout,
-            axes,
-            traced.axes,
-            positions,
-            traced.dtype,
-            traced.precision,
-            traced.module,
-        )
-    check_indices(config, {path: layer.settings for path, layer in layers.items()})
-    for path in saved_paths(config, modules):
+    started = start_layers(config, settings, kernels, rng)
+    adapters: Any = {}
+    for path, start in started.items():
+        adapters = set_in(adapters, path, start.adapter)
+    for path in saved_paths(config, trace.modules):
         adapters = set_in(adapters, path, meta.unbox(get_in(params, path)))
+    layers = {path: stored[path] for path in started}
+    base = {path: start.base for path, start in started.items()}
     return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
+
+
+def _stored_layers(
+    module: nn.Module,
+    params: Tree,
+    call: ExampleCall,
+    trace: Trace,
+    settings: dict[Path, LayerSettings],
+) -> dict[Path, StoredLayer]:
+    """Returns the selected layers with the axes of their stored kernels.
+
+    Where shapes do not tell which axes are stack axes, a second trace finds them.
+    """
+    kernels = {p: (*p, trace.layers[p].layout.kernel) for p in settings}
+    shapes = {p: meta.unbox(get_in(params, kernel)).shape for p, kernel in kernels.items()}
+    ambiguous = [p for p in settings if not is_in_front(shapes[p], trace.layers[p].kernel_shape)]
+    layers = trace.layers
+    if ambiguous:
+        layers = trace_layers(module, params, call, [kernels[p] for p in ambiguous]).layers
+    stored = {}
+    for path, own in settings.items():
+        traced = layers[path]
+        positions, axes = stored_kernel_axes(path, traced, shapes[path])
+        adapted = AdaptedLayer(own, traced.layout, traced.axes, path)
+        stored[path] = StoredLayer(adapted, axes, positions, traced.dtype, traced.module)
+    return stored

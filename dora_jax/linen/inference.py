@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from flax.core import meta
 
 from dora_jax.adapters.serving import check_index, disable, select_adapters
 from dora_jax.adapters.trees import Tree, get_in, set_in
@@ -14,14 +13,19 @@ from dora_jax.linen.model import DoRAModel, check_adapters, check_collections
 
 
 def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
-    """Returns an adapter tree that holds each layer's scale, computed once, here.
+    """Returns an adapter tree that holds each layer's scale, computed here, once.
 
-    `model.apply` takes it as it takes `adapters`. The scale depends on parameters alone: inside a
-    loss, hoist before a loop over microbatches, and the norm is evaluated, and differentiated, once
-    for all of them. For inference, hoisting freezes the scale: a call costs what LoRA's does.
+        {"up": {"lora_a": A, "lora_b": B, "magnitude": m}}  ->
+        {"up": {"lora_a": A, "lora_b": B, "scale": (m - n) / n}}
+
+    `model.apply` takes it as it takes `adapters`. The scale depends on parameters alone. Inside a
+    loss, precompute before a loop over microbatches: the norm is then evaluated, and
+    differentiated, once for all of them. For inference, the scale stays fixed: a call costs what
+    LoRA's does.
 
     Example:
       >>> import dora_jax as dora, jax.numpy as jnp
+      >>> from flax import linen as nn
       >>> module, x = nn.Dense(3), jnp.ones((5, 4))
       >>> params = module.init(jax.random.key(0), x)["params"]
       >>> model, adapters = dora.apply_dora(
@@ -31,23 +35,17 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
       Array([0., 0., 0.], dtype=float32)
     """
     check_adapters(model, adapters)
-    hoisted: Any = adapters
+    precomputed: Any = adapters
     for path, layer in model.layers.items():
-        if not layer.settings.decompose:
+        settings = layer.adapted.settings
+        if not settings.decompose:
             continue
         adapter = dict(get_in(adapters, path))
-        scale = scale_minus_one(
-            layer.settings,
-            meta.unbox(get_in(params, (*path, layer.layout.kernel))),
-            adapter,
-            model.base[path],
-            layer.axes,
-            dtype=layer.dtype,
-            precision=layer.precision,
-        )
+        kernel, base = layer.kernel(params), model.base[path]
+        scale = scale_minus_one(settings, kernel, adapter, base, layer.product)
         adapter.pop("magnitude", None)
-        hoisted = set_in(hoisted, path, {**adapter, "scale": scale})
-    return hoisted
+        precomputed = set_in(precomputed, path, {**adapter, "scale": scale})
+    return precomputed
 
 
 def disabled_adapters(model: DoRAModel, adapters: Tree) -> dict[str, Any]:
@@ -62,8 +60,8 @@ def disabled_adapters(model: DoRAModel, adapters: Tree) -> dict[str, Any]:
 def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **kwargs: Any) -> Any:
     """Applies a model to a batch in which every example has an adapter of its own.
 
-    The outputs are those of one call for each adapter. Give hoisted adapters, so that norms are not
-    computed for each example.
+    The outputs are those of one call for each adapter. Give adapters with precomputed scales, so
+    that norms are not computed for each example.
 
     Args:
       model: the adapted model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,11 +14,12 @@ from flax.core import meta
 
 from dora_jax.adapters.trees import Tree
 from dora_jax.errors import AdapterError, Path, layer_name
-from dora_jax.layers.adapted import AdaptedLayer, adapted_attend, adapted_output
-from dora_jax.layers.layout import Call, bind_call
+from dora_jax.layers.adapted import AdaptedLayer, AttendCall, adapted_attend, adapted_output
+from dora_jax.layers.layout import Arguments, LayerCall, bind_call
 from dora_jax.layers.registry import find_layout
 
-# The name under which a layer's adapter stands among its parameters while the model runs.
+# The name under which the adapter of a layer, and what is kept of its kernel, stand among the
+# layer's parameters while the model runs.
 ADAPTER_KEY = "dora"
 
 
@@ -29,7 +31,16 @@ def intercept(
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
-    """Runs an adapted layer in place of its own `__call__`; leaves every other call alone."""
+    """Runs an adapted layer in place of its own method; leaves every other call alone.
+
+    Args:
+      layers: the adapted layers, by module path.
+      dropout: whether adapter dropout is active.
+      next_call: the intercepted method, bound to its module.
+      args: of the call.
+      kwargs: of the call.
+      context: which module and method are called.
+    """
     module, method = context.module, context.method_name
     layout = find_layout(type(module))
     if layout is None or method not in layout.methods:
@@ -37,43 +48,16 @@ def intercept(
     own = module.variables.get("params", {})
     if ADAPTER_KEY not in own:
         return next_call(*args, **kwargs)
-    layer, beside = layers[module.path], meta.unbox(own[ADAPTER_KEY])
+    adapted, kept = layers[module.path], meta.unbox(own[ADAPTER_KEY])
     params = {name: value for name, value in own.items() if name != ADAPTER_KEY}
-    kernel = meta.unbox(params[layer.layout.kernel])
-    prefix = "base_"
-    base = {k.removeprefix(prefix): v for k, v in beside.items() if k.startswith(prefix)}
     if method == "attend":
-        plain = functools.partial(call_plain, module, params, method=method)
-        (query,) = bind_call(getattr(type(module), method), (module, *args), kwargs).values()
-        return adapted_attend(
-            layer.settings, layer.layout, module, plain, query, kernel, beside, base
-        )
-    bias = layer.layout.bias
-    return adapted_output(
-        layer.settings,
-        layer.layout,
-        module,
-        bind_call(type(module).__call__, (module, *args), kwargs),
-        layer.call_axes,
-        call_plain(module, _zero_bias(params, bias), *args, **kwargs),
-        kernel,
-        meta.unbox(params[bias]) if bias in params else None,
-        beside,
-        base,
-        functools.partial(_dropout, module, layer.settings.dropout) if dropout else lambda x: x,
-        functools.partial(_run, module, layer.layout.kernel),
-        module.path,
-    )
-
-
-def _zero_bias(params: Tree, name: str) -> Tree:
-    """Returns a layer's parameters with a bias of zero.
-
-    Zero, not none: a bias takes part in the promotion of dtypes. XLA removes the addition.
-    """
-    if name not in params:
-        return params
-    return {**params, name: jax.tree.map(jnp.zeros_like, params[name])}
+        attend = _attend_call(adapted, module, params, args, kwargs)
+        return adapted_attend(adapted, attend, kept["adapter"], kept["base"])
+    call = _layer_call(adapted, module, params, args, kwargs)
+    if dropout:
+        drop = functools.partial(_dropout, module, adapted.settings.dropout)
+        call = dataclasses.replace(call, dropout=drop)
+    return adapted_output(adapted, call, kept["adapter"], kept["base"])
 
 
 def call_plain(
@@ -84,10 +68,55 @@ def call_plain(
     return plain.apply({"params": params}, *args, method=method, **kwargs)
 
 
-def _run(module: Any, kernel_name: str, call: Call, kernel: jax.Array, features: int) -> jax.Array:
+def _layer_call(
+    adapted: AdaptedLayer,
+    module: nn.Module,
+    params: Tree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> LayerCall:
+    """Returns the record of a call without dropout, with the plain layer's output."""
+    layout, bias = adapted.layout, adapted.layout.bias
+    return LayerCall(
+        layer=module,
+        arguments=bind_call(type(module).__call__, (module, *args), kwargs),
+        plain_output=call_plain(module, _with_zero_bias(params, bias), *args, **kwargs),
+        kernel=meta.unbox(params[layout.kernel]),
+        bias=meta.unbox(params[bias]) if bias in params else None,
+        dropout=lambda x: x,
+        run=functools.partial(_run, module, layout.kernel),
+    )
+
+
+def _attend_call(
+    adapted: AdaptedLayer,
+    module: Any,
+    params: Tree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> AttendCall:
+    """Returns the record of a call of `attend`."""
+    (query,) = bind_call(type(module).attend, (module, *args), kwargs).values()
+    plain = functools.partial(call_plain, module, params, method="attend")
+    return AttendCall(module, query, meta.unbox(params[adapted.layout.kernel]), plain)
+
+
+def _with_zero_bias(params: Tree, name: str) -> Tree:
+    """Returns a layer's parameters with a bias of zero.
+
+    Zero, not none: a bias takes part in the promotion of dtypes. XLA removes the addition.
+    """
+    if name not in params:
+        return params
+    return {**params, name: jax.tree.map(jnp.zeros_like, params[name])}
+
+
+def _run(
+    module: Any, kernel_name: str, arguments: Arguments, kernel: jax.Array, features: int
+) -> jax.Array:
     """Runs a layer's own method with another kernel, of `features` out features, and no bias."""
     other = module.clone(parent=None, name=None, features=features, use_bias=False)
-    return other.apply({"params": {kernel_name: kernel}}, **call)
+    return other.apply({"params": {kernel_name: kernel}}, **arguments)
 
 
 def _dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:

@@ -14,11 +14,42 @@ from flax.core import meta
 
 from dora_jax.adapters.trees import Tree, check_shapes, get_in, overlay, set_in, tree_shapes
 from dora_jax.config import DoRAConfig
-from dora_jax.decomposition.base import base_changed
+from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.base import FrozenBase, base_changed
+from dora_jax.decomposition.scale import KernelProduct
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.adapted import AdaptedLayer
 from dora_jax.linen.interceptor import ADAPTER_KEY, intercept
 from dora_jax.linen.stack_axes import stack_at
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLayer:
+    """An adapted layer as its model stores it.
+
+    Attributes:
+      adapted: the layer as one call sees it.
+      axes: of the stored kernel.
+      positions: where lifted transforms take the stack axes, the outermost transform's first.
+      dtype: in which the layer multiplied in the call that was traced.
+      module: a copy of the layer, for its attributes.
+    """
+
+    adapted: AdaptedLayer
+    axes: KernelAxes
+    positions: tuple[int, ...]
+    dtype: Any
+    module: nn.Module
+
+    @property
+    def product(self) -> KernelProduct:
+        """How the norm multiplies with the stored kernel."""
+        return KernelProduct(self.axes, self.dtype, getattr(self.module, "precision", None))
+
+    def kernel(self, params: Tree) -> Any:
+        """Returns the layer's kernel out of the model's parameters, without its box."""
+        path = self.adapted.path
+        return meta.unbox(get_in(params, (*path, self.adapted.layout.kernel)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,15 +62,39 @@ class DoRAModel:
       module: the module as it was.
       config: the configuration it was adapted with.
       layers: the adapted layers by module path.
-      base: by module path, what is kept of each frozen kernel (norm and mark).
+      base: by module path, what is kept of each frozen kernel.
       shapes: of every array of the adapter tree, by path.
     """
 
     module: nn.Module
     config: DoRAConfig
-    layers: Mapping[Path, AdaptedLayer]
-    base: Mapping[Path, Mapping[str, jax.Array]]
+    layers: Mapping[Path, StoredLayer]
+    base: Mapping[Path, FrozenBase]
     shapes: Mapping[Path, tuple[int, ...]]
+
+    @property
+    def base_collection(self) -> dict[str, Any]:
+        """What is kept of the frozen kernels, as a collection: nested dicts by module path.
+
+        `apply` takes it as `dora_base`. Without that collection these arrays are constants of the
+        compiled program, which cannot span several hosts.
+        """
+        collection: dict[str, Any] = {}
+        for path, base in self.base.items():
+            collection = set_in(collection, path, base.arrays())
+        return collection
+
+    def with_base(self, collection: Tree) -> DoRAModel:
+        """Returns the model with other arrays for `base_collection`, such as a program's arguments.
+
+        Raises:
+          AdapterError: the collection lacks a layer; names it.
+        """
+        base = {
+            path: FrozenBase(**get_in(collection, path, "the collection dora_base"))
+            for path in self.base
+        }
+        return dataclasses.replace(self, base=base)
 
     def apply(
         self,
@@ -53,7 +108,8 @@ class DoRAModel:
         """Applies the adapted module, as `flax.linen.Module.apply` does.
 
         Args:
-          variables: the module's collections, and `dora`, the adapters.
+          variables: the module's collections, and `dora`, the adapters. On several hosts also
+            `dora_base`, the model's `base_collection`.
           *args: the module's arguments.
           rngs: keys by stream; adapter dropout is active if there is a `dropout` stream.
           method: as for `Module.apply`.
@@ -64,12 +120,14 @@ class DoRAModel:
           AdapterError: `dora` is missing, or does not fit the model; names the layer.
         """
         check_collections(variables)
+        model = self.with_base(variables["dora_base"]) if "dora_base" in variables else self
         adapters = variables["dora"]
-        check_adapters(self, adapters)
-        others = {name: value for name, value in variables.items() if name != "dora"}
-        others["params"] = self._params_with_adapters(variables["params"], adapters)
+        check_adapters(model, adapters)
+        others = {k: value for k, value in variables.items() if k not in ("dora", "dora_base")}
+        others["params"] = model._params_with_adapters(variables["params"], adapters)
         dropout = bool(self.config.dropout) and rngs is not None and _has_dropout(rngs)
-        with nn.intercept_methods(functools.partial(intercept, self.layers, dropout)):
+        adapted = {path: layer.adapted for path, layer in self.layers.items()}
+        with nn.intercept_methods(functools.partial(intercept, adapted, dropout)):
             result = self.module.apply(
                 others, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
             )
@@ -79,19 +137,25 @@ class DoRAModel:
         return output, _without_adapters(updated)
 
     def _params_with_adapters(self, params: Tree, adapters: Tree) -> dict[str, Any]:
+        """Returns the parameters with each layer's adapter among them.
+
+        {"up": {"kernel": W}}  ->
+        {"up": {"kernel": W, "dora": {"adapter": {"lora_a": A, ...}, "base": FrozenBase(...)}}}
+        """
         result = overlay(params, saved_modules(self.layers, adapters))
-        for path in self.layers:
-            layer = self.layers[path]
-            base = {f"base_{k}": v for k, v in self.base[path].items()}
-            beside = {**get_in(adapters, path), **base}
+        for path, layer in self.layers.items():
+            kept: Any = {"adapter": dict(get_in(adapters, path)), "base": self.base[path]}
             if any(layer.positions):
-                ndim = layer.call_axes.ndim
-                beside = {k: stack_at(v, layer.positions, ndim) for k, v in beside.items()}
-            result = set_in(result, path, {**get_in(params, path), ADAPTER_KEY: beside})
+                place = functools.partial(
+                    stack_at, positions=layer.positions, call_ndim=layer.adapted.axes.ndim
+                )
+                kept = jax.tree.map(place, kept)
+            result = set_in(result, path, {**get_in(params, path), ADAPTER_KEY: kept})
         return result
 
 
 def check_collections(variables: Tree) -> None:
+    """Raises `AdapterError` unless both `params` and `dora` are among the collections."""
     if missing := {"params", "dora"} - set(variables):
         raise AdapterError(
             f"variables has no collection {min(missing)!r}: apply to {{'params': ..., 'dora': "
@@ -102,15 +166,15 @@ def check_collections(variables: Tree) -> None:
 def check_adapters(model: DoRAModel, adapters: Tree) -> None:
     """Raises `AdapterError` if an adapter array is missing, unknown or of a wrong shape.
 
-    Hoisted adapters, with a scale in place of the magnitude, fit too.
+    Adapters with precomputed scales in place of magnitudes fit too.
     """
     wanted = model.shapes
     given = tree_shapes(adapters)
     if any((*path, "scale") in given for path in model.layers):
         scales = {
-            (*path, "scale"): model.base[path]["norm"].shape
+            (*path, "scale"): model.base[path].norm.shape
             for path, layer in model.layers.items()
-            if layer.settings.decompose
+            if layer.adapted.settings.decompose
         }
         magnitudes = {(*path, "magnitude") for path in model.layers}
         wanted = {p: s for p, s in wanted.items() if p not in magnitudes} | scales
@@ -124,8 +188,7 @@ def check_base(model: DoRAModel, params: Tree) -> None:
     except under a transformation such as `jax.jit`, where the values are not known.
     """
     for path, layer in model.layers.items():
-        kernel = meta.unbox(get_in(params, (*path, layer.layout.kernel)))
-        changed = base_changed(kernel, model.base[path], layer.axes)
+        changed = base_changed(layer.kernel(params), model.base[path], layer.axes)
         if not isinstance(changed, jax.core.Tracer) and np.any(changed):
             raise AdapterError(
                 f"{layer_name(path)}: the kernel changed since apply_dora, so its stored norm is "
@@ -133,16 +196,16 @@ def check_base(model: DoRAModel, params: Tree) -> None:
             )
 
 
-def _has_dropout(rngs: Any) -> bool:
-    """Whether `rngs` has a stream for dropout; a single key serves every stream."""
-    return not isinstance(rngs, Mapping) or "dropout" in rngs
-
-
 def saved_modules(layers: Iterable[Path], adapters: Tree) -> Tree:
-    """Returns the part of an adapter tree that is of modules trained in full."""
+    """Returns the part of an adapter tree that belongs to modules trained in full."""
     for path in layers:
         adapters = set_in(adapters, path, {})
     return adapters
+
+
+def _has_dropout(rngs: Any) -> bool:
+    """Whether `rngs` has a stream for dropout; a single key serves every stream."""
+    return not isinstance(rngs, Mapping) or "dropout" in rngs
 
 
 def _without_adapters(tree: Any) -> Any:

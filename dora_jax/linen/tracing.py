@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,116 +27,111 @@ _COMPUTED = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class ExampleCall:
+    """One call of a Linen module, to be traced: `apply_dora(..., inputs=ExampleCall((x,), ...))`.
+
+    Attributes:
+      args: positional arguments, arrays or `jax.ShapeDtypeStruct`.
+      kwargs: keyword arguments of the call.
+      method: the method to trace, if not `__call__`.
+      variables: further collections that the call reads, such as `batch_stats`.
+    """
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    method: Callable[..., Any] | str | None = None
+    variables: Tree = dataclasses.field(default_factory=dict)
+
+
 class TracedLayer(NamedTuple):
-    """A layer that can be adapted, as a call of the model sees it (inside scans and vmaps)."""
+    """A layer that can be adapted, as a call of the model sees it (inside scans and vmaps).
+
+    Attributes:
+      layout: of its class.
+      axes: of its kernel.
+      kernel_shape: of its kernel.
+      dtype: in which it multiplies.
+      module: a copy of it, for its attributes.
+      positions: where lifted transforms take the stack axes, if that was asked for.
+    """
 
     layout: Layout
     axes: KernelAxes
     kernel_shape: tuple[int, ...]
     dtype: Any
-    precision: Any
     module: nn.Module
     positions: tuple[int, ...] | None = None
 
 
-def trace_layers(
-    module: nn.Module,
-    params: Tree,
-    inputs: Sequence[Any],
-    variables: Tree,
-    method: Callable[..., Any] | str | None,
-    kwargs: Mapping[str, Any],
-    unclear: Sequence[Path] = (),
-) -> tuple[dict[Path, TracedLayer], dict[Path, Unsupported | None]]:
-    """Traces one call; returns the adaptable layers, and every module with why it is refused.
+class Trace(NamedTuple):
+    """What one traced call of a module shows.
 
-    Of the kernels in `unclear`, it finds where lifted transforms take the stack axes.
+    Attributes:
+      layers: the layers that can be adapted, by path.
+      modules: every module, with the reason if it cannot be adapted.
     """
-    found: dict[Path, TracedLayer] = {}
-    modules: dict[Path, Unsupported | None] = {}
 
-    def record(
-        next_call: Callable[..., Any],
-        args: tuple[Any, ...],
-        call_kwargs: dict[str, Any],
-        context: nn.module.InterceptorContext,
-    ) -> Any:
-        layer = context.module
-        layout, own = find_layout(type(layer)), layer.variables.get("params", {})
-        modules.setdefault(layer.path, unsupported_reason(type(layer)))
-        if layout is None or context.method_name not in layout.methods:
-            return next_call(*args, **call_kwargs)
-        if layout.kernel not in own:  # Flax would make a new one in silence
-            get_in(params, (*layer.path, layout.kernel))
-        # A layer may be run on variables that are not its own, as a tied head is.
-        if has_path(params, (*layer.path, layout.kernel)):
-            shape = np.shape(meta.unbox(own.get(layout.kernel)))
-            method = type(layer).__call__
-            bound = bind_call(method, (layer, *args), call_kwargs)
-            dtype = compute_dtype(layer, bound[layout.inputs], meta.unbox(own[layout.kernel]))
-            precision = getattr(layer, "precision", None)
-            try:
-                axes = layout.axes(layer, bound)
-            except LayoutError as error:  # raised only if the layer is selected
-                modules[layer.path] = Unsupported(str(error), layout.all_linear)
-            else:
-                box = own[layout.kernel]
-                marked = tag_kernel(meta.unbox(box), _label((*layer.path, layout.kernel)))
-                found[layer.path] = TracedLayer(
-                    layout,
-                    axes,
-                    shape,
-                    dtype,
-                    precision,
-                    layer.clone(parent=None, name=None),
-                    box.positions if isinstance(box, PositionBox) else None,
-                )
-                if layout.attend:  # run on what is marked, so that any other use shows
-                    own = {**own, layout.kernel: marked}
-                    return call_plain(layer, own, *args, method=context.method_name, **call_kwargs)
-        return next_call(*args, **call_kwargs)
+    layers: dict[Path, TracedLayer]
+    modules: dict[Path, Unsupported | None]
 
-    def call(params: Tree, inputs: tuple[Any, ...]) -> Any:
-        for path in unclear:
+    @property
+    def unsupported(self) -> dict[Path, Unsupported]:
+        """The modules that cannot be adapted, with the reason."""
+        return {path: reason for path, reason in self.modules.items() if reason}
+
+
+def trace_layers(
+    module: nn.Module, params: Tree, call: ExampleCall, ambiguous: Sequence[Path] = ()
+) -> Trace:
+    """Traces one call of a module.
+
+    Args:
+      module: the module.
+      params: its parameters, or their shapes.
+      call: what to trace.
+      ambiguous: paths of kernels whose shapes do not tell where lifted transforms take their stack
+        axes; for these the trace finds it.
+    """
+    trace = Trace({}, {})
+
+    def run(params: Tree, inputs: tuple[Any, ...]) -> Any:
+        for path in ambiguous:
             params = set_in(params, path, PositionBox(get_in(params, path)))
-        with nn.intercept_methods(record):
+        with nn.intercept_methods(_recorder(trace, params)):
             key = jax.random.key(0)
             return module.apply(
-                {**variables, "params": params},
+                {**call.variables, "params": params},
                 *inputs,
                 rngs={"params": key, "dropout": key},
-                method=method,
+                method=call.method,
                 mutable=True,
-                **kwargs,
+                **call.kwargs,
             )
 
-    program = jax.make_jaxpr(call)(params, tuple(inputs)).jaxpr
+    program = jax.make_jaxpr(run)(params, tuple(call.args)).jaxpr
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     labels = {var: _label(_dict_keys(key)) for var, (key, _) in zip(program.invars, leaves)}  # noqa: B905
     uses = kernel_uses(program, labels)
-    for path in list(found):
-        layout, label = found[path].layout, _label((*path, found[path].layout.kernel))
+    for path, layer in list(trace.layers.items()):
+        label = _label((*path, layer.layout.kernel))
         reason = _COMPUTED if label in uses.computed else ""
-        if layout.attend and label in uses.read:
+        if layer.layout.attend and label in uses.read:
             reason = TIED
         if reason:
-            modules[path] = Unsupported(reason, found.pop(path).layout.all_linear)
-    return found, modules
-
-
-def _label(path: Path) -> str:
-    return ".".join(path)
-
-
-def _dict_keys(path: Sequence[Any]) -> Path:
-    """Returns the keys of dicts in a path of JAX's, which may lead into a box too."""
-    return tuple(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
+            trace.modules[path] = Unsupported(reason, layer.layout.all_linear)
+            del trace.layers[path]
+    return trace
 
 
 def stored_kernel_axes(
     path: Path, traced: TracedLayer, stored_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], KernelAxes]:
-    """Returns where transforms take the stack axes of a stored kernel, and its axes."""
+    """Returns where transforms take the stack axes of a stored kernel, and its axes.
+
+    Raises:
+      LayoutError: the stored shape is not the one that the layer sees with stack axes added.
+    """
     positions = traced.positions
     if positions is None:
         positions = (0,) * (len(stored_shape) - len(traced.kernel_shape))
@@ -148,3 +144,57 @@ def stored_kernel_axes(
             "exclude_modules"
         )
     return positions, axes
+
+
+def _recorder(trace: Trace, params: Tree) -> Callable[..., Any]:
+    """Returns an interceptor that records every module it sees, and tags kernels in the program."""
+
+    def record(
+        next_call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        layer = context.module
+        layout, own = find_layout(type(layer)), layer.variables.get("params", {})
+        trace.modules.setdefault(layer.path, unsupported_reason(type(layer)))
+        if layout is None or context.method_name not in layout.methods:
+            return next_call(*args, **kwargs)
+        if layout.kernel not in own:  # Flax would make a new one without a word
+            get_in(params, (*layer.path, layout.kernel))
+        # A layer may be run on variables that are not its own, as a tied head is.
+        if not has_path(params, (*layer.path, layout.kernel)):
+            return next_call(*args, **kwargs)
+        arguments = bind_call(type(layer).__call__, (layer, *args), kwargs)
+        try:
+            axes = layout.axes(layer, arguments)
+        except LayoutError as error:  # raised only if the layer is selected
+            trace.modules[layer.path] = Unsupported(str(error), layout.all_linear)
+            return next_call(*args, **kwargs)
+        box = own[layout.kernel]
+        kernel = meta.unbox(box)
+        tagged = tag_kernel(kernel, _label((*layer.path, layout.kernel)))
+        trace.layers[layer.path] = TracedLayer(
+            layout,
+            axes,
+            np.shape(kernel),
+            compute_dtype(layer, arguments[layout.inputs], kernel),
+            layer.clone(parent=None, name=None),
+            box.positions if isinstance(box, PositionBox) else None,
+        )
+        if not layout.attend:
+            return next_call(*args, **kwargs)
+        # Run on the tagged table, so that any other use of it shows.
+        own = {**own, layout.kernel: tagged}
+        return call_plain(layer, own, *args, method=context.method_name, **kwargs)
+
+    return record
+
+
+def _label(path: Path) -> str:
+    return ".".join(path)
+
+
+def _dict_keys(path: Sequence[Any]) -> Path:
+    """Returns the keys of dicts in a path of JAX's, which may lead into a box too."""
+    return tuple(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))

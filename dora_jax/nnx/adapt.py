@@ -1,23 +1,21 @@
-"""DoRA for Flax NNX: layers that carry their adapter.
-
-An adapted layer is the same object of a subclass of its class, so that the paths and attributes of
-the base model, and the base checkpoints made for them, stay valid.
-"""
+"""`apply_dora` for NNX: a copy of the model whose selected layers carry an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
 from dora_jax.config import DoRAConfig
-from dora_jax.decomposition.initializers import init_layer, is_selected
+from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.layers.adapted import AdaptedLayer
 from dora_jax.layers.layout import Layout, stored_axes
+from dora_jax.layers.plan import StoredKernel, plan_layers, start_layers
 from dora_jax.layers.registry import find_layout
-from dora_jax.nnx.layers import dora_class, set_class
+from dora_jax.nnx.layers import attach
 from dora_jax.nnx.model import adapted_layers, copy_model, named_modules
 from dora_jax.nnx.tracing import (
     call_axes_of,
@@ -26,8 +24,8 @@ from dora_jax.nnx.tracing import (
     trace_axes,
     warn_of_uncalled,
 )
-from dora_jax.nnx.variables import BaseParam, DoRAParam, M, SavedParam, retype_parameters
-from dora_jax.selection import check_indices, saved_paths, select_layers
+from dora_jax.nnx.variables import M, SavedParam, retype_parameters
+from dora_jax.selection import saved_paths
 
 
 def apply_dora(
@@ -62,53 +60,54 @@ def apply_dora(
     """
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs must be an nnx.Rngs, as in rngs=nnx.Rngs(0), got {type(rngs)}")
-    if adapted := [path for path, _ in adapted_layers(model)]:
+    if adapted := list(adapted_layers(model)):
         raise AdapterError(
             f"the model is adapted already ({layer_name(adapted[0])} has an adapter); merge it "
             "first"
         )
     model = copy_model(model)
-    modules = dict(named_modules(model))
-    layers: dict[Path, tuple[Any, Layout]] = {
-        path: (module, layout)
-        for path, module in modules.items()
-        if (layout := find_layout(type(module))) is not None
-    }
-    settings_by_path = select_layers(
-        config,
-        {path: layout.all_linear for path, (_, layout) in layers.items()},
-        modules,
-        find_unsupported(modules, layers),
-    )
-    layers = {path: layers[path] for path in settings_by_path}
-    traced = {} if inputs is None else trace_axes(model, layers, tuple(inputs))
-    if inputs is not None:
-        warn_of_uncalled(layers.keys() - traced.keys())
-    key = rngs.params()
-    for path, settings in settings_by_path.items():
+    modules: dict[Path, Any] = dict(named_modules(model))
+    layouts = {p: layout for p, m in modules.items() if (layout := find_layout(type(m)))}
+    settings = plan_layers(config, layouts, modules, find_unsupported(modules, layouts))
+    layers = {path: (modules[path], layouts[path]) for path in settings}
+    axes = _call_axes(model, layers, inputs)
+    kernels = {path: _stored_kernel(path, *layers[path], axes[path]) for path in settings}
+    for path, start in start_layers(config, settings, kernels, rngs.params()).items():
         layer, layout = layers[path]
-        kernel = getattr(layer, layout.kernel).get_value()
-        call_axes = traced[path] if path in traced else call_axes_of(path, layer, layout, {})
-        axes = stored_axes(call_axes, kernel.ndim, layer_name(path))
-        check_stored_shape(path, layer, kernel)
-        if not is_selected(settings, axes):
-            continue
-        adapter, base = init_layer(config, settings, path, key, kernel, axes)
-        set_class(layer, dora_class(layer.__class__))
-        layer.settings, layer.call_axes = settings, call_axes
-        layer.layer_path = tuple(key for key in path if not key.isdigit())
-        layer.lora_dropout = nnx.Dropout(settings.dropout)
-        if (
-            settings.dropout
-        ):  # a scan or vmap over the layer needs a key for each slice of its stack
-            stream, stack = rngs.dropout, tuple(kernel.shape[i] for i in axes.stack)
-            keys = jax.random.split(stream(), stack)
-            layer.lora_dropout.rngs = type(stream)(keys, tag=stream.tag)
-        for name, value in adapter.items():
-            setattr(layer, name, DoRAParam(value))
-        for name, value in base.items():
-            setattr(layer, f"base_{name}", BaseParam(value))
-    check_indices(config, {path: layer.settings for path, layer in adapted_layers(model)})
+        place = tuple(key for key in path if not key.isdigit())
+        record = AdaptedLayer(start.settings, layout, axes[path], place)
+        attach(layer, record, start.adapter, start.base)
+        if start.settings.dropout:
+            layer.lora_dropout.rngs = _dropout_stream(rngs, kernels[path])
     for path in saved_paths(config, modules):
         retype_parameters(modules[path], nnx.Param, SavedParam)
     return model
+
+
+def _call_axes(
+    model: nnx.Module,
+    layers: Mapping[Path, tuple[Any, Layout]],
+    inputs: Sequence[Any] | None,
+) -> dict[Path, KernelAxes]:
+    """Returns the axes of each kernel as one call sees it, from a traced call if there is one."""
+    traced = {} if inputs is None else trace_axes(model, layers, tuple(inputs))
+    if inputs is not None:
+        warn_of_uncalled(layers.keys() - traced.keys())
+    return {
+        path: traced[path] if path in traced else call_axes_of(path, layer, layout, {})
+        for path, (layer, layout) in layers.items()
+    }
+
+
+def _stored_kernel(path: Path, layer: Any, layout: Layout, call_axes: KernelAxes) -> StoredKernel:
+    """Returns the kernel that a layer stores, whose stack axes stand in front."""
+    kernel = getattr(layer, layout.kernel).get_value()
+    axes = stored_axes(call_axes, kernel.ndim, layer_name(path))
+    check_stored_shape(path, layer, kernel)
+    return StoredKernel(kernel, axes)
+
+
+def _dropout_stream(rngs: nnx.Rngs, kernel: StoredKernel) -> Any:
+    """Returns the random stream of a layer's dropout: a scan or vmap takes a key for each slice."""
+    stream, stack = rngs.dropout, tuple(kernel.value.shape[i] for i in kernel.axes.stack)
+    return type(stream)(jax.random.split(stream(), stack), tag=stream.tag)

@@ -10,11 +10,10 @@ from flax import nnx
 
 from dora_jax.adapters.serving import check_index, disable, select_adapters
 from dora_jax.adapters.trees import check_shapes, tree_shapes
-from dora_jax.decomposition.scale import scale_minus_one
+from dora_jax.decomposition.scale import KernelProduct, scale_minus_one
 from dora_jax.layers.adapted import compute_dtype
 from dora_jax.nnx.layers import adapter_of, base_of
 from dora_jax.nnx.model import (
-    adapted_layers,
     checked_layers,
     copy_model,
     get_adapters,
@@ -25,11 +24,11 @@ from dora_jax.nnx.variables import DoRAParam, M
 
 
 def precompute_scales(model: M) -> M:
-    """Returns a copy of an adapted model whose layers hold their scale, computed once, here.
+    """Returns a copy of an adapted model whose layers hold their scale, computed here, once.
 
-    The scale depends on parameters alone. Inside a loss, hoist before a loop over microbatches: the
-    norm is then evaluated, and differentiated, once for all of them. For inference, hoisting
-    freezes the scale: a call costs what LoRA's does.
+    The scale, `(m - n) / n`, replaces the magnitude. It depends on parameters alone. Inside a loss,
+    precompute before a loop over microbatches: the norm is then evaluated, and differentiated, once
+    for all of them. For inference, the scale stays fixed: a call costs what LoRA's does.
 
     Raises:
       AdapterError: nothing is adapted.
@@ -42,25 +41,21 @@ def precompute_scales(model: M) -> M:
       Array([0., 0., 0.], dtype=float32)
     """
     model = copy_model(model)
-    for layer in checked_layers(model):
-        settings = layer.settings
+    for layer in checked_layers(model).values():
+        settings = layer.adapted.settings
         if not settings.decompose or settings.precomputed:
             continue
         kernel, axes = kernel_and_axes(layer)
         value = kernel[...]
-        scale = scale_minus_one(
-            settings,
-            value,
-            adapter_of(layer),
-            base_of(layer),
-            axes,
-            dtype=compute_dtype(layer, value, value),
-            precision=getattr(layer, "precision", None),
+        product = KernelProduct(
+            axes, compute_dtype(layer, value, value), getattr(layer, "precision", None)
         )
+        scale = scale_minus_one(settings, value, adapter_of(layer), base_of(layer), product)
         if settings.has_magnitude:
             delattr(layer, "magnitude")
         layer.scale = DoRAParam(scale)
-        layer.settings = dataclasses.replace(settings, precomputed=True)
+        settings = dataclasses.replace(settings, precomputed=True)
+        layer.adapted = dataclasses.replace(layer.adapted, settings=settings)
     return model
 
 
@@ -70,19 +65,18 @@ def disabled_adapters(model: nnx.Module) -> dict[str, Any]:
     `set_adapters` switches to it and back; nothing is compiled anew. Modules trained in full stay
     as they are.
     """
-    checked_layers(model)
-    tree = get_adapters(model)
-    return disable(tree, {path: base_of(layer) for path, layer in adapted_layers(model)})
+    layers = checked_layers(model)
+    return disable(get_adapters(model), {path: base_of(layer) for path, layer in layers.items()})
 
 
 def apply_mixed(model: nnx.Module, stacked: Any, index: Any, *inputs: Any, **kwargs: Any) -> Any:
     """Applies an adapted model to a batch in which every example has an adapter of its own.
 
-    The outputs are those of one call for each adapter. Give adapters of a hoisted model, so that
-    norms are not computed for each example.
+    The outputs are those of one call for each adapter. Precompute the scales first, so that norms
+    are not computed for each example.
 
     Args:
-      model: the adapted model, as `hoist` returns it or not.
+      model: the adapted model, with precomputed scales or not.
       stacked: adapter trees of that model, from `dora_jax.adapters.stack_adapters`, with leaves
         `(adapters, ...)`.
       index: which of them each example uses, int `(batch,)`.

@@ -1,4 +1,4 @@
-"""NNX layers that carry an adapter: subclasses of the layers they adapt, with their variables."""
+"""NNX layers that carry an adapter: subclasses of the layers they adapt."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dora_jax.layers.adapted import adapted_attend, adapted_output
-from dora_jax.layers.layout import Call, Layout, bind_call
+from dora_jax.decomposition.base import FrozenBase
+from dora_jax.layers.adapted import AdaptedLayer, AttendCall, adapted_attend, adapted_output
+from dora_jax.layers.layout import Arguments, LayerCall, bind_call
 from dora_jax.layers.registry import find_layout
+from dora_jax.nnx.variables import BaseParam, DoRAParam
+
+# The attributes of a layer that hold the arrays of its `FrozenBase`: `base_norm` and so on.
+BASE_PREFIX = "base_"
 
 
 class DoRALayer(nnx.Module):
@@ -20,34 +25,20 @@ class DoRALayer(nnx.Module):
     Attributes:
       lora_a, lora_b, magnitude: `DoRAParam` of shapes `(*stack, *in, r)`, `(*stack, r, *out)`,
         `(*stack, *out)`; absent where the settings have none.
-      base_norm, base_row: `BaseParam`, see `dora_jax.decomposition.describe_base`; base_mask,
-        base_init_a, base_init_b where there are any, see `effective_factors` there.
+      base_norm, base_first_row, base_mask, base_init_a, base_init_b: `BaseParam`, the arrays of
+        `dora_jax.decomposition.FrozenBase`; absent where that has none.
       lora_dropout: `nnx.Dropout` on the input of the low-rank branch.
-      settings: the layer's settings.
-      call_axes: the axes of the kernel that one call sees.
-      layer_path: of the layer, without numbers, so that equal blocks have equal graphs.
+      adapted: the layer's settings, layout and axes. Its path has no numbers, so that equal blocks
+        have equal graphs.
     """
+
+    adapted: AdaptedLayer
+    lora_dropout: nnx.Dropout
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
         """Returns the adapted output, of the shape and dtype of the plain layer's."""
-        layer_class = plain_class(type(self))
-        layout = layout_of(layer_class)
-        bias = getattr(self, layout.bias, None)
-        return adapted_output(
-            self.settings,
-            layout,
-            self,
-            bind_call(layer_class.__call__, (self, *args), kwargs),
-            self.call_axes,
-            layer_class.__call__(_without_bias(self, layout.bias), *args, **kwargs),
-            getattr(self, layout.kernel)[...],
-            None if bias is None else bias[...],
-            adapter_of(self),
-            base_of(self),
-            self.lora_dropout,
-            functools.partial(_run, self, layer_class),
-            self.layer_path,
-        )
+        call = _layer_call(self, args, kwargs)
+        return adapted_output(self.adapted, call, adapter_of(self), base_of(self))
 
 
 class DoRALinear(DoRALayer, nnx.Linear):
@@ -57,26 +48,17 @@ class DoRALinear(DoRALayer, nnx.Linear):
 def _attend(self: Any, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """Attends over the adapted table, as the layer's own `attend` over the plain one."""
     layer_class: Any = plain_class(type(self))
-    layout = layout_of(layer_class)
-    return adapted_attend(
-        self.settings,
-        layout,
-        self,
-        lambda query: layer_class.attend(self, query, *args, **kwargs),
-        query,
-        getattr(self, layout.kernel)[...],
-        adapter_of(self),
-        base_of(self),
+    kernel = getattr(self, self.adapted.layout.kernel)[...]
+    call = AttendCall(
+        self, query, kernel, lambda query: layer_class.attend(self, query, *args, **kwargs)
     )
+    return adapted_attend(self.adapted, call, adapter_of(self), base_of(self))
 
 
 class DoRAEmbed(DoRALayer, nnx.Embed):
     """`nnx.Embed` with an adapter, which `attend` sees too."""
 
     attend = _attend
-
-
-OWN_ATTRIBUTES = ("lora_dropout", "settings", "call_axes", "layer_path")
 
 
 @functools.cache
@@ -86,7 +68,8 @@ def dora_class(layer_class: type[nnx.Module]) -> type[nnx.Module]:
         return DoRALinear
     if layer_class is nnx.Embed:
         return DoRAEmbed
-    methods = {"attend": _attend} if layout_of(layer_class).attend else {}
+    layout = find_layout(layer_class)
+    methods = {"attend": _attend} if layout is not None and layout.attend else {}
     return type(f"DoRA{layer_class.__name__}", (DoRALayer, layer_class), methods)
 
 
@@ -95,16 +78,39 @@ def plain_class(adapted_class: type[nnx.Module]) -> type[nnx.Module]:
     return adapted_class.__mro__[2]
 
 
-def layout_of(layer_class: type[nnx.Module]) -> Layout:
-    """Returns the layout of a class that has one."""
-    layout = find_layout(layer_class)
-    assert layout is not None, f"{layer_class} lost its layout"
-    return layout
-
-
 def set_class(layer: nnx.Module, layer_class: type[nnx.Module]) -> None:
-    """Changes a layer's class in place, so that whatever holds it need not be found."""
+    """Changes a layer's class in place, so that whatever holds the layer need not be found."""
     object.__setattr__(layer, "__class__", layer_class)
+
+
+def adapter_of(layer: Any) -> dict[str, jax.Array]:
+    """Returns the arrays of a layer's adapter, by name."""
+    return {name: getattr(layer, name)[...] for name in layer.adapted.settings.parameter_names}
+
+
+def base_of(layer: Any) -> FrozenBase:
+    """Returns what an adapted layer keeps of its frozen kernel."""
+    named = ((name.removeprefix(BASE_PREFIX), name) for name in _base_attributes(layer))
+    return FrozenBase(**{field: getattr(layer, name)[...] for field, name in named})
+
+
+def attach(layer: Any, adapted: AdaptedLayer, adapter: dict[str, Any], base: FrozenBase) -> None:
+    """Makes a layer carry an adapter, in place; its dropout gets its keys apart."""
+    set_class(layer, dora_class(layer.__class__))
+    layer.adapted = adapted
+    layer.lora_dropout = nnx.Dropout(adapted.settings.dropout)
+    for name, value in adapter.items():
+        setattr(layer, name, DoRAParam(value))
+    for name, value in base.arrays().items():
+        setattr(layer, BASE_PREFIX + name, BaseParam(value))
+
+
+def detach(layer: Any) -> None:
+    """Makes an adapted layer plain again, in place; its kernel stays as it is."""
+    names = layer.adapted.settings.parameter_names
+    for name in (*names, *_base_attributes(layer), "lora_dropout", "adapted"):
+        delattr(layer, name)
+    set_class(layer, plain_class(type(layer)))
 
 
 def view_of(layer: Any, **attributes: Any) -> Any:
@@ -114,7 +120,26 @@ def view_of(layer: Any, **attributes: Any) -> Any:
     return view
 
 
-def _without_bias(layer: Any, name: str) -> Any:
+def _base_attributes(layer: Any) -> list[str]:
+    return [name for name in vars(layer) if name.startswith(BASE_PREFIX)]
+
+
+def _layer_call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+    """Returns the record of a call, with the plain layer's output."""
+    layer_class, layout = plain_class(type(layer)), layer.adapted.layout
+    bias = getattr(layer, layout.bias, None)
+    return LayerCall(
+        layer=layer,
+        arguments=bind_call(layer_class.__call__, (layer, *args), kwargs),
+        plain_output=layer_class.__call__(_with_zero_bias(layer, layout.bias), *args, **kwargs),
+        kernel=getattr(layer, layout.kernel)[...],
+        bias=None if bias is None else bias[...],
+        dropout=layer.lora_dropout,
+        run=functools.partial(_run, layer, layer_class),
+    )
+
+
+def _with_zero_bias(layer: Any, name: str) -> Any:
     """Returns a view of a layer whose bias is zero.
 
     Zero, not None: a bias takes part in the promotion of dtypes. XLA removes the addition.
@@ -126,27 +151,19 @@ def _without_bias(layer: Any, name: str) -> Any:
 
 
 def _run(
-    layer: Any, layer_class: type[nnx.Module], call: Call, kernel: jax.Array, features: int
+    layer: Any,
+    layer_class: type[nnx.Module],
+    arguments: Arguments,
+    kernel: jax.Array,
+    features: int,
 ) -> jax.Array:
     """Runs a layer's own method with another kernel, of `features` out features, and no bias."""
-    name = layout_of(layer_class).kernel
     view = view_of(
         layer,
-        **{name: nnx.Param(kernel)},
+        **{layer.adapted.layout.kernel: nnx.Param(kernel)},
         kernel_shape=kernel.shape,
         out_features=features,
         use_bias=False,
         bias=None,
     )
-    return layer_class.__call__(view, **call)
-
-
-def adapter_of(layer: Any) -> dict[str, jax.Array]:
-    """Returns the arrays of a layer's adapter, by name."""
-    return {name: getattr(layer, name)[...] for name in layer.settings.parameter_names}
-
-
-def base_of(layer: Any) -> dict[str, jax.Array]:
-    """Returns what an adapted layer keeps of its kernel, see `decomposition.describe_base`."""
-    prefix = "base_"
-    return {k.removeprefix(prefix): v[...] for k, v in vars(layer).items() if k.startswith(prefix)}
+    return layer_class.__call__(view, **arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flax import nnx
 
 from dora_jax.decomposition.merge import merge_kernel, warn_of_rounding
-from dora_jax.nnx.layers import OWN_ATTRIBUTES, adapter_of, base_of, plain_class, set_class
+from dora_jax.nnx.layers import adapter_of, base_of, detach
 from dora_jax.nnx.model import adapted_layers, check_base, copy_model, kernel_and_axes
 from dora_jax.nnx.variables import M, SavedParam, retype_parameters
 
@@ -30,17 +30,13 @@ def merge(model: M) -> M:
     """
     check_base(model)
     model = copy_model(model)
-    lost = {}
-    for path, layer in list(adapted_layers(model)):
+    rounding_losses = {}
+    for path, layer in adapted_layers(model).items():
         kernel, axes = kernel_and_axes(layer)
-        settings = layer.settings
-        kernel[...], lost[path] = merge_kernel(
-            settings, kernel[...], adapter_of(layer), base_of(layer), axes
+        kernel[...], rounding_losses[path] = merge_kernel(
+            layer.adapted.settings, kernel[...], adapter_of(layer), base_of(layer), axes
         )
-        base_names = [f"base_{name}" for name in base_of(layer)]
-        for name in (*settings.parameter_names, *base_names, *OWN_ATTRIBUTES):
-            delattr(layer, name)
-        set_class(layer, plain_class(type(layer)))
+        detach(layer)
     retype_parameters(model, SavedParam, nnx.Param)
-    warn_of_rounding(lost)
+    warn_of_rounding(rounding_losses)
     return model

@@ -15,8 +15,38 @@ from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import base_changed
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.layout import stored_axes
-from dora_jax.nnx.layers import DoRALayer, base_of, layout_of, plain_class
+from dora_jax.nnx.layers import DoRALayer, base_of
 from dora_jax.nnx.variables import DoRAParam, M
+
+
+def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
+    """Yields every module of a model with its path; a shared one once."""
+    for path, module in nnx.iter_modules(model):
+        yield tuple(map(str, path)), module
+
+
+def adapted_layers(model: nnx.Module) -> dict[Path, Any]:
+    """Returns the layers that carry an adapter, by path; a shared one once."""
+    return {path: m for path, m in named_modules(model) if isinstance(m, DoRALayer)}
+
+
+def checked_layers(model: nnx.Module) -> dict[Path, Any]:
+    """Returns the layers that carry an adapter; raises `AdapterError` if nothing is adapted."""
+    layers = adapted_layers(model)
+    if not layers and not jax.tree.leaves(nnx.state(model, DoRAParam)):
+        raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
+    return layers
+
+
+def copy_model(model: M) -> M:
+    """Returns a copy with variables of its own, which hold the same arrays."""
+    return nnx.merge(*nnx.split(model), copy=True)
+
+
+def kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
+    """Returns the frozen kernel of an adapted layer, and the axes of what is stored."""
+    kernel = getattr(layer, layer.adapted.layout.kernel)
+    return kernel, stored_axes(layer.adapted.axes, kernel.ndim, type(layer).__name__)
 
 
 def check_base(model: nnx.Module) -> None:
@@ -25,8 +55,7 @@ def check_base(model: nnx.Module) -> None:
     An adapted layer whose kernel was exchanged gives NaN, and merges to NaN; this says which,
     except under a transformation such as `jax.jit`, where the values are not known.
     """
-    checked_layers(model)
-    for path, layer in adapted_layers(model):
+    for path, layer in checked_layers(model).items():
         kernel, axes = kernel_and_axes(layer)
         changed = base_changed(kernel[...], base_of(layer), axes)
         if not isinstance(changed, jax.core.Tracer) and np.any(changed):
@@ -66,35 +95,7 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     nnx.update(model, state)
 
 
-def copy_model(model: M) -> M:
-    return nnx.merge(*nnx.split(model), copy=True)  # new variables, the same arrays
-
-
-def adapted_layers(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
-    """Returns the layers that carry an adapter, by path; a shared one once."""
-    return ((path, m) for path, m in named_modules(model) if isinstance(m, DoRALayer))
-
-
-def checked_layers(model: nnx.Module) -> list[Any]:
-    layers = [layer for _, layer in adapted_layers(model)]
-    if not layers and not jax.tree.leaves(nnx.state(model, DoRAParam)):
-        raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
-    return layers
-
-
 def _string_keys(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {str(key): _string_keys(value) for key, value in tree.items()}
     return tree
-
-
-def kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
-    """Returns the frozen kernel of an adapted layer, and the axes of what is stored."""
-    kernel = getattr(layer, layout_of(plain_class(type(layer))).kernel)
-    return kernel, stored_axes(layer.call_axes, kernel.ndim, type(layer).__name__)
-
-
-def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
-    """Yields every module of a model with its path; a shared one once."""
-    for path, module in nnx.iter_modules(model):
-        yield tuple(map(str, path)), module

@@ -12,14 +12,14 @@ from flax import nnx
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.kernel_uses import TIED, kernel_uses, tag_kernel
-from dora_jax.layers.layout import Call, Layout, Unsupported, bind_call
+from dora_jax.layers.layout import Arguments, Layout, Unsupported, bind_call
 from dora_jax.layers.registry import unsupported_reason
 from dora_jax.nnx.layers import set_class, view_of
 from dora_jax.nnx.model import named_modules
 
 
 def find_unsupported(
-    modules: Mapping[Path, Any], layers: Mapping[Path, tuple[Any, Layout]]
+    modules: Mapping[Path, Any], layouts: Mapping[Path, Layout]
 ) -> dict[Path, Unsupported]:
     """Returns why modules cannot be adapted: by their class, or by what the model does to them."""
     refused = {path: found for path, m in modules.items() if (found := unsupported_reason(type(m)))}
@@ -34,7 +34,8 @@ def find_unsupported(
         for name, value in vars(m).items():
             if isinstance(value, nnx.Variable):
                 holders.setdefault(id(value), []).append(".".join((*path, name)))
-    for path, (layer, layout) in layers.items():
+    for path, layout in layouts.items():
+        layer = modules[path]
         own = ".".join((*path, layout.kernel))
         others = [name for name in holders[id(getattr(layer, layout.kernel))] if name != own]
         reason = ""
@@ -69,7 +70,7 @@ def check_stored_shape(path: Path, layer: Any, kernel: jax.Array) -> None:
         )
 
 
-def call_axes_of(path: Path, layer: Any, layout: Layout, call: Call) -> KernelAxes:
+def call_axes_of(path: Path, layer: Any, layout: Layout, call: Arguments) -> KernelAxes:
     """Returns the axes of the kernel that a call sees; an error names the layer."""
     try:
         return layout.axes(layer, call)

@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 from flax import linen, nnx
 
-from dora_jax import linen as dora_linen
-from dora_jax import nnx as dora_nnx
 from dora_jax.errors import Path, layer_name
-from dora_jax.layers.conv import CONV
-from dora_jax.layers.dense import EMBED
+from dora_jax.layers.conv import ConvLayout
+from dora_jax.layers.dense import EmbedLayout
 from dora_jax.layers.layout import Layout
-from dora_jax.layers.registry import find_layout
+from dora_jax.model import adapter_shapes, model_layers
 from dora_jax.names.name_map import HFModule, NameMap
-from dora_jax.nnx.layers import plain_class
 from dora_jax.peft.config import PeftError
 from dora_jax.peft.keys import Kind
 from dora_jax.peft.tensors import Layer
@@ -30,26 +27,12 @@ def adapted_layers(model: Any, names: NameMap) -> dict[Path, Layer]:
       PeftError: PEFT has no form for a layer; names it.
     """
     layers = {}
-    if isinstance(model, dora_linen.DoRAModel):
-        for path, known in model.layers.items():
-            shapes = {name: model.shapes[(*path, name)] for name in known.settings.parameter_names}
-            kind = _kind(path, known.layout, known.module)
-            module = names.find(".".join(path))
-            base = model.base[path]
-            layers[path] = Layer(path, known.settings, known.axes, kind, module, shapes, base)
-    else:
-        for path, layer in dora_nnx.adapted_layers(model):
-            layout = find_layout(plain_class(type(layer)))
-            kind = _kind(path, layout, layer)
-            _, axes = dora_nnx.kernel_and_axes(layer)
-            shapes = {name: getattr(layer, name).shape for name in layer.settings.parameter_names}
-            base = {
-                name.removeprefix("base_"): value.get_value()
-                for name, value in vars(layer).items()
-                if name.startswith("base_")
-            }
-            module = names.find(".".join(path))
-            layers[path] = Layer(path, layer.settings, axes, kind, module, shapes, base)
+    all_shapes = adapter_shapes(model)
+    for path, layer in model_layers(model).items():
+        shapes = {name: all_shapes[(*path, name)] for name in layer.settings.parameter_names}
+        kind = _kind(path, layer.layout, layer.module)
+        module = names.find(".".join(path))
+        layers[path] = Layer(path, layer.settings, layer.axes, kind, module, shapes, layer.base)
     return layers
 
 
@@ -103,15 +86,15 @@ def lookup(names: NameMap, path: Path) -> HFModule | None:
         return None
 
 
-def _kind(path: Path, layout: Layout | None, layer: Any) -> Kind:
+def _kind(path: Path, layout: Layout, layer: Any) -> Kind:
     """Returns which of PEFT's layers a layer is."""
     name = layer_name(path)
     if not path:
         raise PeftError(
             "the model is the adapted layer itself: put it into a module, as PEFT needs"
         )
-    if layout is not CONV:
-        return "embedding" if layout is EMBED else "linear"
+    if not isinstance(layout, ConvLayout):
+        return "embedding" if isinstance(layout, EmbedLayout) else "linear"
     if isinstance(layer, linen.ConvTranspose | nnx.ConvTranspose):
         raise PeftError(
             f"{name}: PEFT has no adapters for transposed convolutions. Merge it (dora.merge) and "

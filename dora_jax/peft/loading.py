@@ -147,7 +147,7 @@ def _adapted(model: Any, config: DoRAConfig, arguments: Mapping[str, Any]) -> An
     """Returns the model adapted, without making an array; or as it is, if it is adapted."""
     config = dataclasses.replace(config, adapter_dtype="float32")  # for shapes, any is good
     if isinstance(model, dora_linen.DoRAModel) or (
-        isinstance(model, nnx.Module) and any(dora_nnx.adapted_layers(model))
+        isinstance(model, nnx.Module) and bool(dora_nnx.adapted_layers(model))
     ):
         return model
     if isinstance(model, nnx.Module):

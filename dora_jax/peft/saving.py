@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flax import nnx
 
-from dora_jax import linen as dora_linen
-from dora_jax import nnx as dora_nnx
-from dora_jax.adapters.trees import check_shapes, flatten, tree_shapes
+from dora_jax.adapters.trees import check_shapes, flatten
 from dora_jax.config import LayerSettings
 from dora_jax.decomposition.scale import effective_factors
 from dora_jax.errors import AdapterError, Path, layer_name
-from dora_jax.model import base_parameters
+from dora_jax.model import adapter_shapes, adapter_tree, base_parameters, is_adapted
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft import folder as files
 from dora_jax.peft.config import PeftConfig, PeftError
@@ -111,20 +109,11 @@ def save_pretrained(
 
 
 def _checked_tree(model: Any, adapters: Any) -> Mapping[str, Any]:
-    if isinstance(model, dora_linen.DoRAModel):
-        if adapters is None:
-            raise TypeError("a Linen model needs adapters too: the tree that was trained")
-        dora_linen.check_adapters(model, adapters)
-        return adapters
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"expected an adapted flax.nnx.Module or a DoRAModel, got {type(model)}")
-    own = dora_nnx.get_adapters(model)
-    if not own:
+    if not is_adapted(model):
         raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
-    if adapters is None:
-        return own
-    check_shapes(adapters, tree_shapes(own))
-    return adapters
+    tree = adapter_tree(model, adapters)
+    check_shapes(tree, adapter_shapes(model))
+    return tree
 
 
 def _check_saved(model: Any, saved: Mapping[Path, Any], names: NameMap) -> None:
@@ -151,7 +140,7 @@ def _check_settings(layer: Layer, adapter: Mapping[str, Any]) -> None:
     """Raises `PeftError` for settings that PEFT has no equivalent of."""
     name, settings = layer_name(layer.path), layer.settings
     if settings.precomputed or "scale" in adapter:
-        raise PeftError(f"{name} is hoisted: save the model or tree that hoist was given")
+        raise PeftError(f"{name} holds a precomputed scale: save what precompute_scales was given")
     merging = "Merge it (dora.merge) and save the base"
     if settings.decompose and not settings.normalize:
         raise PeftError(f"{name} has normalize=False; PEFT always divides by the norm. {merging}")
@@ -168,35 +157,35 @@ def _effective_factors(layer: Layer, adapter: Mapping[str, Any]) -> dict[str, An
 
     `A B - A0 B0` is what PEFT makes of PiSSA and OLoRA adapters too.
     """
-    if "init_a" not in layer.base:
+    if layer.base.init_a is None:
         return dict(adapter)
-    base = {name: layer.base[name] for name in ("init_a", "init_b")}
-    a, b = effective_factors(adapter, base, layer.axes)
+    whole = dataclasses.replace(layer.base, mask=None)
+    a, b = effective_factors(adapter, whole, layer.axes)
     return {**adapter, "lora_a": a, "lora_b": b}
 
 
 def _config(layers: Sequence[Layer]) -> PeftConfig:
     """Returns the configuration with which PEFT selects the same modules, and scales them alike."""
-    settings_by_path = {
+    settings_by_name = {
         name: _effective_settings(layer) for layer in layers for name, _ in layer.slices()
     }
-    if not settings_by_path:
+    if not settings_by_name:
         raise PeftError("no layer is adapted, and PEFT needs one: a module trained in full is none")
     use_rslora = any(
-        not math.isclose(s.scaling, s.alpha / s.rank) for s in settings_by_path.values()
+        not math.isclose(s.scaling, s.alpha / s.rank) for s in settings_by_name.values()
     )
-    (rank, _), *_ = collections.Counter(s.rank for s in settings_by_path.values()).most_common(1)
-    (alpha, _), *_ = collections.Counter(s.alpha for s in settings_by_path.values()).most_common(1)
+    (rank, _), *_ = collections.Counter(s.rank for s in settings_by_name.values()).most_common(1)
+    (alpha, _), *_ = collections.Counter(s.alpha for s in settings_by_name.values()).most_common(1)
     return PeftConfig(
         r=rank,
         lora_alpha=_plain(alpha),
-        target_modules=sorted(settings_by_path),
-        use_dora=any(s.decompose for s in settings_by_path.values()),
-        lora_dropout=max(s.dropout for s in settings_by_path.values()),
+        target_modules=sorted(settings_by_name),
+        use_dora=any(s.decompose for s in settings_by_name.values()),
+        lora_dropout=max(s.dropout for s in settings_by_name.values()),
         use_rslora=use_rslora,
-        rank_pattern={_exactly(n): s.rank for n, s in settings_by_path.items() if s.rank != rank},
+        rank_pattern={_exactly(n): s.rank for n, s in settings_by_name.items() if s.rank != rank},
         alpha_pattern={
-            _exactly(n): _plain(s.alpha) for n, s in settings_by_path.items() if s.alpha != alpha
+            _exactly(n): _plain(s.alpha) for n, s in settings_by_name.items() if s.alpha != alpha
         },
         fan_in_fan_out=any(layer.module.transposed for layer in layers),
     )
@@ -220,7 +209,7 @@ def _targets(targets: str | Sequence[str], model: Any, names: NameMap) -> str | 
 def _effective_settings(layer: Layer) -> LayerSettings:
     """Returns the settings for the factors that `_acting` returns: of one scaling, s."""
     settings = layer.settings
-    if "init_a" not in layer.base:
+    if layer.base.init_a is None:
         return settings
     grown = 2 if math.isclose(settings.scaling, settings.alpha / settings.rank) else math.sqrt(2)
     return dataclasses.replace(settings, rank=2 * settings.rank, alpha=grown * settings.alpha)

@@ -19,6 +19,7 @@ import numpy as np
 
 from dora_jax.config import LayerSettings
 from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import Path
 from dora_jax.names.name_map import HFModule
 from dora_jax.peft.config import PeftError
@@ -48,7 +49,7 @@ class Layer:
     kind: Kind
     module: HFModule
     shapes: Mapping[str, tuple[int, ...]]
-    base: Mapping[str, Any]
+    base: FrozenBase
 
     @property
     def stack(self) -> tuple[int, ...]:

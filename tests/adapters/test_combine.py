@@ -40,16 +40,16 @@ def several(model, number=3):
 # Mixed in one batch.
 
 
-@pytest.mark.parametrize(("build", "hoisted"), [(chain, False), (stack, True)])
+@pytest.mark.parametrize(("build", "precomputed"), [(chain, False), (stack, True)])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_mixed_batch_is_one_call_for_each_adapter(front_end, build, hoisted):
+def test_a_mixed_batch_is_one_call_for_each_adapter(front_end, build, precomputed):
     model = build(front_end, CONFIG)
     x = inputs(5, CHAIN[0] if build is chain else WIDTH)
     adapters, index = several(model), jnp.array([2, 0, 0, 1, 2])
     apply = jax.jit(model.apply)
     outputs = jnp.stack([apply(model.params, tree, x) for tree in adapters])
     expected = outputs[index, jnp.arange(5)]
-    if hoisted:
+    if precomputed:
         adapters = [model.precompute_scales(model.params, tree) for tree in adapters]
     mixed = jax.jit(model.mixed)(model.params, dora.adapters.stack_adapters(adapters), index, x)
     assert reference.relative_error(mixed, expected) <= 2e-6
@@ -111,7 +111,7 @@ def test_without_its_adapters_a_model_computes_what_its_base_does(front_end, fie
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_switching_hoisted_adapters_off_and_on_compiles_nothing_anew(front_end):
+def test_switching_precomputed_adapters_off_and_on_compiles_nothing_anew(front_end):
     model, x, traces = chain_with(front_end), inputs(7, CHAIN[0]), []
 
     @jax.jit
@@ -119,10 +119,10 @@ def test_switching_hoisted_adapters_off_and_on_compiles_nothing_anew(front_end):
         traces.append(1)
         return model.apply(params, adapters, x)
 
-    hoisted = model.precompute_scales(model.params, *several(model, 1))
-    on = apply(model.params, hoisted, x)
-    off = apply(model.params, model.disabled(hoisted), x)
-    again = apply(model.params, hoisted, x)
+    precomputed = model.precompute_scales(model.params, *several(model, 1))
+    on = apply(model.params, precomputed, x)
+    off = apply(model.params, model.disabled(precomputed), x)
+    again = apply(model.params, precomputed, x)
     assert len(traces) == 1
     assert same(off, jax.jit(model.base)(model.params, x))
     assert same(again, on) and not same(on, off)
@@ -205,13 +205,13 @@ def test_weights_that_do_not_sum_to_one_are_refused(operation, weights):
         WITH_WEIGHTS[operation](several(chain_with("linen"), 2), weights)
 
 
-def test_a_mean_of_hoisted_scales_is_refused():
+def test_a_mean_of_precomputed_scales_is_refused():
     """It is not the scale of the mean."""
     model = chain_with("linen")
-    hoisted = [model.precompute_scales(model.params, tree) for tree in several(model, 2)]
+    precomputed = [model.precompute_scales(model.params, tree) for tree in several(model, 2)]
     for combine in WITH_WEIGHTS.values():
-        with pytest.raises(dora.errors.AdapterError, match=r"layer_0.scale is a hoisted scale"):
-            combine(hoisted, (0.5, 0.5))
+        with pytest.raises(dora.errors.AdapterError, match=r"layer_0.scale is a precomputed scale"):
+            combine(precomputed, (0.5, 0.5))
 
 
 def test_adapters_of_another_rank_than_the_configurations_are_not_added():

@@ -139,9 +139,9 @@ def test_a_folder_tells_what_it_holds(folder):
     )
     kernel = np.asarray(chain_params(WIDTHS)["layer_0"]["kernel"])
     np.testing.assert_allclose(
-        saved.base["layer_0",]["norm"], np.linalg.norm(kernel, axis=0), rtol=1e-6
+        saved.base["layer_0",].norm, np.linalg.norm(kernel, axis=0), rtol=1e-6
     )
-    np.testing.assert_array_equal(saved.base["layer_0",]["row"], kernel[0])
+    np.testing.assert_array_equal(saved.base["layer_0",].first_row, kernel[0])
 
 
 def test_only_some_layers_are_loaded(folder):
@@ -222,19 +222,19 @@ def test_a_norm_trained_in_full_is_saved_with_its_scale(tmp_path):
     model.norm.scale[...] *= 3
     save(tmp_path / "a", model, config)
     np.testing.assert_array_equal(load(tmp_path / "a", Block()).norm.scale[...], [3, 3, 3])
-    save(tmp_path / "b", dora.get_adapters(model), config)
+    save(tmp_path / "b", config, dora.get_adapters(model))
 
 
 def test_adapters_without_their_model_load_with_a_warning(tmp_path):
     config = CONFIGS["dora"]
     _, _, model, adapters = trained_linen(config)
-    save(tmp_path / "a", adapters, config)
-    with pytest.warns(UserWarning, match="without the mark of their base"):
+    save(tmp_path / "a", config, adapters)
+    with pytest.warns(UserWarning, match="without the fingerprint of their base"):
         _, tree = load(tmp_path / "a", model)
     assert_same(tree, adapters)
     _, _, model, adapters = trained_linen(CONFIGS["pissa"])
     with pytest.raises(dora.errors.AdapterError, match="pissa"):
-        save(tmp_path / "b", adapters, CONFIGS["pissa"])
+        save(tmp_path / "b", CONFIGS["pissa"], adapters)
 
 
 def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path):
@@ -244,11 +244,11 @@ def test_what_cannot_be_saved_is_refused_and_leaves_nothing(tmp_path):
         save(tmp_path / "a", dora.precompute_scales(model), config)
     _, params, linen_model, adapters = trained_linen(config)
     with pytest.raises(dora.errors.AdapterError, match="precompute_scales"):
-        save(tmp_path / "a", dora.precompute_scales(linen_model, params, adapters), linen_model)
+        save(tmp_path / "a", linen_model, dora.precompute_scales(linen_model, params, adapters))
     without = {**adapters, "layer_0": {k: adapters["layer_0"][k] for k in ("lora_a", "lora_b")}}
     for given in (config, linen_model):
         with pytest.raises(dora.errors.AdapterError, match="magnitude"):
-            save(tmp_path / "a", without, given)
+            save(tmp_path / "a", given, without)
     model.layer_1.lora_b[...] = model.layer_1.lora_b[...].at[0, 0].set(jnp.nan)
     with pytest.raises(dora.errors.AdapterError, match=r"layer_1\.lora_b is not finite"):
         save(tmp_path / "a", model, config)
@@ -327,7 +327,7 @@ def test_a_flipped_bit_of_a_number_is_noticed(tmp_path):
     rng, config = np.random.default_rng(0), dora.DoRAConfig(rank=8)
     shapes = {"lora_a": (256, 8), "lora_b": (8, 128), "magnitude": (128,)}
     layer = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    save(tmp_path / "a", {"layer": layer}, config)
+    save(tmp_path / "a", config, {"layer": layer})
     file = max((tmp_path / "a" / "arrays" / "d").iterdir(), key=lambda p: p.stat().st_size)
     content = file.read_bytes()
     for position in rng.integers(len(content), size=12):

@@ -308,7 +308,7 @@ def test_stacked_layers_convert_by_the_name_map(tmp_path, done):
     shapes = {"lora_a": (2, 32, 2), "lora_b": (2, 2, 32), "magnitude": (2, 32)}
     layer = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     config = dora.DoRAConfig(rank=2, target_modules=["q_proj"])
-    save(tmp_path / "a", {"layers": {"self_attn": {"q_proj": layer}}}, config)
+    save(tmp_path / "a", config, {"layers": {"self_attn": {"q_proj": layer}}})
     done("convert", tmp_path / "a", tmp_path / "p", "--names", "llama")
     tensors = load_file(tmp_path / "p" / "adapter_model.safetensors")
     assert LLAMA.find("layers.self_attn.q_proj").names((2,))[1] == "model.layers.1.self_attn.q_proj"

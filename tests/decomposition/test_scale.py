@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,9 @@ from jax.test_util import check_grads
 
 from dora_jax import DoRAConfig
 from dora_jax.decomposition import (
+    Factors,
     KernelAxes,
+    KernelProduct,
     base_changed,
     describe_base,
     direction_norm,
@@ -50,7 +53,7 @@ def draw(kernel_shape, rank, axes=DENSE, dtype=jnp.float32, seed=0):
     adapter = {
         "lora_a": rng.normal(size=shapes["lora_a"]) / np.sqrt(fan_in),
         "lora_b": rng.normal(size=shapes["lora_b"]) / rank,
-        "magnitude": np.asarray(base["norm"]) * rng.uniform(0.5, 2, shapes["magnitude"]),
+        "magnitude": np.asarray(base.norm) * rng.uniform(0.5, 2, shapes["magnitude"]),
     }
     wide = jnp.promote_types(dtype, jnp.float32)
     return kernel, {k: jnp.asarray(v, wide) for k, v in adapter.items()}, base
@@ -59,16 +62,20 @@ def draw(kernel_shape, rank, axes=DENSE, dtype=jnp.float32, seed=0):
 def forward(spec, axes, x, kernel, adapter, base):
     """Returns `x W'` as an adapted layer computes it, for kernels (in, out) or stacks of them."""
     h = x @ kernel + spec.scaling * ((x @ adapter["lora_a"]) @ adapter["lora_b"])
-    d = scale_minus_one(spec, kernel, adapter, base, axes)
+    d = scale_minus_one(spec, kernel, adapter, base, KernelProduct(axes))
     return apply_scale(h, d[..., None, :])
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def norm_of_direction(kernel, adapter, base, scaling, axes):
     change = relative_square_change(
-        kernel, adapter["lora_a"], adapter["lora_b"], base["norm"], scaling, axes
+        kernel,
+        Factors(adapter["lora_a"], adapter["lora_b"]),
+        base.norm,
+        scaling,
+        KernelProduct(axes),
     )
-    return direction_norm(change, base["norm"], 1e-8)
+    return direction_norm(change, base.norm, 1e-8)
 
 
 def as_matrices(kernel, adapter, axes):
@@ -135,7 +142,7 @@ def test_factored_norm_is_that_of_the_sum(widths, rank, dtype):
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_base_norm_is_that_of_the_kernel(widths, dtype):
     kernel, _, base = draw(widths, 1, dtype=dtype)
-    np.testing.assert_allclose(base["norm"], reference.norm(kernel), rtol=5e-7)
+    np.testing.assert_allclose(base.norm, reference.norm(kernel), rtol=5e-7)
 
 
 @given(layouts(), st.integers(0, 2**32 - 1))
@@ -149,7 +156,7 @@ def test_any_layout_is_a_stack_of_matrices(layout, seed):
         merged = merge(settings, kernel, adapter, base, axes)
     w, a, b, m = as_matrices(kernel, adapter, axes)
     flat = functools.partial(np.reshape, shape=m.shape)
-    np.testing.assert_allclose(flat(base["norm"]), reference.norm(w), rtol=1e-12)
+    np.testing.assert_allclose(flat(base.norm), reference.norm(w), rtol=1e-12)
     np.testing.assert_allclose(flat(n), reference.norm(w, a, b, settings.scaling), rtol=1e-8)
     expected = reference.merged(w, a, b, m, settings.scaling)
     np.testing.assert_allclose(
@@ -165,8 +172,8 @@ def test_scale_is_exactly_one_at_the_start(jit, dtype, scale):
     kernel, adapter, _ = draw((96, 40), 4, dtype=dtype)
     kernel = (kernel * scale).astype(dtype)
     base = describe(kernel, DENSE)
-    adapter |= {"lora_b": jnp.zeros((4, 40)), "magnitude": base["norm"]}
-    run = functools.partial(scale_minus_one, spec(4), axes=DENSE)
+    adapter |= {"lora_b": jnp.zeros((4, 40)), "magnitude": base.norm}
+    run = functools.partial(scale_minus_one, spec(4), product=KernelProduct(DENSE))
     d = (jax.jit(run) if jit else run)(kernel, adapter, base)
     assert d.shape == (40,)
     assert np.all(np.asarray(d) == 0)
@@ -239,7 +246,7 @@ def test_merged_kernel_is_that_of_the_reference(widths, magnitude_trainable, nor
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_merging_an_untrained_adapter_gives_back_the_kernel(dtype):
     kernel, adapter, base = draw((96, 40), 4, dtype=dtype)
-    adapter |= {"lora_b": jnp.zeros((4, 40)), "magnitude": base["norm"]}
+    adapter |= {"lora_b": jnp.zeros((4, 40)), "magnitude": base.norm}
     merged = merge(spec(4), kernel, adapter, base, DENSE)
     assert merged.dtype == dtype
     assert np.all(np.asarray(merged == kernel))
@@ -247,10 +254,10 @@ def test_merging_an_untrained_adapter_gives_back_the_kernel(dtype):
 
 def test_a_stack_is_its_slices():
     kernel, adapter, base = draw((3, 20, 9), 4, STACKED)
-    stacked = scale_minus_one(spec(4), kernel, adapter, base, STACKED)
+    stacked = scale_minus_one(spec(4), kernel, adapter, base, KernelProduct(STACKED))
     for i in range(3):
         one, part = jax.tree.map(lambda leaf, i=i: leaf[i], (adapter, base))
-        alone = scale_minus_one(spec(4), kernel[i], one, part, DENSE)
+        alone = scale_minus_one(spec(4), kernel[i], one, part, KernelProduct(DENSE))
         np.testing.assert_allclose(stacked[i], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -285,12 +292,12 @@ def test_a_direction_that_vanishes_gives_no_nan():
     base = describe(kernel, DENSE)
 
     def total(adapter):
-        return jnp.sum(scale_minus_one(settings, kernel, adapter, base, DENSE)[:3])
+        return jnp.sum(scale_minus_one(settings, kernel, adapter, base, KernelProduct(DENSE))[:3])
 
     for leaf in jax.tree.leaves((total(adapter), jax.grad(total)(adapter))):
         assert np.all(np.isfinite(leaf))
     n = norm_of_direction(kernel, adapter, base, settings.scaling, DENSE)
-    assert 0.99e-8 <= n[3] <= 1e-3 * base["norm"][3]
+    assert 0.99e-8 <= n[3] <= 1e-3 * base.norm[3]
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-30, -1e-12, 1e-4])
@@ -319,11 +326,11 @@ def test_a_magnitude_at_zero_has_the_gradient_of_any_other(magnitude):
 def test_a_slice_that_is_switched_off_has_scale_one_also_where_it_is_zero():
     kernel, adapter, _ = draw((2, 20, 9), 4, STACKED)
     kernel = kernel.at[0, :, 3].set(0)
-    base = describe(kernel, STACKED) | {"mask": jnp.array([False, True])}
+    base = dataclasses.replace(describe(kernel, STACKED), mask=jnp.array([False, True]))
 
     @jax.jit
     def scale(adapter):
-        return scale_minus_one(spec(4), kernel, adapter, base, STACKED)
+        return scale_minus_one(spec(4), kernel, adapter, base, KernelProduct(STACKED))
 
     assert np.all(np.asarray(scale(adapter)[0] == 0))
     assert np.all(np.asarray(scale(adapter)[1] != 0))
@@ -351,9 +358,9 @@ def test_the_square_is_differentiated_by_each_of_its_arguments(argument):
     @jax.jit
     def change(value):
         given = {**arguments, argument: value}
-        return relative_square_change(
-            **given, base_norm=base["norm"], scaling=2.0, axes=DENSE, precision="highest"
-        )
+        factors = Factors(given["lora_a"], given["lora_b"])
+        product = KernelProduct(DENSE, precision="highest")
+        return relative_square_change(given["kernel"], factors, base.norm, 2.0, product)
 
     check_grads(change, (arguments[argument],), 2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
 
@@ -371,7 +378,7 @@ def test_another_kernel_is_noticed_column_by_column(factor):
     other = kernel.at[:, 7].multiply(factor)
     changed = np.arange(40) == 7
     assert np.array_equal(base_changed(other, base, DENSE), changed)
-    d = scale_minus_one(spec(4), other, adapter, base, DENSE)
+    d = scale_minus_one(spec(4), other, adapter, base, KernelProduct(DENSE))
     assert np.array_equal(np.isnan(d), changed)
 
 

@@ -98,10 +98,10 @@ def test_a_step_of_the_library_is_the_step_written_by_hand(case, method, by_hand
         np.testing.assert_allclose(array, other, atol=2e-6)
 
 
-@pytest.mark.parametrize("method", ["dora", "dora-hoisted"])
+@pytest.mark.parametrize("method", ["dora", "dora-precomputed"])
 def test_microbatches_take_the_step_of_the_whole_batch(method):
     case = tiny_mlp()
-    whole = program_of(method.removesuffix("-hoisted"), case)
+    whole = program_of(method.removesuffix("-precomputed"), case)
     parts = program_of(method, case, microbatches=4)
     start = moved(whole.trainable)
     expected, expected_loss = step_from(whole, start)
@@ -169,8 +169,8 @@ def test_the_compiled_step_of_dora_adds_the_products_of_the_norm_to_loras():
 def test_counts_over_microbatches_are_those_of_the_unrolled_program():
     mesh, case = ahead_of_time.target_mesh("cpu"), tiny_mlp()
     setting = ahead_of_time.Setting(microbatches=4)
-    row = ahead_of_time.count_microbatches("dora-hoisted", case, mesh, setting)
-    adapted = (METHODS["dora-hoisted"], case.abstract(), case.adapter, case.loss)
+    row = ahead_of_time.count_microbatches("dora-precomputed", case, mesh, setting)
+    adapted = (METHODS["dora-precomputed"], case.abstract(), case.adapter, case.loss)
     program = make_program(*adapted, microbatches=4, unroll=True)
     batch = {name: np.concatenate([x] * 4) for name, x in case.batch.items()}
     unrolled = ahead_of_time.compile_for(program, batch, mesh, "fsdp")
@@ -234,7 +234,7 @@ def test_the_report_has_what_two_commands_measured(printed, results_folder):
         "lora",
         "lora/2",
         "dora/2",
-        "dora-hoisted/2",
+        "dora-precomputed/2",
     }
     assert case["stamp"]["versions"]["jax"] == jax.__version__
     for row in case["rows"].values():

@@ -127,9 +127,7 @@ def _run_linen(case: LinenCase) -> Report:
         case.config,
         params=params,
         rng=jax.random.key(1),
-        inputs=inputs,
-        variables=others,
-        kwargs=case.kwargs,
+        inputs=dora.linen.ExampleCall(inputs, kwargs=case.kwargs, variables=others),
     )
     tx = dora.dora_optimizer(LEARNING_RATE)
 

@@ -1,4 +1,4 @@
-"""Hoisting: the scale of every layer computed once, ahead of the calls that use it."""
+"""Precomputing: the scale of every layer computed once, ahead of the calls that use it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def chain_with(front_end, switch="default"):
     return chain(front_end, dora.DoRAConfig(**{"rank": 4, **SWITCHES[switch]}))
 
 
-def hoist_here(operations):
-    """Returns `apply` with the scales hoisted in the same function."""
+def precompute_here(operations):
+    """Returns `apply` with the scales precomputed in the same function."""
     return lambda params, adapters, x: operations.apply(
         params, operations.precompute_scales(params, adapters), x
     )
@@ -44,21 +44,21 @@ def hoist_here(operations):
 
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_hoisting_changes_no_bit_of_the_output(front_end, switch):
+def test_precomputing_changes_no_bit_of_the_output(front_end, switch):
     model, x = chain_with(front_end, switch), inputs(7, CHAIN[0])
     apply = jax.jit(model.apply)
     adapters = random_adapters(model.adapters)
     y = apply(model.params, adapters, x)
-    hoisted = jax.jit(model.hoist)(model.params, adapters)
-    assert same(apply(model.params, hoisted, x), y)
+    precomputed = jax.jit(model.precompute_scales)(model.params, adapters)
+    assert same(apply(model.params, precomputed, x), y)
 
 
 @pytest.mark.parametrize("indices", [None, [0, 2]])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_hoisting_out_of_a_scan_changes_at_most_rounding(front_end, indices):
+def test_precomputing_out_of_a_scan_changes_at_most_rounding(front_end, indices):
     """The scan's body, compiled without the norm, rounds `h + d h` another way, but for `d = 0`."""
     model = stack(front_end, dora.DoRAConfig(rank=4, layers_to_transform=indices))
-    x, base, apply = inputs(7, WIDTH), jax.jit(model.base), jax.jit(hoist_here(model))
+    x, base, apply = inputs(7, WIDTH), jax.jit(model.base), jax.jit(precompute_here(model))
     assert same(apply(model.params, model.adapters, x), base(model.params, x))
     adapters = random_adapters(model.adapters)
     y = jax.jit(model.apply)(model.params, adapters, x)
@@ -68,8 +68,8 @@ def test_hoisting_out_of_a_scan_changes_at_most_rounding(front_end, indices):
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_the_scale_takes_the_place_of_the_magnitude(front_end):
     model = chain_with(front_end, "magnitude alone in one layer")
-    hoisted = model.precompute_scales(model.params, random_adapters(model.adapters))
-    assert {name: sorted(layer) for name, layer in hoisted.items()} == {
+    precomputed = model.precompute_scales(model.params, random_adapters(model.adapters))
+    assert {name: sorted(layer) for name, layer in precomputed.items()} == {
         "layer_0": ["scale"],
         "layer_1": ["lora_a", "lora_b", "scale"],
     }
@@ -81,11 +81,11 @@ def mean_loss(apply, params, adapters, x, target):
     return jnp.mean(jnp.square(apply(params, adapters, x) - target))
 
 
-def loss_over_microbatches(model, *, hoist):
+def loss_over_microbatches(model, *, precompute):
     """Returns `(params, adapters, xs, targets) -> loss`, a scan over the leading axis."""
 
     def loss(params, adapters, xs, targets):
-        held = model.precompute_scales(params, adapters) if hoist else adapters
+        held = model.precompute_scales(params, adapters) if precompute else adapters
 
         def step(total, batch):
             return total + mean_loss(model.apply, params, held, *batch), None
@@ -102,10 +102,10 @@ def microbatches():
 
 @pytest.mark.parametrize("switch", ["default", "PiSSA"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_the_gradient_over_hoisted_microbatches_is_that_of_the_whole_batch(front_end, switch):
+def test_the_gradient_over_precomputed_microbatches_is_that_of_the_whole_batch(front_end, switch):
     model, (xs, targets) = chain_with(front_end, switch), microbatches()
     adapters = random_adapters(model.adapters)
-    split = jax.jit(jax.grad(loss_over_microbatches(model, hoist=True), 1))
+    split = jax.jit(jax.grad(loss_over_microbatches(model, precompute=True), 1))
     whole = jax.jit(jax.grad(functools.partial(mean_loss, model.apply), 1))
     found = split(model.params, adapters, xs, targets)
     x, target = (a.reshape(-1, a.shape[-1]) for a in (xs, targets))
@@ -129,9 +129,9 @@ def products(jaxpr, inside_scan=False):
     return counts
 
 
-def products_of_a_step(model, *, hoist):
+def products_of_a_step(model, *, precompute):
     """Returns the products in the gradient over microbatches: in the scans' bodies, and outside."""
-    gradient = jax.grad(loss_over_microbatches(model, hoist=hoist), 1)
+    gradient = jax.grad(loss_over_microbatches(model, precompute=precompute), 1)
     jaxpr = jax.make_jaxpr(gradient)(model.params, model.adapters, *microbatches())
     counts = products(jaxpr.jaxpr)
     inside, outside = (
@@ -147,13 +147,13 @@ def test_the_norm_is_evaluated_once_for_all_microbatches(front_end):
 
     In the loop are those of LoRA, and no more.
     """
-    lora, nothing = products_of_a_step(chain_with(front_end, "plain LoRA"), hoist=False)
+    lora, nothing = products_of_a_step(chain_with(front_end, "plain LoRA"), precompute=False)
     model = chain_with(front_end)
-    inside, outside = products_of_a_step(model, hoist=True)
+    inside, outside = products_of_a_step(model, precompute=True)
     assert lora and not nothing
     assert inside == lora
     assert outside[((24, 4), (24, 40))] and outside[((40, 4), (40, 17))]  # <A^T W0, B>
-    inside, _ = products_of_a_step(model, hoist=False)
+    inside, _ = products_of_a_step(model, precompute=False)
     assert inside > lora
     assert (inside - lora)[((4, 40), (24, 40))]  # what its gradient costs, in every microbatch
 
@@ -163,7 +163,7 @@ def gradient_of(model):
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_multi_steps_accumulates_the_gradient_of_what_is_hoisted(front_end):
+def test_multi_steps_accumulates_the_gradient_of_what_is_precomputed(front_end):
     """In a microbatch are the products of LoRA; the norm's are in the pull-back, once a step."""
     model, (xs, targets) = chain_with(front_end), microbatches()
     adapters = random_adapters(model.adapters)
@@ -202,7 +202,7 @@ def test_frozen_inference_is_the_same_at_every_call(front_end):
     assert all(same(y, outputs[0]) for y in outputs)
 
 
-def test_hoisting_a_hoisted_model_changes_nothing():
+def test_precomputing_a_precomputed_model_changes_nothing():
     model = dora.apply_dora(NNXChain(CHAIN, rngs=nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1))
     dora.set_adapters(model, random_adapters(dora.get_adapters(model)))
     once = dora.precompute_scales(model)
@@ -212,17 +212,17 @@ def test_hoisting_a_hoisted_model_changes_nothing():
     assert same(linen.precompute_scales(linen.params, once_linen), once_linen)
 
 
-def test_the_model_that_is_hoisted_stays_as_it_is():
+def test_the_model_that_is_precomputed_stays_as_it_is():
     model = dora.apply_dora(NNXChain(CHAIN, rngs=nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1))
     before = dora.get_adapters(model)
-    hoisted = dora.precompute_scales(model)
+    precomputed = dora.precompute_scales(model)
     assert same(dora.get_adapters(model), before)
     dora.set_adapters(model, random_adapters(before))
-    assert np.all(np.asarray(dora.get_adapters(hoisted)["layer_0"]["scale"]) == 0)
+    assert np.all(np.asarray(dora.get_adapters(precomputed)["layer_0"]["scale"]) == 0)
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_hoisted_adapters_merge_to_the_same_kernels(front_end):
+def test_precomputed_adapters_merge_to_the_same_kernels(front_end):
     model = chain_with(front_end)
     adapters = random_adapters(model.adapters)
     merged = model.merge(model.params, model.precompute_scales(model.params, adapters))
@@ -232,24 +232,24 @@ def test_hoisted_adapters_merge_to_the_same_kernels(front_end):
 
 @pytest.mark.parametrize("rank", [4, 0])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_hoisted_scale_is_not_trained(front_end, rank):
+def test_a_precomputed_scale_is_not_trained(front_end, rank):
     model = chain(front_end, dora.DoRAConfig(rank=rank))
-    hoisted = model.precompute_scales(model.params, model.adapters)
+    precomputed = model.precompute_scales(model.params, model.adapters)
     with pytest.raises(
-        dora.errors.AdapterError, match=r"hoisted scale|no adapter among the parameters"
+        dora.errors.AdapterError, match=r"precomputed scale|no adapter among the parameters"
     ):
-        dora.dora_optimizer(1e-3).init(hoisted)
+        dora.dora_optimizer(1e-3).init(precomputed)
 
 
-def test_nnx_optimizers_refuse_a_hoisted_model():
+def test_nnx_optimizers_refuse_a_precomputed_model():
     model = dora.apply_dora(NNXChain(CHAIN, rngs=nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1))
     with pytest.raises(
-        dora.errors.AdapterError, match=r"layer_0.scale is a hoisted scale.*not trained"
+        dora.errors.AdapterError, match=r"layer_0.scale is a precomputed scale.*not trained"
     ):
         nnx.Optimizer(dora.precompute_scales(model), dora.dora_optimizer(1e-3), wrt=dora.DoRAParam)
 
 
-def test_unhoisted_adapters_are_refused_by_a_hoisted_model():
+def test_unprocessed_adapters_are_refused_by_a_precomputed_model():
     model = dora.apply_dora(NNXChain(CHAIN, rngs=nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1))
     with pytest.raises(
         dora.errors.AdapterError, match=r"missing layer_0.scale.*unknown layer_0.mag"
@@ -262,9 +262,9 @@ def test_unhoisted_adapters_are_refused_by_a_hoisted_model():
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_hoisted_scale_of_another_base_is_nan(front_end):
+def test_a_precomputed_scale_of_another_base_is_nan(front_end):
     model, x = chain_with(front_end), inputs(7, CHAIN[0])
     other = jax.tree.map(lambda leaf: leaf + 1, model.params)
-    hoisted = model.precompute_scales(other, model.adapters)
-    assert np.all(np.isnan(hoisted["layer_0"]["scale"]))
-    assert np.all(np.isnan(model.apply(other, hoisted, x)))
+    precomputed = model.precompute_scales(other, model.adapters)
+    assert np.all(np.isnan(precomputed["layer_0"]["scale"]))
+    assert np.all(np.isnan(model.apply(other, precomputed, x)))

@@ -180,15 +180,15 @@ def test_layers_of_a_stack_that_are_not_selected_are_not_trained(front_end):
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_layers_of_a_stack_that_are_not_selected_stay_as_they_are(front_end):
-    """Whatever stands in their part of the adapter; also hoisted."""
+    """Whatever stands in their part of the adapter; also precomputed."""
     operations, x = stack_with(front_end), inputs(5, WIDTH)
     params, adapters = operations.params, random_adapters(operations.adapters)
-    hoisted = operations.precompute_scales(params, adapters)
-    assert np.all(np.asarray(hoisted["blocks"]["up"]["scale"][1]) == 0)
+    precomputed = operations.precompute_scales(params, adapters)
+    assert np.all(np.asarray(precomputed["blocks"]["up"]["scale"][1]) == 0)
     apply = jax.jit(operations.apply)
     y = apply(params, adapters, x)
     kernel = params["blocks"]["up"]["kernel"]
-    for tree in (adapters, hoisted):
+    for tree in (adapters, precomputed):
         merged = operations.merge(params, tree)
         found = merged["blocks"]["up"]["kernel"]
         assert same(found[1], kernel[1])
@@ -234,7 +234,7 @@ def moved(adapters):
 @pytest.mark.parametrize("saved", ["head", "norm"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_modules_to_save_are_trained_in_full_and_merged(front_end, saved):
-    """A norm's `scale` is no hoisted one."""
+    """A norm's `scale` is no precomputed one."""
     operations, x = model(front_end, modules_to_save=[saved]), inputs(5, WIDTH)
     params, adapters = operations.params, operations.adapters
     assert same(adapters[saved], params[saved])
@@ -347,7 +347,7 @@ def test_the_summary_of_a_stack_shows_its_length():
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_a_hoisted_model_has_the_summary_of_the_adapted_one(front_end):
+def test_a_precomputed_model_has_the_summary_of_the_adapted_one(front_end):
     config = dora.DoRAConfig(rank=2, magnitude_trainable=False)
     if front_end == "nnx":
         adapted = dora.apply_dora(NNXModel(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
@@ -357,9 +357,9 @@ def test_a_hoisted_model_has_the_summary_of_the_adapted_one(front_end):
         adapted, adapters = dora.apply_dora(
             LinenModel(), config, params=params, rng=jax.random.key(1), inputs=(x,)
         )
-        hoisted = dora.precompute_scales(adapted, params, adapters)
+        precomputed = dora.precompute_scales(adapted, params, adapters)
         plain = dora.summary(adapted, params=params, adapters=adapters)
-        assert dora.summary(adapted, params=params, adapters=hoisted) == plain
+        assert dora.summary(adapted, params=params, adapters=precomputed) == plain
 
 
 # A dry run of a model that would not fit in memory: of the shapes of LLaMA-7B.

@@ -237,8 +237,7 @@ def test_batch_statistics_are_those_of_the_merged_linen_model():
         CONFIG,
         params=variables["params"],
         rng=jax.random.key(1),
-        inputs=(x,),
-        variables=stats,
+        inputs=dora.linen.ExampleCall((x,), variables=stats),
     )
     adapters = random_adapters(adapters)
     y, updated = model.apply(

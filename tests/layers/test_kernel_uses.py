@@ -44,7 +44,11 @@ def adapt(run, x=X, rank=2, **fields):
     params = variables.pop("params")
     config = dora.DoRAConfig(rank=rank, **fields)
     model, adapters = dora.apply_dora(
-        module, config, params=params, rng=jax.random.key(2), inputs=(x,), variables=variables
+        module,
+        config,
+        params=params,
+        rng=jax.random.key(2),
+        inputs=dora.linen.ExampleCall((x,), variables=variables),
     )
     return module, params, model, adapters
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import dora_jax as dora
 from dora_jax.layers import einsum_layout
+from dora_jax.linen import ExampleCall
 from tests.support import reference
 from tests.support.layer_models import TRANSFORMS, model
 from tests.support.layer_rows import (
@@ -589,8 +590,8 @@ def test_linen_attention_decodes_step_by_step_what_it_computes_at_once():
     params, cache = variables["params"], variables["cache"]
     settings = dora.DoRAConfig(rank=2)
     adapt = functools.partial(dora.apply_dora, params=params, rng=jax.random.key(1))
-    at_once, adapters = adapt(whole, settings, inputs=(x,), kwargs={"mask": mask})
-    by_step, _ = adapt(step, settings, inputs=(x[:, :1],), variables={"cache": cache})
+    at_once, adapters = adapt(whole, settings, inputs=ExampleCall((x,), kwargs={"mask": mask}))
+    by_step, _ = adapt(step, settings, inputs=ExampleCall((x[:, :1],), variables={"cache": cache}))
     trained = random_adapters(adapters)
     merged = dora.merge(at_once, params, trained)
 

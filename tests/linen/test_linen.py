@@ -206,8 +206,9 @@ def adapt(module: nn.Module, variables, **fields):
         dora.DoRAConfig(**{"rank": 2, **fields}),
         params=variables["params"],
         rng=jax.random.key(1),
-        inputs=(jax.ShapeDtypeStruct((5, WIDTH), jnp.float32),),
-        variables=others,
+        inputs=dora.linen.ExampleCall(
+            (jax.ShapeDtypeStruct((5, WIDTH), jnp.float32),), variables=others
+        ),
     )
 
 
@@ -249,9 +250,6 @@ def test_a_merged_model_computes_what_the_adapted_one_does(name):
     assert reference.relative_error(base({**variables, "params": merged}, x), y) <= 1e-5
     assert np.any(np.asarray(base(variables, x) != y))
     assert same(variables, before)
-    by_shape = dora.merge(variables["params"], adapters, model.config)
-    for one, other in zip(jax.tree.leaves(by_shape), jax.tree.leaves(merged), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["scan", "vmap", "remat in a scan"])
@@ -325,8 +323,7 @@ def test_the_call_that_is_traced_may_be_another_method():
         dora.DoRAConfig(rank=2),
         params=variables["params"],
         rng=jax.random.key(1),
-        inputs=(inputs(5, WIDTH),),
-        method="encode",
+        inputs=dora.linen.ExampleCall((inputs(5, WIDTH),), method="encode"),
     )
     assert list(adapters) == ["layers_0"]
 

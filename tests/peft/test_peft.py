@@ -280,7 +280,7 @@ def test_linen_models_scanned_and_not_have_the_same_files(tmp_path):
     np.testing.assert_allclose(other_y, y, rtol=1e-5)
     again, _ = read_adapters(model, tmp_path, names, params=params)
     assert_trees_equal(again, tree)
-    with pytest.raises(PeftError, match=r"layers.* is hoisted"):
+    with pytest.raises(PeftError, match=r"layers.* is precomputed"):
         save_pretrained(
             model, tmp_path, names, adapters=dora.precompute_scales(model, params, tree)
         )
@@ -410,8 +410,8 @@ def test_settings_that_peft_lacks_are_not_written(tmp_path, fields, message):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_hoisted_model_and_one_without_an_adapter_are_not_written(tmp_path):
-    with pytest.raises(PeftError, match="is hoisted"):
+def test_a_precomputed_model_and_one_without_an_adapter_are_not_written(tmp_path):
+    with pytest.raises(PeftError, match="is precomputed"):
         save_pretrained(dora.precompute_scales(adapted()), tmp_path, IDENTITY)
     with pytest.raises(dora.errors.AdapterError, match="no adapter"):
         save_pretrained(MLP(nnx.Rngs(0)), tmp_path, IDENTITY)

@@ -142,7 +142,7 @@ def narrower() -> dict[str, Any]:
     return adapt_linen(rank=1)[1]
 
 
-def hoisted() -> dict[str, Any]:
+def precomputed() -> dict[str, Any]:
     return dora.precompute_scales(linen_model(), params(), adapters())
 
 
@@ -611,10 +611,10 @@ OPTIMISING = [
         r"\.kernel|\.base_norm is the frozen base of an adapted layer: .*wrt=DoRAParam in NNX",
     ),
     BadInput(
-        "hoisted adapters",
-        lambda: dora.dora_optimizer(1e-3).init(hoisted()),
+        "precomputed adapters",
+        lambda: dora.dora_optimizer(1e-3).init(precomputed()),
         AdapterError,
-        "^head.scale is a hoisted scale, .*: use the adapters that were hoisted",
+        "^head.scale is a precomputed scale, .*: use the adapters that were precomputed",
     ),
     BadInput(
         "a negative learning rate",
@@ -704,10 +704,10 @@ COMBINING = [
         r"^up: the shapes .* do not tell how many axes are stack; pass stack_axes",
     ),
     BadInput(
-        "a mean of hoisted scales",
-        lambda: dora.adapters.interpolate([hoisted(), hoisted()], [0.5, 0.5]),
+        "a mean of precomputed scales",
+        lambda: dora.adapters.interpolate([precomputed(), precomputed()], [0.5, 0.5]),
         AdapterError,
-        "^head.scale is a hoisted scale",
+        "^head.scale is a precomputed scale",
     ),
     BadInput(
         "adapters cast to integers",
@@ -767,7 +767,7 @@ HOISTING = [
         "^an NNX model carries its arrays: leave out adapters",
     ),
     BadInput(
-        "plain adapters for a hoisted model",
+        "plain adapters for a precomputed model",
         lambda: dora.set_adapters(dora.precompute_scales(adapt()), dora.get_adapters(adapt())),
         AdapterError,
         "missing head.scale",
@@ -812,7 +812,7 @@ BAD_INPUTS = {
     "merge": MERGING,
     "dora_optimizer": OPTIMISING,
     "adapter operations": COMBINING,
-    "hoist and summary": HOISTING,
+    "precompute and summary": HOISTING,
 }
 
 

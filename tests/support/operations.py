@@ -30,8 +30,8 @@ class Operations:
     Attributes:
       params, adapters: as the model starts.
       base: `(params, x) -> y`, the model before `apply_dora`.
-      apply: `(params, adapters, x) -> y`; it takes hoisted adapters too.
-      hoist: `(params, adapters) -> adapters`.
+      apply: `(params, adapters, x) -> y`; it takes precomputed adapters too.
+      precompute_scales: `(params, adapters) -> adapters`.
       disabled: `adapters -> adapters`.
       mixed: `(params, stacked, index, x) -> y`.
       merge: `(params, adapters) -> params`.
@@ -42,7 +42,7 @@ class Operations:
     adapters: Tree
     base: Callable[..., jax.Array]
     apply: Callable[..., jax.Array]
-    hoist: Callable[..., Tree]
+    precompute_scales: Callable[..., Tree]
     disabled: Callable[..., Tree]
     mixed: Callable[..., jax.Array]
     merge: Callable[..., Tree]
@@ -79,7 +79,7 @@ def of_linen(module: Any, params: Tree, x: jax.Array, config: dora.DoRAConfig) -
         adapters,
         base=lambda params, x: module.apply({"params": params}, x),
         apply=lambda params, adapters, x: model.apply({"params": params, "dora": adapters}, x),
-        hoist=lambda params, adapters: dora.precompute_scales(model, params, adapters),
+        precompute_scales=lambda params, adapters: dora.precompute_scales(model, params, adapters),
         disabled=lambda adapters: dora.disabled_adapters(model, adapters),
         mixed=lambda params, stacked, index, x: dora.apply_mixed(
             model, {"params": params, "dora": stacked}, index, x
@@ -117,7 +117,7 @@ def of_nnx(
         start,
         base=lambda params, x: load(params, None, model=base)(x),
         apply=lambda params, adapters, x: load(params, adapters)(x),
-        hoist=lambda params, adapters: dora.get_adapters(
+        precompute_scales=lambda params, adapters: dora.get_adapters(
             dora.precompute_scales(load(params, adapters))
         ),
         disabled=lambda adapters: dora.disabled_adapters(load(params, adapters)),
