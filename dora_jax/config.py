@@ -6,16 +6,25 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import jax.numpy as jnp
-
 from dora_jax.errors import ConfigError, Path
+from dora_jax.validation import (
+    ALL_LINEAR,
+    check_positive,
+    check_rank,
+    check_regex,
+    entries,
+    float_dtype_name,
+    is_index,
+    is_number,
+    module_patterns,
+    pattern_dict,
+)
 
 NormGradient = Literal["exact", "detached"]
 Init = Literal["kaiming_uniform", "gaussian", "orthogonal", "pissa", "olora"]
-ALL_LINEAR = "all-linear"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +76,7 @@ class DoRAConfig:
       rank_pattern: rank by layer; a key matches a path as `(.*\.)?(KEY)$`, the first that does
         counts.
       alpha_pattern: alpha by layer; keys match as in `rank_pattern`.
-      modules_to_save: modules trained in full beside the adapters (a new head, norms); names or
+      modules_to_save: modules trained in full, next to the adapters (a new head, norms); names or
         path suffixes. They live in the adapter tree and are trained by the same optimiser.
       use_rslora: scale by `alpha / sqrt(rank)` (arXiv 2312.03732) instead of `alpha / rank`.
       magnitude_trainable: False keeps the magnitude at `||W0||`.
@@ -83,9 +92,9 @@ class DoRAConfig:
         "kaiming_uniform", `U(-1/sqrt(in), 1/sqrt(in))`, "gaussian", `N(0, 1/rank^2)` (both as in
         PEFT), or "orthogonal" (orthonormal columns). "pissa" (arXiv 2404.02948) starts from the
         largest singular vectors of the kernel, "olora" (arXiv 2406.01775) from its QR
-        decomposition; the layer acts by the change of the product, so that the kernel stays the
-        pretrained one and the start is an identity to rounding.
-      eps: smallest norm of a kernel's column that is divided by.
+        decomposition. There only the change of the product counts, so that the kernel stays the
+        pretrained one, and the start is an identity to rounding.
+      eps: smallest norm that a column is divided by.
       adapter_dtype: dtype of the adapter arrays. A bfloat16 magnitude does not move at usual
         learning rates, hence float32.
 
@@ -123,19 +132,19 @@ class DoRAConfig:
 
     def __post_init__(self) -> None:
         for field in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, field, _patterns(field, getattr(self, field)))
+            object.__setattr__(self, field, module_patterns(field, getattr(self, field)))
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"modules_to_save must be a list of names: [{self.modules_to_save!r}]"
             )
         object.__setattr__(
-            self, "modules_to_save", _patterns("modules_to_save", self.modules_to_save)
+            self, "modules_to_save", module_patterns("modules_to_save", self.modules_to_save)
         )
         for field in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, field, _pattern_dict(field, getattr(self, field)))
-        object.__setattr__(self, "adapter_dtype", _float_dtype_name(self.adapter_dtype))
+            object.__setattr__(self, field, pattern_dict(field, getattr(self, field)))
+        object.__setattr__(self, "adapter_dtype", float_dtype_name(self.adapter_dtype))
         if self.layers_to_transform is not None:
-            indices = _entries("layers_to_transform", self.layers_to_transform)
+            indices = entries("layers_to_transform", self.layers_to_transform)
             object.__setattr__(self, "layers_to_transform", indices)
         self._validate()
         for field in ("alpha", "dropout", "eps"):
@@ -144,24 +153,24 @@ class DoRAConfig:
         object.__setattr__(self, "alpha_pattern", alphas)
 
     def __eq__(self, other: object) -> bool:
-        # Not by fields: of the patterns the first match counts, so their order tells two apart.
+        # Compare JSON: pattern dicts are ordered, since the first match wins.
         return isinstance(other, DoRAConfig) and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return hash(self.to_json())
 
     def _validate(self) -> None:
-        _check_rank("rank", self.rank)
-        _check_positive("alpha", self.alpha)
-        _check_positive("eps", self.eps)
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+        check_rank("rank", self.rank)
+        check_positive("alpha", self.alpha)
+        check_positive("eps", self.eps)
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}")
         for pattern, rank in self.rank_pattern.items():
-            _check_regex("rank_pattern", pattern)
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+            check_regex("rank_pattern", pattern)
+            check_rank(f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
-            _check_regex("alpha_pattern", pattern)
-            _check_positive(f"alpha_pattern[{pattern!r}]", alpha)
+            check_regex("alpha_pattern", pattern)
+            check_positive(f"alpha_pattern[{pattern!r}]", alpha)
         for field, allowed in (("norm_gradient", NormGradient), ("init", Init)):
             if getattr(self, field) not in get_args(allowed):
                 raise ConfigError(
@@ -171,7 +180,7 @@ class DoRAConfig:
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field} must be True or False, got {getattr(self, field)!r}")
         indices = self.layers_to_transform
-        if indices is not None and (not indices or not all(_is_index(i) for i in indices)):
+        if indices is not None and (not indices or not all(is_index(i) for i in indices)):
             raise ConfigError(
                 f"layers_to_transform must hold integers of at least 0, got {list(indices)}"
             )
@@ -201,7 +210,7 @@ class DoRAConfig:
 
     @property
     def changes_product(self) -> bool:
-        """Whether layers act by the change of `lora_a lora_b`, which does not start at zero."""
+        """Whether `lora_a lora_b` does not start at zero, so that its change is what counts."""
         return self.init in ("pissa", "olora")
 
     @classmethod
@@ -255,31 +264,6 @@ class DoRAConfig:
         return numbers[0] if numbers else None
 
 
-def _patterns(field: str, value: str | Iterable[str]) -> str | tuple[str, ...]:
-    """Normalises a selection: a regular expression stays a string, names become a tuple."""
-    if isinstance(value, str):
-        if value != ALL_LINEAR:
-            _check_regex(field, value)
-        return value
-    names = _entries(field, value)
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"{field} must hold non-empty strings, got {name!r}")
-    return tuple(name.replace("/", ".") for name in names)
-
-
-def _entries(field: str, value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
-        raise ConfigError(f"{field} must be a list, got {value!r}")
-    return tuple(value)
-
-
-def _pattern_dict(field: str, value: Any) -> dict[str, Any]:
-    if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
-        raise ConfigError(f"{field} must be a dict with patterns for keys, got {value!r}")
-    return dict(value)
-
-
 def pattern_matches(pattern: str, name: str) -> bool:
     """Returns whether a key of `rank_pattern` or `alpha_pattern` matches a dotted path."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
@@ -287,38 +271,3 @@ def pattern_matches(pattern: str, name: str) -> bool:
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((v for pattern, v in patterns.items() if pattern_matches(pattern, name)), default)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_positive(field: str, value: Any) -> None:
-    if not (_is_number(value) and value > 0):
-        raise ConfigError(f"{field} must be a finite number above 0, got {value!r}")
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _check_rank(field: str, rank: Any) -> None:
-    if not _is_index(rank):
-        raise ConfigError(f"{field} must be an integer of at least 0, got {rank!r}")
-
-
-def _check_regex(field: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{field}: {pattern!r} is no regular expression: {error}") from error
-
-
-def _float_dtype_name(dtype: Any) -> str:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError as error:
-        raise ConfigError(f"adapter_dtype is no dtype: {dtype!r}") from error
-    if not jnp.issubdtype(jnp.dtype(name), jnp.floating):
-        raise ConfigError(f"adapter_dtype must be a floating dtype, got {name}")
-    return name

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+# The path of a module in its model, by names.
 Path = tuple[str, ...]
 
 
 class DoRAError(ValueError):
-    """A request that cannot be honoured; the message names the layer or field and the mend."""
+    """A request that cannot be honoured; the message names the layer or field, and the fix."""
 
 
 class ConfigError(DoRAError):
@@ -21,10 +22,10 @@ class AdapterError(DoRAError):
     """Adapters and model do not belong together, or a model is adapted or merged twice."""
 
 
+class CheckpointError(DoRAError):
+    """A checkpoint is damaged, incomplete or of another format; the message names file or array."""
+
+
 def layer_name(path: Path) -> str:
     """Returns the dotted path of a layer, as errors name it; the model may be a layer itself."""
     return ".".join(path) or "the model"
-
-
-class CheckpointError(DoRAError):
-    """A checkpoint is damaged, incomplete or of another format; the message names file or array."""

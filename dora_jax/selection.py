@@ -6,15 +6,16 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from dora_jax.config import ALL_LINEAR, DoRAConfig, LayerSettings, pattern_matches
+from dora_jax.config import DoRAConfig, LayerSettings, pattern_matches
 from dora_jax.errors import ConfigError, LayoutError, Path
+from dora_jax.validation import ALL_LINEAR
 
 
 def select_layers(
     config: DoRAConfig,
     layers: Mapping[Path, bool],
     modules: Iterable[Path],
-    refused: Mapping[Path, tuple[str, bool]] | None = None,
+    unsupported: Mapping[Path, tuple[str, bool]] | None = None,
 ) -> dict[Path, LayerSettings]:
     """Resolves which layers are adapted.
 
@@ -22,14 +23,15 @@ def select_layers(
       config: the configuration.
       layers: every layer that can be adapted, by path; True if `"all-linear"` covers it.
       modules: every module path of the model, adaptable or not (to explain a failure).
-      refused: layers that hold a kernel and cannot be adapted: why, and whether `"all-linear"`
-        would mean them.
+      unsupported: layers that hold a kernel and cannot be adapted: why, and whether
+        `"all-linear"` would cover them.
 
     Returns:
       The settings of each selected layer, by path.
 
     Raises:
-      LayoutError: a refused layer is meant, or a name matches only modules that hold no kernel.
+      LayoutError: an unsupported layer is selected, or a name matches only modules without a
+        kernel.
       ConfigError: a pattern matches nothing (with the nearest names), or no layer is left.
 
     Example:
@@ -39,7 +41,7 @@ def select_layers(
     """
     all_names = {".".join(path) for path in modules}
     names = {".".join(path): path for path in layers}
-    reasons = {".".join(path): reason for path, reason in (refused or {}).items()}
+    reasons = {".".join(path): why for path, why in (unsupported or {}).items()}
     saved = match_modules(config.modules_to_save, all_names, "modules_to_save")
     excluded = _match(config.exclude_modules, all_names, "exclude_modules", all_names)
     if config.target_modules == ALL_LINEAR:

@@ -1,8 +1,8 @@
-"""What a traced call does with stored kernels: which layers run on them, who else reads them.
+"""How a traced call uses stored kernels: which layers run on them, and what else reads them.
 
-An adapter lies beside the stored kernel and is merged into it. Where a model computes the kernel of
-a layer in each call (`nn.WeightNorm`, `nn.map_variables`), or computes with it outside of the layer
-(a head tied to an embedding), the adapted model and the merged one would not be the same.
+An adapter belongs to the stored kernel, and is merged into it. Some models compute a layer's kernel
+anew in each call (`nn.WeightNorm`, `nn.map_variables`), or compute with it outside of the layer (a
+head tied to an embedding). There the adapted model and the merged one would not be the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TIED = (
     "merging would change what the model computes: leave it out of target_modules"
 )
 
-# What selects, lays out or casts, but computes nothing.
+# Primitives that select, lay out or cast, but compute nothing.
 _TRANSPARENT = {
     "broadcast_in_dim",
     "convert_element_type",
@@ -40,11 +40,11 @@ _TRANSPARENT = {
 
 
 class Uses(NamedTuple):
-    """What a traced call does with stored kernels, by label.
+    """How a traced call uses stored kernels, by label.
 
     Attributes:
-      computed: kernels that a layer runs on something else than (a slice of) the stored one.
-      read: kernels that something else than a marked layer computes with.
+      computed: labels of layers that run on something else than (a slice of) their stored kernel.
+      read: labels of kernels that something else than a tagged layer computes with.
     """
 
     computed: set[str]
@@ -52,12 +52,12 @@ class Uses(NamedTuple):
 
 
 def tag_kernel(kernel: T, label: str) -> T:
-    """Marks in the program that is traced where a layer sees its kernel; returns it."""
+    """Returns a kernel, tagged in the traced program as the one that a layer sees."""
     return checkpoint_name(kernel, _PREFIX + label)
 
 
 def kernel_uses(jaxpr: Jaxpr, labels: Mapping[Var, str]) -> Uses:
-    """Returns how a traced call with marks uses those of its inputs that are stored kernels.
+    """Returns how a traced call with tags uses those of its inputs that are stored kernels.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -79,15 +79,15 @@ def _collect(jaxpr: Jaxpr, labels: dict[Var, str], uses: Uses) -> None:
         known = [labels.get(v) if isinstance(v, Var) else None for v in eqn.invars]
         name, inner_jaxprs = eqn.primitive.name, list(_inner_jaxprs(eqn.params))
         for inner in inner_jaxprs:
-            # A scan's or a branch's own inputs are the last ones of the equation's.
+            # In scan and cond the inner jaxpr's inputs are the trailing operands.
             if name == "while":
                 inputs = _while_inputs(eqn.params, inner, known)
             else:
                 inputs = list(zip(reversed(inner.invars), reversed(known), strict=False))
             _collect(inner, {v: label for v, label in inputs if label}, uses)
         if name == "name" and eqn.params["name"].startswith(_PREFIX):
-            mark = eqn.params["name"].removeprefix(_PREFIX)
-            uses.computed.update({mark} - {known[0]})
+            tag = eqn.params["name"].removeprefix(_PREFIX)
+            uses.computed.update({tag} - {known[0]})
         elif name in _TRANSPARENT and known and known[0]:
             labels[eqn.outvars[0]] = known[0]
         elif not inner_jaxprs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from dora_jax.adapters.trees import Tree, get_in, set_in, tree_shapes
 from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.errors import AdapterError, ConfigError, Path
 from dora_jax.layers.adapted import AdaptedLayer
-from dora_jax.layers.plan import StoredKernel, plan_layers, start_layers
+from dora_jax.layers.plan import LayerStart, StoredKernel, plan_layers, start_layers
 from dora_jax.linen.model import DoRAModel, StoredLayer
 from dora_jax.linen.stack_axes import is_in_front
 from dora_jax.linen.tracing import ExampleCall, Trace, stored_kernel_axes, trace_layers
@@ -30,7 +30,7 @@ def apply_dora(
 ) -> tuple[DoRAModel, dict[str, Any]]:
     """Returns an adapted model and its adapters, for a Linen module and its parameters.
 
-        params    {"up": {"kernel": (in, out), "bias": (out,)}, ...}      stay as they are
+        params    {"up": {"kernel": (in, out), "bias": (out,)}, ...}  stay as they are
         adapters  {"up": {"lora_a": (in, r), "lora_b": (r, out), "magnitude": (out,)}, ...}
 
     Both models compute the same at this point, bit for bit.
@@ -76,14 +76,22 @@ def apply_dora(
         path: StoredKernel(layer.kernel(params), layer.axes) for path, layer in stored.items()
     }
     started = start_layers(config, settings, kernels, rng)
+    layers = {path: stored[path] for path in started}
+    base = {path: start.base for path, start in started.items()}
+    adapters = _adapter_tree(started, params, saved_paths(config, trace.modules))
+    return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
+
+
+def _adapter_tree(
+    started: Mapping[Path, LayerStart], params: Tree, saved: Sequence[Path]
+) -> dict[str, Any]:
+    """Returns the adapters of layers, with the parameters of modules trained in full."""
     adapters: Any = {}
     for path, start in started.items():
         adapters = set_in(adapters, path, start.adapter)
-    for path in saved_paths(config, trace.modules):
+    for path in saved:
         adapters = set_in(adapters, path, meta.unbox(get_in(params, path)))
-    layers = {path: stored[path] for path in started}
-    base = {path: start.base for path, start in started.items()}
-    return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
+    return adapters
 
 
 def _stored_layers(

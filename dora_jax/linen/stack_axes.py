@@ -1,8 +1,8 @@
 """Where Linen's lifted transforms stack parameters: `variable_axes={"params": 1}` and the like.
 
-`nn.scan` and `nn.vmap` take the axis at one position from every parameter alike. The adapters
-beside a kernel have other axes than the kernel: they are laid out such that the position of a stack
-axis of the kernel is that of the same stack axis of theirs.
+`nn.scan` and `nn.vmap` take the axis at one position from every parameter alike. An adapter has
+other axes than its kernel. It is laid out so that each stack axis stands at the same position as in
+the kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @struct.dataclass
 class PositionBox(meta.AxisMetadata):
-    """A box around a parameter that keeps at which positions transforms took axes from it.
+    """A box around a parameter that records the positions at which transforms took axes from it.
 
     Attributes:
       value: the parameter, which may be boxed itself.
@@ -113,9 +113,8 @@ class Padded(meta.AxisMetadata):
 def stack_at(x: Array, positions: Sequence[int], call_ndim: int) -> Padded:
     """Moves an adapter's stack axes to where the kernel has them.
 
-    `x` starts with the stack axes, in the kernel's order. What is left of it when they are taken
-    has at least `call_ndim` axes, as many as the kernel has then, for any position to be one of `x`
-    too.
+    `x` starts with the stack axes, in the kernel's order. It is padded with axes of size 1, so that
+    the positions of the kernel's `variable_axes` are valid for it too.
 
     Example:
       >>> magnitude = jnp.ones((3, 5))  # of a kernel (in, 3, 5)

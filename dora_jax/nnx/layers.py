@@ -91,7 +91,7 @@ def adapter_of(layer: Any) -> dict[str, jax.Array]:
 def base_of(layer: Any) -> FrozenBase:
     """Returns what an adapted layer keeps of its frozen kernel."""
     named = ((name.removeprefix(BASE_PREFIX), name) for name in _base_attributes(layer))
-    return FrozenBase(**{field: getattr(layer, name)[...] for field, name in named})
+    return FrozenBase(**{field: _value(getattr(layer, name)) for field, name in named})
 
 
 def attach(layer: Any, adapted: AdaptedLayer, adapter: dict[str, Any], base: FrozenBase) -> None:
@@ -118,6 +118,12 @@ def view_of(layer: Any, **attributes: Any) -> Any:
     view = object.__new__(type(layer))
     vars(view).update(vars(layer), **attributes)
     return view
+
+
+def _value(variable: nnx.Variable) -> Any:
+    """Returns a variable's array; it may be abstract, and then cannot be indexed."""
+    value = variable.get_value()
+    return value if isinstance(value, jax.ShapeDtypeStruct) else variable[...]
 
 
 def _base_attributes(layer: Any) -> list[str]:

@@ -61,7 +61,7 @@ def check_stored_shape(path: Path, layer: Any, kernel: jax.Array) -> None:
     for layer_class, names in shapes.items():
         if isinstance(layer, layer_class):
             own = tuple(getattr(layer, name) for name in names)
-    if own is None or kernel.ndim == len(own):  # no stack: what the call says counts
+    if own is None or kernel.ndim == len(own):  # no stack: the axes come from the call
         return
     if kernel.shape[kernel.ndim - len(own) :] != tuple(own):
         raise LayoutError(
@@ -70,10 +70,10 @@ def check_stored_shape(path: Path, layer: Any, kernel: jax.Array) -> None:
         )
 
 
-def call_axes_of(path: Path, layer: Any, layout: Layout, call: Arguments) -> KernelAxes:
+def call_axes_of(path: Path, layer: Any, layout: Layout, arguments: Arguments) -> KernelAxes:
     """Returns the axes of the kernel that a call sees; an error names the layer."""
     try:
-        return layout.axes(layer, call)
+        return layout.axes(layer, arguments)
     except LayoutError as error:
         raise LayoutError(f"{layer_name(path)} cannot be adapted: {error}") from error
 
@@ -81,10 +81,12 @@ def call_axes_of(path: Path, layer: Any, layout: Layout, call: Arguments) -> Ker
 def trace_axes(
     model: nnx.Module, layers: Mapping[Path, tuple[Any, Layout]], inputs: tuple[Any, ...]
 ) -> dict[Path, KernelAxes]:
-    """Traces a call of the model; returns the axes of the kernel of each layer it calls.
+    """Traces a call of the model; returns the axes of the kernel of each layer that it calls.
+
+    While the call is traced, every layer is of a subclass that records how it is called.
 
     Raises:
-      LayoutError: something else than the layer computes with an embedding's table.
+      LayoutError: an embedding's table is used outside of its layer; names it.
     """
     found: dict[Path, KernelAxes] = {}
 
@@ -92,13 +94,13 @@ def trace_axes(
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             bound = bind_call(layer_class.__call__, (self, *args), kwargs)
             found[path] = call_axes_of(path, self, layout, bound)
-            return layer_class.__call__(marked(self), *args, **kwargs)
+            return layer_class.__call__(tagged(self), *args, **kwargs)
 
         def attend(self: Any, *args: Any, **kwargs: Any) -> Any:
             found[path] = call_axes_of(path, self, layout, {})
-            return layer_class.attend(marked(self), *args, **kwargs)
+            return layer_class.attend(tagged(self), *args, **kwargs)
 
-        def marked(self: Any) -> Any:
+        def tagged(self: Any) -> Any:
             if not layout.attend:
                 return self
             table = tag_kernel(getattr(self, layout.kernel)[...], ".".join(path))
