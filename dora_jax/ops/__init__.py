@@ -1,7 +1,8 @@
 """Products and scales in the order that XLA compiles well, with their gradients.
 
-The only home of `jax.interpreters` and `jax.extend`: whatever needs a primitive of our own, or a
-name for a rematerialisation policy, is here. Nothing here knows Flax or an adapter.
+Everything that needs a primitive of our own, or the names that a rematerialisation policy looks
+for, is here. No other folder imports `jax.interpreters` or `jax.extend`. Nothing here knows Flax
+or an adapter.
 """
 
 from dora_jax.ops.low_rank import down_projection, up_projection

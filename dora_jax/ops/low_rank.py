@@ -1,16 +1,16 @@
-"""`(x A) B`: the two products of a low rank, with gradients that every backend multiplies well.
+"""`(x A) B`: the two products of a low rank, with gradients that every backend multiplies fast.
 
-JAX differentiates `x W` to a product with the cotangent as the left operand. XLA on a CPU makes
-less of it than of the same product in another order, where one side has r features alone:
+JAX's gradient of `x W` is a product whose left operand is the cotangent. XLA runs that product
+slowly on a CPU when one side has only r features:
 
-- The gradient of `B`, `(x A)^T g`: it transposes the left operand first, and with activations of
-  three axes makes all that leads to it a second time, in transposed order. With `x A` as the left
-  operand there is nothing to transpose. A step of a 6-layer BERT with LoRA took 0.68 of the time.
-- The gradient of `A`, `x^T g`: its kernel for a result of r columns takes 5 to 10 times as long as
-  the one for r rows, transposed in the end.
+- The gradient of `B`, `(x A)^T g`. XLA transposes the left operand first. With activations of
+  three axes it also computes everything that leads to that operand a second time, in transposed
+  order. With `x A` as the left operand nothing is transposed: a step of a 6-layer BERT with LoRA
+  took 0.68 of the time.
+- The gradient of `A`, `x^T g`. XLA takes 5 to 10 times as long for a result of r columns as for
+  one of r rows that is transposed afterwards.
 
-In XLA for TPU the programs are the same either way. Rules of this kind with forward mode, `vmap`
-and reverse mode alike take a primitive: a `jax.custom_vjp` has no forward mode.
+XLA for TPU compiles both orders to the same program.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.interpreters import mlir
 
-from dora_jax.ops.primitives import _bilinear, has_mesh_in_type
+from dora_jax.ops.primitives import define_primitive, transpose_in_first
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -43,9 +42,7 @@ def down_projection(
       (4, 7, 2)
     """
     x, a = (v.astype(jnp.result_type(x, a)) for v in (x, a))
-    if has_mesh_in_type(x) or has_mesh_in_type(a):
-        return _down(x, a, precision=precision)
-    return _down_projection.bind(x, a, precision=_read(precision))
+    return _down_projection(x, a, precision=_current_precision(precision))
 
 
 def up_projection(
@@ -68,13 +65,14 @@ def up_projection(
       (4, 7, 3)
     """
     x, b = (v.astype(jnp.result_type(x, b)) for v in (x, b))
-    if has_mesh_in_type(x) or has_mesh_in_type(b):
-        return _up(x, b, stack=stack, precision=precision)
-    return _up_projection.bind(x, b, stack=stack, precision=_read(precision))
+    return _up_projection(x, b, stack=stack, precision=_current_precision(precision))
 
 
-def _read(precision: Any) -> Any:
-    """Returns the precision as `dot_general` would read it, but here, where this is traced."""
+def _current_precision(precision: Any) -> Any:
+    """Returns the precision that `dot_general` would use if it were called now.
+
+    A primitive calls `dot_general` later, when the default precision may be another one.
+    """
     if precision is None:
         return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return precision
@@ -84,40 +82,42 @@ def _down(x: Array, a: Array, *, precision: Any) -> Array:
     return lax.dot_general(x, a, (((x.ndim - 1,), (0,)), ((), ())), precision)
 
 
-def _down_type(x: Any, a: Any, *, precision: Any) -> Any:
-    return jax.core.ShapedArray((*x.shape[:-1], a.shape[1]), x.dtype)
+def _down_gradient_of_a(g: Array, x: Array, a: Any, *, precision: Any) -> Array:
+    return _down_gradient(x, g, precision=precision)
 
 
-def _down_to_x(g: Array, x: Any, a: Array, *, precision: Any) -> Array:
-    return lax.dot_general(g, a, (((g.ndim - 1,), (1,)), ((), ())), precision)
+def _batch_down(
+    operands: tuple[Array, Array], positions: tuple[int | None, int | None], *, precision: Any
+) -> tuple[Array, int]:
+    """Makes a batch axis of `x` alone one more of its own, so that this stays one product."""
+    (x, a), (of_x, of_a) = operands, positions
+    if of_a is None:
+        assert of_x is not None
+        return _down_projection(jnp.moveaxis(x, of_x, 0), a, precision=precision), 0
+    return jax.vmap(lambda x, a: _down(x, a, precision=precision), positions)(x, a), 0
 
 
-def _down_to_a(g: Array, x: Array, a: Any, *, precision: Any) -> Array:
-    return _down_gradient.bind(x, g, precision=precision)
+def _contract_batch(x: Array, g: Array, *, precision: Any) -> Array:
+    """Returns `x^T g`, summed over the batch, in JAX's order."""
+    return _rows(x, g, precision).T
 
 
-def _down_gradient_as_jax(x: Array, g: Array, *, precision: Any) -> Array:
-    """Returns `x^T g`, summed over the batch."""
+def _contract_batch_on_cpu(x: Array, g: Array, *, precision: Any) -> Array:
+    # Without the barrier XLA merges the transpose into the product and runs the slow one.
+    return lax.optimization_barrier(_rows(x, g, precision)).T
+
+
+def _rows(x: Array, g: Array, precision: Any) -> Array:
+    """Returns `g^T x`, summed over the batch: a row for each of the r features of `g`."""
     batch = tuple(range(x.ndim - 1))
-    return lax.dot_general(g, x, ((batch, batch), ((), ())), precision).T
+    return lax.dot_general(g, x, ((batch, batch), ((), ())), precision)
 
 
-def _down_gradient_on_cpu(x: Array, g: Array, *, precision: Any) -> Array:
-    batch = tuple(range(x.ndim - 1))
-    rows = lax.dot_general(g, x, ((batch, batch), ((), ())), precision)
-    # Without it XLA takes the transpose into the product, which is then the slow one.
-    return lax.optimization_barrier(rows).T
+def _contract_batch_gradient_of_x(c: Array, x: Any, g: Array, *, precision: Any) -> Array:
+    return _down_gradient_of_x(g, x, c, precision=precision)
 
 
-def _down_gradient_type(x: Any, g: Any, *, precision: Any) -> Any:
-    return jax.core.ShapedArray((x.shape[-1], g.shape[-1]), x.dtype)
-
-
-def _down_gradient_to_x(c: Array, x: Any, g: Array, *, precision: Any) -> Array:
-    return _down_to_x(g, x, c, precision=precision)
-
-
-def _down_gradient_to_g(c: Array, x: Array, g: Any, *, precision: Any) -> Array:
+def _contract_batch_gradient_of_g(c: Array, x: Array, g: Any, *, precision: Any) -> Array:
     return _down(x, c, precision=precision)
 
 
@@ -126,17 +126,7 @@ def _up(x: Array, b: Array, *, stack: int, precision: Any) -> Array:
     return lax.dot_general(x, b, (((x.ndim - 1,), (stack,)), (axes, axes)), precision)
 
 
-def _up_type(x: Any, b: Any, *, stack: int, precision: Any) -> Any:
-    return jax.core.ShapedArray((*x.shape[:-1], *b.shape[stack + 1 :]), x.dtype)
-
-
-def _up_to_x(g: Array, x: Any, b: Array, *, stack: int, precision: Any) -> Array:
-    batch, axes = x.aval.ndim - 1, tuple(range(stack))
-    outputs = tuple(range(batch, g.ndim)), tuple(range(stack + 1, b.ndim))
-    return lax.dot_general(g, b, (outputs, (axes, axes)), precision)
-
-
-def _up_to_b(g: Array, x: Array, b: Any, *, stack: int, precision: Any) -> Array:
+def _up_gradient_of_b(g: Array, x: Array, b: Any, *, stack: int, precision: Any) -> Array:
     batch, axes = tuple(range(stack, x.ndim - 1)), tuple(range(stack))
     return lax.dot_general(x, g, ((batch, batch), (axes, axes)), precision)
 
@@ -148,52 +138,38 @@ def _batch_up(
     stack: int,
     precision: Any,
 ) -> tuple[Array, int]:
-    """A batch axis of both is one more stack axis; of one alone, one more of its own axes."""
+    """Makes a batch axis of both one more stack axis; of one operand, one more of its own axes."""
     (x, b), (of_x, of_b) = operands, positions
     if of_x is None:
         assert of_b is not None
-        y = up_projection(x, jnp.moveaxis(b, of_b, -1), stack=stack, precision=precision)
+        y = _up_projection(x, jnp.moveaxis(b, of_b, -1), stack=stack, precision=precision)
         return y, y.ndim - 1
     if of_b is None:
         x = jnp.moveaxis(x, of_x, stack)
-        return up_projection(x, b, stack=stack, precision=precision), stack
+        return _up_projection(x, b, stack=stack, precision=precision), stack
     x, b = jnp.moveaxis(x, of_x, 0), jnp.moveaxis(b, of_b, 0)
-    return up_projection(x, b, stack=stack + 1, precision=precision), 0
+    return _up_projection(x, b, stack=stack + 1, precision=precision), 0
 
 
-def _batch_down(
-    operands: tuple[Array, Array], positions: tuple[int | None, int | None], *, precision: Any
-) -> tuple[Array, int]:
-    (x, a), (of_x, of_a) = operands, positions
-    if of_a is None:
-        assert of_x is not None
-        return down_projection(jnp.moveaxis(x, of_x, 0), a, precision=precision), 0
-    return jax.vmap(lambda x, a: _down(x, a, precision=precision), positions)(x, a), 0
+_down_gradient_of_x = transpose_in_first(_down)
 
-
-def _batch_down_gradient(
-    operands: tuple[Array, Array], positions: tuple[int | None, int | None], *, precision: Any
-) -> tuple[Array, int]:
-    return jax.vmap(lambda x, g: _down_gradient_as_jax(x, g, precision=precision), positions)(
-        *operands
-    ), 0
-
-
-_down_projection = _bilinear(
-    "dora_down_projection", _down, _down_type, _down_to_x, _down_to_a, _batch_down
+_down_projection = define_primitive(
+    "dora_down_projection",
+    _down,
+    bilinear=(_down_gradient_of_x, _down_gradient_of_a),
+    batch=_batch_down,
 )
 
-_down_gradient = _bilinear(
+_down_gradient = define_primitive(
     "dora_down_gradient",
-    _down_gradient_as_jax,
-    _down_gradient_type,
-    _down_gradient_to_x,
-    _down_gradient_to_g,
-    _batch_down_gradient,
+    _contract_batch,
+    bilinear=(_contract_batch_gradient_of_x, _contract_batch_gradient_of_g),
+    on_cpu=_contract_batch_on_cpu,
 )
 
-mlir.register_lowering(
-    _down_gradient, mlir.lower_fun(_down_gradient_on_cpu, multiple_results=False), platform="cpu"
+_up_projection = define_primitive(
+    "dora_up_projection",
+    _up,
+    bilinear=(transpose_in_first(_up), _up_gradient_of_b),
+    batch=_batch_up,
 )
-
-_up_projection = _bilinear("dora_up_projection", _up, _up_type, _up_to_x, _up_to_b, _batch_up)

@@ -1,7 +1,13 @@
-"""Primitives defined from functions of JAX's own operations, lowered by platform."""
+"""Defines JAX primitives from plain JAX functions.
+
+A primitive may be lowered in its own way on each platform, and may have its own transpose, while
+forward mode, reverse mode and `vmap` all work. `jax.custom_vjp` offers less: it has no forward
+mode.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,42 +19,104 @@ from jax.sharding import AxisType
 if TYPE_CHECKING:
     from jaxtyping import Array
 
+Rule = Callable[..., Any]
 
-def has_mesh_in_type(x: Array) -> bool:
-    """Whether the type of an array says how it lies on a mesh: explicit sharding, `shard_map`.
 
-    There JAX's own operations know the rules of the types; a primitive would need them again.
+def define_primitive(
+    name: str,
+    reference: Callable[..., Any],
+    *,
+    multiple_results: bool = False,
+    bilinear: tuple[Rule, Rule] | None = None,
+    transpose: Rule | None = None,
+    batch: Rule | None = None,
+    on_cpu: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Returns a function that computes `reference` as one primitive.
+
+    JAX derives from `reference` the shapes of the results, and each rule that is not given.
+
+    Under `jax.shard_map` or explicit sharding the returned function calls `reference` itself: our
+    primitives have no sharding rule.
+
+    Args:
+      name: of the primitive.
+      reference: a function of arrays, made of JAX operations. Its keyword arguments are hashable.
+      multiple_results: whether `reference` returns a tuple of arrays.
+      bilinear: for a `reference` that is linear in each of its two operands: the transposes in the
+        first and in the second. Each is called with the cotangent and both operands.
+      transpose: for a `reference` that is linear in some operands together: the transpose rule, as
+        in `jax.interpreters.ad.primitive_transposes`.
+      batch: the rule for `vmap`, as in `jax.interpreters.batching.primitive_batchers`.
+      on_cpu: computes the same as `reference`, and replaces it in programs compiled for a CPU.
+
+    Example:
+      >>> double = define_primitive("double", lambda x: 2 * x)
+      >>> jax.grad(double)(3.0)
+      Array(2., dtype=float32, weak_type=True)
     """
+    primitive = Primitive(name)
+    primitive.multiple_results = multiple_results
+    primitive.def_impl(reference)
+    primitive.def_abstract_eval(_shape_rule(reference))
+    if bilinear:
+        ad.defbilinear(primitive, *bilinear)
+    else:
+        ad.primitive_jvps[primitive] = _derivative_rule(reference)
+    if transpose:
+        ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batch or _batching_rule(reference, multiple_results)
+    for function, platform in ((reference, None), (on_cpu, "cpu")):
+        if function:
+            lowering = mlir.lower_fun(function, multiple_results=multiple_results)
+            mlir.register_lowering(primitive, lowering, platform=platform)
+
+    def call(*operands: Array, **params: Any) -> Any:
+        run = reference if any(map(_has_mesh_in_type, operands)) else primitive.bind
+        return run(*operands, **params)
+
+    return call
+
+
+def transpose_in_first(reference: Callable[..., Array]) -> Rule:
+    """Returns the transpose that JAX derives for the first operand of a bilinear function."""
+
+    def rule(g: Array, x: Any, other: Array, **params: Any) -> Array:
+        first = jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype)
+        (result,) = jax.linear_transpose(lambda x: reference(x, other, **params), first)(g)
+        return result
+
+    return rule
+
+
+def _has_mesh_in_type(x: Array) -> bool:
+    """Whether the type of an array says how it is sharded: explicit sharding or `shard_map`."""
     return any(kind is not AxisType.Auto for kind in jax.typeof(x).sharding.mesh.axis_types)
 
 
-def _bilinear(
-    name: str, function: Any, result_type: Any, to_first: Any, to_second: Any, batch: Any
-) -> Primitive:
-    primitive = Primitive(name)
-    primitive.def_impl(function)
-    primitive.def_abstract_eval(result_type)
-    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
-    ad.defbilinear(primitive, to_first, to_second)
-    batching.primitive_batchers[primitive] = batch
-    return primitive
+def _shape_rule(reference: Callable[..., Any]) -> Rule:
+    @functools.cache  # JAX keeps the shapes that it found by the identity of the jitted function
+    def jitted(**params: Any) -> Any:
+        return jax.jit(functools.partial(reference, **params))
+
+    def rule(*operands: Any, **params: Any) -> Any:
+        shapes = jitted(**params).eval_shape(*operands)
+        return jax.tree.map(lambda s: jax.core.ShapedArray(s.shape, s.dtype), shapes)
+
+    return rule
 
 
-def _define(
-    primitive: Primitive, function: Callable[..., Any], abstract: Callable[..., Any]
-) -> None:
-    """Gives a primitive the derivatives and batching of a function of JAX's own operations."""
-
-    def jvp(primals: Any, tangents: Any) -> Any:
+def _derivative_rule(reference: Callable[..., Any]) -> Rule:
+    def rule(primals: Any, tangents: Any, **params: Any) -> Any:
+        function = functools.partial(reference, **params)
         return jax.jvp(function, primals, tuple(map(ad.instantiate_zeros, tangents)))
 
-    def batch(operands: Any, axes: Any) -> Any:
-        out = jax.vmap(function, in_axes=axes)(*operands)
-        return out, (0, 0) if primitive.multiple_results else 0
+    return rule
 
-    primitive.def_impl(function)
-    primitive.def_abstract_eval(abstract)
-    ad.primitive_jvps[primitive] = jvp
-    batching.primitive_batchers[primitive] = batch
-    lowering = mlir.lower_fun(function, multiple_results=primitive.multiple_results)
-    mlir.register_lowering(primitive, lowering)
+
+def _batching_rule(reference: Callable[..., Any], multiple_results: bool) -> Rule:
+    def rule(operands: Any, axes: Any, **params: Any) -> Any:
+        out = jax.vmap(functools.partial(reference, **params), in_axes=axes)(*operands)
+        return out, (0,) * len(out) if multiple_results else 0
+
+    return rule
