@@ -6,12 +6,18 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
+# The newest Python that runs: the newest releases of JAX need a newer one than 3.11. A command that
+# is found may still fail, as pyenv's do for a version that is installed but not selected.
+PYTHON_NEWEST ?= $(shell for v in 3.13 3.12 3.11 3; do \
+  for p in python$$v $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$$v.*/bin/python; do \
+  $$p -c '' >/dev/null 2>&1 && echo $$p && exit; done; done)
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 ARGS ?=
 
-TEST_EXTRAS := experiments,notebooks,test,lint
+NEWEST_EXTRAS := experiments,notebooks,test
+TEST_EXTRAS := $(NEWEST_EXTRAS),lint
 # Its dependencies are for its trainers; the models, which the tests use, need none of them.
 TUNIX := google-tunix==0.1.7
 # The oldest release whose adapters are read and written; constraints-peft.txt has the newest.
@@ -22,8 +28,9 @@ OLD_PEFT := peft==0.17.1
 PIN = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS)
 PINS := constraints.txt
 INSTALL := -m pip install -q --disable-pip-version-check
+TESTS := -m pytest -q -n $(JOBS) --dist worksteal --nbmake
 
-.PHONY: help quickstart test test-models test-peft lint format constraints clean
+.PHONY: help quickstart test test-models test-peft test-newest lint format constraints clean
 
 help:  ## List the targets (default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -32,7 +39,7 @@ quickstart: $(VENV)/.quickstart  ## Fine-tune a small model with DoRA; options i
 	@$(BIN)/python -m experiments.quickstart $(ARGS)
 
 test: lint  ## Lint, types, tests, docstring examples and notebooks
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --nbmake
+	$(BIN)/python $(TESTS)
 
 test-models: $(VENV)-models/.test  ## Tests on models of other libraries, in an environment of their own
 	$(VENV)-models/bin/python -m pytest -q -n $(JOBS) --dist loadgroup tests/foreign
@@ -40,6 +47,11 @@ test-models: $(VENV)-models/.test  ## Tests on models of other libraries, in an 
 test-peft: $(VENV)-peft/.test  ## Tests against torch and PEFT (two releases), in an environment of their own
 	$(VENV)-peft/bin/python -m pytest -q -n $(JOBS) tests/parity
 	PYTHONPATH=$(VENV)-peft/old $(VENV)-peft/bin/python -m pytest -q -n $(JOBS) tests/parity
+
+test-newest: $(VENV)-newest/.python  ## Tests with the newest releases, on the newest Python found
+	@echo "Installing the newest releases into $(VENV)-newest"
+	@$(VENV)-newest/bin/python $(INSTALL) --upgrade --upgrade-strategy eager -e '.[$(NEWEST_EXTRAS)]'
+	$(VENV)-newest/bin/python $(TESTS)
 
 lint: $(VENV)/.test  ## Lint, formatting and types only
 	$(BIN)/ruff check
@@ -58,7 +70,7 @@ constraints:  ## Write constraints*.txt anew from the newest releases (Python 3.
 	$(call write_pins,constraints-peft.txt,parity$(COMMA)test)
 
 clean:  ## Remove the environment, caches and build outputs
-	rm -rf $(VENV) $(VENV)-models $(VENV)-peft build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-models $(VENV)-peft $(VENV)-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 COMMA := ,
@@ -81,6 +93,8 @@ endef
 	@echo "Creating $(@D)"
 	@$(PYTHON) -m venv $(@D)
 	@touch $@
+
+$(VENV)-newest/.python: PYTHON = $(PYTHON_NEWEST)
 
 $(VENV)/.quickstart: pyproject.toml constraints.txt | $(VENV)/.python
 	@echo "Installing the experiments' packages into $(VENV)"

@@ -1,4 +1,4 @@
-"""How a layer's adapter starts: always so that the adapted model is the pretrained one."""
+"""Initial values of a layer's adapter, with which the adapted model equals the base model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ ArrayDict = dict[str, "Array"]
 
 
 def is_selected(settings: LayerSettings, axes: KernelAxes) -> bool:
-    """Whether a layer is adapted: not if `layers_to_transform` finds neither number nor stack."""
+    """Whether `layers_to_transform`, if it is set, can select this layer or some of its stack.
+
+    `settings.indices` holds the indices for a layer whose path has no number. They select from the
+    stack of its kernel, so that a layer without a stack is left out.
+    """
     return settings.indices is None or bool(axes.stack)
 
 
@@ -40,15 +44,15 @@ def init_layer(
 ) -> tuple[ArrayDict, FrozenBase]:
     """Returns the adapter of one layer and what it keeps of its base.
 
-    The key of a layer depends on `key` and its path alone, so that a layer starts the same whatever
-    else is adapted. An abstract kernel gives abstract arrays.
+    The random numbers of a layer depend only on `key` and its path, so that a layer starts the same
+    whatever other layers are adapted. From an abstract kernel come abstract arrays.
 
     Returns:
       `{"lora_a", "lora_b", "magnitude"}`, as far as the settings have them, and the `FrozenBase`.
 
     Raises:
-      ConfigError: the rank is above the smaller side of the kernel, or `layers_to_transform` asks
-        for a slice that a stack does not have.
+      ConfigError: the rank is above the smaller side of the kernel, or `layers_to_transform` has an
+        index past the end of the stack.
 
     Warns:
       UserWarning: columns of the kernel are exactly zero; they stay zero.
@@ -87,7 +91,7 @@ def _build(
             _as_matrices(kernel, axes), settings.rank
         )
         for name, factor in zip("ab", factors, strict=True):
-            # The product is scaled by s: both factors carry half of 1 / s.
+            # Divide each factor by sqrt(s), so that s*A*B is the product.
             start = factor.reshape(shapes[f"lora_{name}"]) / math.sqrt(settings.scaling)
             adapter[f"lora_{name}"] = kept[f"init_{name}"] = start.astype(dtype)
     elif settings.rank:
@@ -107,6 +111,7 @@ _build_jit = jax.jit(_build, static_argnums=(0, 1, 2, 3))
 
 
 def _draw(init: str, key: Array, shape: tuple[int, ...], fan_in: int, rank: int) -> Array:
+    """Returns a random `lora_a` of the given shape, `(*stack, *in, r)`."""
     if init == "gaussian":
         return jax.random.normal(key, shape) / rank
     if init == "orthogonal":
@@ -117,7 +122,7 @@ def _draw(init: str, key: Array, shape: tuple[int, ...], fan_in: int, rank: int)
 
 
 def _as_matrices(kernel: Array, axes: KernelAxes) -> Float[Array, "*stack in out"]:
-    """Returns a kernel as matrices, its in and out axes joined, in float32."""
+    """Returns a kernel as float32 matrices: one axis for all in axes, one for all out axes."""
     stack, inputs, outputs = (tuple(kernel.shape[i] for i in group) for group in axes)
     ordered = jnp.transpose(kernel, axes.stack + axes.inputs + axes.outputs)
     return ordered.astype(jnp.float32).reshape(*stack, math.prod(inputs), math.prod(outputs))
@@ -135,7 +140,7 @@ def _singular_vectors(
 def _orthogonal_basis(
     kernel: Float[Array, "*stack in out"], rank: int
 ) -> tuple[Float[Array, "*stack in r"], Float[Array, "*stack r out"]]:
-    """Returns the first columns of Q and rows of R of the QR decomposition (OLoRA, section 3)."""
+    """Returns the first columns of Q and the first rows of R of `W0 = Q R` (OLoRA, section 3)."""
     q, r = jnp.linalg.qr(kernel)
     return q[..., :rank], r[..., :rank, :]
 

@@ -1,8 +1,8 @@
-"""What to save for the backward pass under rematerialisation.
+"""A policy for rematerialisation: which outputs of adapted layers to save for the backward pass.
 
-The gradient of a magnitude needs the output of its layer. Plain LoRA has no such need: where a
-block ends in a projection, as LLaMA's do in `down_proj`, its backward pass never computes that
-product again. DoRA's does, unless the output is saved by name.
+The gradient of a magnitude needs the output of its layer; the gradients of LoRA do not. Where a
+rematerialised block ends in a projection, such as LLaMA's `down_proj`, LoRA's backward pass never
+computes that product again. DoRA's does, unless the output is saved by its name.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 
 from dora_jax.errors import Path
 
-_SCALED = "dora_scaled"
+_PREFIX = "dora_scaled"
 
 
 def scaled_name(layer: Path) -> str:
     """Returns the name, for `jax.ad_checkpoint.checkpoint_name`, of a layer's scaled output."""
-    return f"{_SCALED}:{'.'.join(layer)}"
+    return f"{_PREFIX}:{'.'.join(layer)}"
 
 
 def save_scaled(*layers: str) -> Callable[..., bool]:
     """Returns a policy for `jax.checkpoint` that saves the scaled outputs of adapted layers.
 
-    Name the layers whose output nothing else in the backward pass needs: the last projection of
-    each rematerialised block. What is saved is the output before the bias, in its shape and dtype.
-    For the other layers nothing is gained, since their outputs are computed again in any case.
+    Name the last projection of each rematerialised block: only DoRA needs its output in the
+    backward pass. The outputs of the other layers are computed again in any case, so that saving
+    them gains nothing. The saved array is the output before the bias, in its shape and dtype.
 
     Args:
-      layers: dotted paths or their ends (numbers in an NNX model's paths left out), as in
-        `DoRAConfig.target_modules`; all adapted layers if there are none.
+      layers: dotted paths or ends of them, as in `DoRAConfig.target_modules`, without the numbers
+        in an NNX model's paths. No layer named means all adapted layers.
 
     Example:
       >>> import dora_jax as dora
@@ -43,10 +43,9 @@ def save_scaled(*layers: str) -> Callable[..., bool]:
     ends = [f".{layer}" for layer in layers] or [""]
 
     def policy(primitive: Any, *_: Any, **params: Any) -> bool:
-        # Of `checkpoint_name`, the only primitive of this name.
-        if primitive.name != "name":
+        if primitive.name != "name":  # the primitive of `jax.ad_checkpoint.checkpoint_name`
             return False
         kind, _, layer = params["name"].partition(":")
-        return kind == _SCALED and any(f".{layer}".endswith(end) for end in ends)
+        return kind == _PREFIX and any(f".{layer}".endswith(end) for end in ends)
 
     return policy

@@ -1,4 +1,4 @@
-"""How adapters start: as an identity, whatever the factors; and with the factors as published."""
+"""Initial values of adapters: the model equals its base, and the factors are as published."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.models import FRONT_ENDS, NNXChain, inputs, random_adapters
 from tests.support.operations import CHAIN, LAYERS, WIDTH, chain, parameters, same, stack
 
 INITS = get_args(Init)
-OF_THE_KERNEL = ("pissa", "olora")  # the factors start from the kernel, not at a product of zero
+FROM_KERNEL = ("pissa", "olora")  # the factors start from the kernel, not with a product of zero
 RANK = 4
 
 # The axes of kernels and their shapes.
@@ -47,22 +47,22 @@ def model_with(front_end, init, build=chain, **dtypes):
     return build(front_end, dora.DoRAConfig(rank=RANK, init=init), **dtypes)
 
 
-# An identity at the start.
+# At the start the adapted model equals its base.
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-@pytest.mark.filterwarnings("error")  # merging has nothing to round away
-def test_every_start_is_an_identity(front_end, init, dtype):
-    """To the last bit where `lora_b` is zero; to rounding where two products cancel."""
+@pytest.mark.filterwarnings("error")  # merging rounds no change away
+def test_every_start_equals_the_base(front_end, init, dtype):
+    """Bit for bit where `lora_b` is zero; up to rounding where two products cancel."""
     model = model_with(front_end, init, param_dtype=dtype)
     x = inputs(7, CHAIN[0], dtype)
     base = jax.jit(model.base)(model.params, x)
     y = jax.jit(model.apply)(model.params, model.adapters, x)
     merged = model.merge(model.params, model.adapters)
     assert y.dtype == base.dtype == dtype
-    if init not in OF_THE_KERNEL:
+    if init not in FROM_KERNEL:
         assert same(y, base)
         assert same(merged, model.params)
     else:
@@ -75,16 +75,16 @@ def test_every_start_is_an_identity(front_end, init, dtype):
 @pytest.mark.parametrize(
     ("front_end", "init"), [("linen", "pissa"), ("nnx", "olora"), ("nnx", "orthogonal")]
 )
-def test_every_start_of_a_stack_is_an_identity(front_end, init):
+def test_every_start_of_a_stack_equals_the_base(front_end, init):
     model, x = model_with(front_end, init, stack), inputs(7, WIDTH)
     base = jax.jit(model.base)(model.params, x)
     y = jax.jit(model.apply)(model.params, model.adapters, x)
-    assert reference.relative_error(y, base) <= (2e-6 if init in OF_THE_KERNEL else 0)
+    assert reference.relative_error(y, base) <= (2e-6 if init in FROM_KERNEL else 0)
 
 
 @pytest.mark.parametrize("init", INITS)
 def test_the_frozen_kernel_stays_the_pretrained_one(init):
-    """PiSSA and OLoRA as published take the product off the kernel; its checkpoint then is lost."""
+    """PiSSA and OLoRA as published subtract the product from the kernel; dora_jax does not."""
     model = NNXChain(CHAIN, rngs=nnx.Rngs(0))
     before = jax.tree.map(jnp.copy, parameters(model))
     adapted = dora.apply_dora(model, dora.DoRAConfig(rank=RANK, init=init), rngs=nnx.Rngs(1))
@@ -92,7 +92,7 @@ def test_the_frozen_kernel_stays_the_pretrained_one(init):
     assert same(parameters(model), before)
 
 
-@pytest.mark.parametrize("init", OF_THE_KERNEL)
+@pytest.mark.parametrize("init", FROM_KERNEL)
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_magnitude_starts_at_the_norm(name, init):
     adapter, base, kernel = start(init, name)
@@ -105,8 +105,8 @@ def test_the_magnitude_starts_at_the_norm(name, init):
     ("front_end", "adapter_dtype"),
     [("linen", "bfloat16"), ("linen", "float16"), ("nnx", "bfloat16")],
 )
-def test_adapters_of_a_narrow_dtype_start_as_an_identity_too(front_end, adapter_dtype):
-    """A magnitude in bfloat16 is a rounded norm: 4e-3 off, if it were taken for the norm."""
+def test_adapters_of_a_narrow_dtype_equal_the_base_at_the_start(front_end, adapter_dtype):
+    """A magnitude in bfloat16 is the norm rounded by up to 4e-3; the model must not see that."""
     config = dora.DoRAConfig(rank=RANK, adapter_dtype=adapter_dtype)
     model, x = chain(front_end, config), inputs(7, CHAIN[0])
     apply = jax.jit(model.apply)
@@ -119,7 +119,7 @@ def test_adapters_of_a_narrow_dtype_start_as_an_identity_too(front_end, adapter_
     )
 
 
-# The factors, as published.
+# The factors are as published.
 
 
 def as_matrices(kernel_name, adapter, kernel):
@@ -215,7 +215,7 @@ def many_draws(init):
     return np.asarray(adapter["lora_a"], np.float64)
 
 
-# As trained.
+# After training.
 
 
 def changed_kernel(kernel, adapter, start, scaling):
@@ -235,9 +235,9 @@ def trained(adapters, seed=1):
     )
 
 
-@pytest.mark.parametrize("init", OF_THE_KERNEL)
+@pytest.mark.parametrize("init", FROM_KERNEL)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_the_layer_acts_by_the_change_of_the_product(front_end, init):
+def test_the_layer_adds_the_change_of_the_product(front_end, init):
     model, x = model_with(front_end, init), inputs(7, CHAIN[0])
     adapters = trained(model.adapters)
     y = jax.jit(model.apply)(model.params, adapters, x)
@@ -254,9 +254,9 @@ def test_the_layer_acts_by_the_change_of_the_product(front_end, init):
     assert reference.relative_error(jax.jit(model.base)(model.params, x), y) > 1e-2
 
 
-@pytest.mark.parametrize("init", OF_THE_KERNEL)
+@pytest.mark.parametrize("init", FROM_KERNEL)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_the_layers_of_a_stack_act_by_the_change_of_the_product(front_end, init):
+def test_the_layers_of_a_stack_add_the_change_of_the_product(front_end, init):
     model, x = model_with(front_end, init, stack), inputs(7, WIDTH)
     adapters = trained(model.adapters)
     merged = model.merge(model.params, adapters)
@@ -269,11 +269,11 @@ def test_the_layers_of_a_stack_act_by_the_change_of_the_product(front_end, init)
     assert reference.relative_error(jax.jit(model.base)(merged, x), y) <= 1e-5
 
 
-# Which key draws it.
+# The random key of a layer.
 
 
 @pytest.mark.parametrize("init", ["kaiming_uniform", "gaussian", "orthogonal"])
-def test_a_draw_depends_on_key_and_path_alone(init):
+def test_a_draw_depends_only_on_key_and_path(init):
     a = start(init)[0]["lora_a"]
     assert same(start(init, alpha=1.0, target_modules=["other"], dropout=0.5)[0]["lora_a"], a)
     assert not same(start(init, key=1)[0]["lora_a"], a)

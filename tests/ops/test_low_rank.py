@@ -1,4 +1,4 @@
-"""The products with A and B: JAX's own in value and every derivative, in orders of their own."""
+"""The products with A and B: the values and derivatives of JAX's product, in another order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.laws.test_compiled import equations
 from tests.support import reference
 from tests.support.models import adapted_chain, inputs, random_adapters
 
-SHAPES = {  # the product, the shapes of its operands, and how many leading axes are stack
+SHAPES = {  # the product, the shapes of its operands, and its number of stack axes
     "matrix, A": (down_projection, (7, 5), (5, 3), 0),
     "tokens, A": (down_projection, (2, 7, 5), (5, 3), 0),
     "vector, A": (down_projection, (5,), (5, 3), 0),
@@ -53,7 +53,7 @@ def test_it_is_the_product(f, x_shape, b_shape, stack, run):
 
 
 @CASES
-def test_its_derivatives_are_those_of_differences_forward_reverse_and_twice(
+def test_its_first_and_second_derivatives_in_both_modes_are_finite_differences(
     f, x_shape, b_shape, stack
 ):
     check_grads(f, draw(x_shape, b_shape), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
@@ -61,7 +61,7 @@ def test_its_derivatives_are_those_of_differences_forward_reverse_and_twice(
 
 @pytest.mark.parametrize("axes", [(0, None), (2, None), (None, 0), (None, 2), (1, 1), (2, 0)])
 @CASES
-def test_vmap_is_a_loop_also_of_its_gradient(f, x_shape, b_shape, stack, axes):
+def test_vmap_of_it_and_of_its_gradient_equals_a_loop(f, x_shape, b_shape, stack, axes):
     def loss(x, b):
         return jnp.sum(jnp.sin(f(x, b)))
 
@@ -84,7 +84,7 @@ def test_vmap_is_a_loop_also_of_its_gradient(f, x_shape, b_shape, stack, axes):
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
 
 
-def test_the_gradient_of_b_takes_the_activation_first_and_transposes_nothing():
+def test_the_gradient_of_b_has_the_activation_as_left_operand_and_no_transpose():
     x, b = draw((2, 7, 3), (3, 5))
 
     def backward(g):
@@ -97,8 +97,8 @@ def test_the_gradient_of_b_takes_the_activation_first_and_transposes_nothing():
 
 
 @pytest.mark.parametrize("x_shape", [(40, 30), (4, 10, 30)])
-def test_the_gradient_of_a_is_multiplied_as_r_rows_where_r_columns_are_slow(x_shape):
-    """On a CPU: otherwise XLA takes the transpose into the product."""
+def test_on_a_cpu_the_gradient_of_a_is_a_product_with_r_rows(x_shape):
+    """A product with r columns is slow there."""
     x, a, g = draw(x_shape, (30, 2), (*x_shape[:-1], 2))
 
     def backward(x, a, g):
@@ -118,8 +118,7 @@ def test_the_gradient_of_a_is_multiplied_as_r_rows_where_r_columns_are_slow(x_sh
 
 @BOTH
 @pytest.mark.parametrize("given", ["default", "high", "highest", lax.Precision.HIGHEST])
-def test_a_precision_is_handed_on(f, given):
-    """To the product, and to those of its gradient."""
+def test_a_precision_holds_for_the_product_and_its_gradients(f, given):
     x, b, g = draw((7, 3), (3, 5), (7, 5))
 
     @jax.jit
@@ -133,7 +132,7 @@ def test_a_precision_is_handed_on(f, given):
 
 
 @BOTH
-def test_the_default_precision_is_that_of_where_it_is_traced(f):
+def test_the_default_precision_is_read_when_the_product_is_traced(f):
     with jax.default_matmul_precision("highest"):
         jaxpr = jax.make_jaxpr(f)(*draw((7, 3), (3, 5)))
     (equation,) = jaxpr.eqns

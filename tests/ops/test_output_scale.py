@@ -1,4 +1,4 @@
-"""`y = h + d h`: its value, and the gradient that it takes from `y`, on each platform's way."""
+"""`y = h + d h`: its value, and its gradient computed from `y`, as lowered for each platform."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def pull_back(h, d, g):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
-@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["JAX's own", "compiled"])
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["op by op", "compiled"])
 @CASES
 def test_the_gradients_are_those_of_the_definition(h_shape, d_shape, run, dtype, bound):
-    """The compiled one is that of this platform; on a CPU it has an order of its own."""
+    """Compiled for a CPU, the gradient is computed in another order than op by op."""
     h, d, g = draw(h_shape, d_shape, dtype)
     by_h, by_d = run(pull_back)(h, d, g)
     wide_h, wide_d, wide_g = reference.wide(h, d, g)
@@ -64,7 +64,7 @@ def test_it_has_second_derivatives_in_both_modes(shapes):
 
 @pytest.mark.parametrize("axes", [(0, None, 0), (None, 1, None)])
 @CASES
-def test_vmap_is_a_loop_also_of_its_gradient(h_shape, d_shape, axes):
+def test_vmap_of_its_gradient_equals_a_loop(h_shape, d_shape, axes):
     h, d, g = draw(h_shape, d_shape)
     given = [
         v if axis is None else jnp.stack([v, 2 * v, -v], min(axis, v.ndim))
@@ -104,7 +104,7 @@ def test_a_cotangent_may_be_constant():
 
 
 def test_on_a_cpu_the_sum_is_over_the_rows_of_one_matrix():
-    """With the axes that the layer's own products see, the scaled cotangent is made once."""
+    """The layer's own products use the scaled cotangent as that matrix: XLA computes it once."""
     h, d, g = draw((3, 5, 4), (1, 1, 4))
     text = jax.jit(pull_back).lower(h, d, g).as_text()
     assert "stablehlo.reduce" in text and "across dimensions = [0]" in text
@@ -112,14 +112,14 @@ def test_on_a_cpu_the_sum_is_over_the_rows_of_one_matrix():
 
 
 def test_a_scale_near_one_is_not_rounded_away():
-    """1.003 is 1 in bfloat16. The result is rounded once: to the bfloat16 nearest to h + d h."""
+    """1.003 is 1 in bfloat16. The result is rounded once, to the bfloat16 nearest to h + d h."""
     rng = np.random.default_rng(0)
     h = jnp.asarray(rng.normal(size=4000), jnp.bfloat16)
     d = jnp.asarray(rng.uniform(-0.02, 0.02, 4000), jnp.float32)
     y = apply_scale(h, d)
     assert y.dtype == jnp.bfloat16
     exact = jnp.asarray(np.multiply(*reference.wide(h, 1 + np.asarray(d, np.float64))), jnp.float32)
-    # All but where float32 itself stands between two numbers of bfloat16.
+    # The few others lie in float32 halfway between two bfloat16 numbers.
     assert np.mean(np.asarray(y == exact.astype(jnp.bfloat16))) > 0.999
     assert np.mean(np.asarray(y != h)) > 0.5
 
@@ -150,8 +150,8 @@ def test_a_scale_of_zero_has_a_finite_gradient():
     assert np.array_equal(by_h, [[0, 1]] * 3)
 
 
-def test_the_output_of_a_scale_is_all_that_is_kept_of_it():
-    """The next layer keeps it too, as its input: then there is one array of its size, not two."""
+def test_the_backward_pass_keeps_the_output_of_a_scale_and_not_its_input():
+    """The next layer keeps that output as well, so that both share one array."""
     h, d = jnp.ones((50, 4)), jnp.zeros(4)
 
     def backward(h, d):
@@ -159,13 +159,13 @@ def test_the_output_of_a_scale_is_all_that_is_kept_of_it():
 
     program = jax.make_jaxpr(backward)(h, d).jaxpr
     kept = {v for v in program.outvars if v.aval.shape == h.shape}
-    # Two, since `2 y` of the square is one of its own; not h.
+    # Two: `y`, and the `2 y` of the square.
     assert program.invars[0] not in kept
     assert len(kept) <= 2
 
 
 def test_the_output_of_a_scale_is_kept_in_its_own_dtype():
-    """XLA takes the cast to bfloat16 and back for nothing, unless something stands between."""
+    """XLA drops a cast to bfloat16 and back unless a barrier stands between the two casts."""
     h, d = jnp.ones((50, 4), jnp.bfloat16), jnp.zeros(4)
     run = jax.jit(jax.grad(lambda d: jnp.sum(apply_scale(h, d).astype(jnp.float32))))
     program = run.trace(d).lower(lowering_platforms=("tpu",))
@@ -176,7 +176,7 @@ def test_the_output_of_a_scale_is_kept_in_its_own_dtype():
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("batch", [(1, 50), (5, 1), (3, 50)])
 def test_the_gradient_of_a_scale_sums_over_each_axis_of_the_batch(batch, platform):
-    """Also over one of length 1: XLA on a CPU is slow where it is the first and not summed over."""
+    """Also over one of length 1: XLA on a CPU is slow if it keeps a leading axis of length 1."""
     h, d = jnp.ones((*batch, 4)), jnp.zeros((1, 1, 4))
     run = jax.jit(jax.grad(lambda d: jnp.sum(apply_scale(h, d))))
     text = run.trace(d).lower(lowering_platforms=(platform,)).as_text()
