@@ -195,6 +195,8 @@ def recurrent(
         params[f"{key}.kernel"] = (inputs, outputs)
         if bias:
             params[f"{key}.bias"] = (outputs,)
+    # Flax's default starts orthogonal, for which newer releases of JAX accept no bfloat16.
+    make = partial(make, recurrent_kernel_init=jax.nn.initializers.lecun_normal())
     return Row(
         name,
         front_end,
