@@ -1,4 +1,4 @@
-"""What training adapters takes besides a loss: the optimiser, with a rate for the magnitude."""
+"""Training adapters: the optimiser, with a learning rate for each kind of array."""
 
 from dora_jax.training.optimizer import dora_optimizer
 

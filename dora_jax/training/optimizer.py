@@ -17,9 +17,8 @@ from dora_jax.errors import ConfigError
 def dora_optimizer(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    magnitude_lr_ratio: float = 3.0,
-    lora_b_lr_ratio: float = 1.0,
-    magnitude_learning_rate: optax.ScalarOrSchedule | None = None,
+    magnitude_lr_ratio: optax.ScalarOrSchedule = 3.0,
+    lora_b_lr_ratio: optax.ScalarOrSchedule = 1.0,
     weight_decay: float = 0.0,
     magnitude_weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
@@ -27,65 +26,47 @@ def dora_optimizer(
 ) -> optax.GradientTransformation:
     """An `optax.multi_transform` that gives each kind of adapter array its own learning rate.
 
-    The magnitude is a vector of numbers near a column's norm, the low-rank factors are matrices
-    that start at or near zero: one learning rate seldom suits both. Use it for adapters alone:
-    what it is given, it trains (`wrt=DoRAParam` in NNX, the adapter tree in Linen).
+    The magnitude holds numbers near a column's norm; the low-rank factors start at or near zero.
+    One learning rate seldom suits both. Give it the adapters alone, because it trains every array
+    that it gets: `wrt=DoRAParam` in NNX, the adapter tree in Linen. For other groups, pass
+    `dora_jax.adapters.label_adapters` to `optax.multi_transform`.
 
     Args:
       learning_rate: of `lora_a` and of modules trained in full; a number or a schedule.
-      magnitude_lr_ratio: learning rate of the magnitude over `learning_rate`.
-      lora_b_lr_ratio: learning rate of `lora_b` over `learning_rate` (LoRA+, arXiv 2402.12354).
-      magnitude_learning_rate: a learning rate or schedule of the magnitude's own, instead of the
-        ratio.
-      weight_decay: decoupled decay of everything but the magnitude.
-      magnitude_weight_decay: decoupled decay of the magnitude.
+      magnitude_lr_ratio: learning rate of the magnitude over `learning_rate`: a number, or a
+        function of the step for a schedule of the magnitude's own.
+      lora_b_lr_ratio: the same ratio for `lora_b` (LoRA+, arXiv 2402.12354).
+      weight_decay: decoupled decay of all arrays except magnitudes.
+      magnitude_weight_decay: decoupled decay of magnitudes.
       max_grad_norm: clips the norm of all gradients together; None does not clip.
       optimizer: called as `optimizer(learning_rate=..., weight_decay=...)` for each group.
 
-    Returns:
-      An `optax.GradientTransformation`.
-
     Raises:
       ConfigError: a learning rate, ratio, decay or norm is negative or no finite number.
-      AdapterError: from `init`, if the tree holds the frozen kernels, or no adapter.
+      AdapterError: from `init`, if the tree holds frozen kernels, or no adapter.
 
     Example:
       >>> import jax.numpy as jnp
       >>> adapters = {"query": {"lora_a": jnp.ones(2), "magnitude": jnp.ones(2)}}
-      >>> tx = dora_optimizer(0.1, magnitude_lr_ratio=3.0, max_grad_norm=None)
-      >>> updates, _ = tx.update(adapters, tx.init(adapters), adapters)
-      >>> jax.tree.map(lambda u: round(float(u[0]), 4), updates)
-      {'query': {'lora_a': -0.1, 'magnitude': -0.3}}
+      >>> warm_up = optax.linear_schedule(1.0, 3.0, 100)
+      >>> for ratio in (3.0, warm_up):
+      ...     tx = dora_optimizer(0.1, magnitude_lr_ratio=ratio)
+      ...     updates, _ = tx.update(adapters, tx.init(adapters), adapters)
+      ...     print({name: f"{u[0]:.1f}" for name, u in updates["query"].items()})
+      {'lora_a': '-0.1', 'magnitude': '-0.3'}
+      {'lora_a': '-0.1', 'magnitude': '-0.1'}
     """
-    for name, value in (
-        ("magnitude_lr_ratio", magnitude_lr_ratio),
-        ("lora_b_lr_ratio", lora_b_lr_ratio),
-        ("weight_decay", weight_decay),
-        ("magnitude_weight_decay", magnitude_weight_decay),
-    ):
-        if not _allows(value):
-            raise ConfigError(f"{name} must be at least 0, got {value}")
-    for name, rate in (
-        ("learning_rate", learning_rate),
-        ("magnitude_learning_rate", magnitude_learning_rate),
-    ):
-        if not (rate is None or callable(rate) or _allows(rate)):
-            raise ConfigError(f"{name} must be a schedule or a number of at least 0, got {rate!r}")
-    if max_grad_norm is not None and not _allows(max_grad_norm, zero=False):
-        raise ConfigError(f"max_grad_norm must be above 0, or None, got {max_grad_norm}")
-    if magnitude_learning_rate is None:
-        magnitude_learning_rate = _times(learning_rate, magnitude_lr_ratio)
-
-    def group(rate: optax.ScalarOrSchedule, decay: float) -> optax.GradientTransformation:
-        return optimizer(learning_rate=rate, weight_decay=decay)
-
+    _check_rates(learning_rate, magnitude_lr_ratio, lora_b_lr_ratio)
+    _check_limits(weight_decay, magnitude_weight_decay, max_grad_norm)
+    rates = {
+        "lora_a": learning_rate,
+        "lora_b": _times(learning_rate, lora_b_lr_ratio),
+        "magnitude": _times(learning_rate, magnitude_lr_ratio),
+        "saved": learning_rate,
+    }
+    decays = dict.fromkeys(rates, weight_decay) | {"magnitude": magnitude_weight_decay}
     groups = optax.multi_transform(
-        {
-            "lora_a": group(learning_rate, weight_decay),
-            "lora_b": group(_times(learning_rate, lora_b_lr_ratio), weight_decay),
-            "magnitude": group(magnitude_learning_rate, magnitude_weight_decay),
-            "saved": group(learning_rate, weight_decay),
-        },
+        {k: optimizer(learning_rate=rates[k], weight_decay=decays[k]) for k in rates},
         label_adapters,
     )
     if max_grad_norm is None:
@@ -93,15 +74,40 @@ def dora_optimizer(
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), groups)
 
 
-def _allows(value: Any, *, zero: bool = True) -> bool:
-    """Whether an option is a finite number of at least 0, or above it."""
+def _check_rates(learning_rate: Any, magnitude_lr_ratio: Any, lora_b_lr_ratio: Any) -> None:
+    if not (callable(learning_rate) or _is_allowed(learning_rate)):
+        raise ConfigError(
+            f"learning_rate must be a schedule or a number of at least 0, got {learning_rate!r}"
+        )
+    ratios = {"magnitude_lr_ratio": magnitude_lr_ratio, "lora_b_lr_ratio": lora_b_lr_ratio}
+    for name, ratio in ratios.items():
+        if not (callable(ratio) or _is_allowed(ratio)):
+            raise ConfigError(f"{name} must be at least 0, got {ratio}")
+
+
+def _check_limits(weight_decay: Any, magnitude_weight_decay: Any, max_grad_norm: Any) -> None:
+    decays = {"weight_decay": weight_decay, "magnitude_weight_decay": magnitude_weight_decay}
+    for name, decay in decays.items():
+        if not _is_allowed(decay):
+            raise ConfigError(f"{name} must be at least 0, got {decay}")
+    if max_grad_norm is not None and not _is_allowed(max_grad_norm, zero=False):
+        raise ConfigError(f"max_grad_norm must be above 0, or None, got {max_grad_norm}")
+
+
+def _is_allowed(value: Any, *, zero: bool = True) -> bool:
+    """Returns whether an option is a finite number of at least 0, or above it."""
     if isinstance(value, jax.Array):  # traced perhaps, as by optax.inject_hyperparams
         return True
     in_range = isinstance(value, numbers.Real) and 0 <= float(value) < math.inf
     return in_range and (zero or value != 0)
 
 
-def _times(rate: optax.ScalarOrSchedule, ratio: float) -> optax.ScalarOrSchedule:
-    if callable(rate):
-        return lambda step: ratio * rate(step)
-    return ratio * rate
+def _times(rate: optax.ScalarOrSchedule, ratio: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+    """Returns a rate times a ratio, a schedule if either of them is one."""
+    if not callable(rate) and not callable(ratio):
+        return rate * ratio
+
+    def at(value: optax.ScalarOrSchedule, step: Any) -> Any:
+        return value(step) if callable(value) else value
+
+    return lambda step: at(ratio, step) * at(rate, step)

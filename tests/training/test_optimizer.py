@@ -1,4 +1,4 @@
-"""The optimiser on trees of arrays; `test_front_ends.py` takes its steps in models."""
+"""The optimiser on trees of arrays; `tests/laws/test_front_ends.py` takes its steps in models."""
 
 from __future__ import annotations
 
@@ -77,16 +77,21 @@ def test_the_magnitude_follows_a_schedule_at_its_ratio():
         assert_groups(updates, GRADIENTS, -rate, -2 * rate, -5 * rate, -rate)
 
 
-@pytest.mark.parametrize("own", [0.7, optax.constant_schedule(0.7)])
-def test_the_magnitude_may_have_a_learning_rate_of_its_own(own):
+@pytest.mark.parametrize("rate", [0.5, optax.linear_schedule(0.5, 0.1, 4)])
+def test_the_magnitude_may_have_a_schedule_of_its_own(rate):
+    """A ratio that is a function of the step gives it any schedule: ratio times rate."""
+    own = optax.join_schedules([optax.constant_schedule(0.7), optax.constant_schedule(0.2)], [2])
+    at = rate if callable(rate) else lambda step: rate
     tx = dora.dora_optimizer(
-        optax.linear_schedule(0.1, 0.0, 2),
-        magnitude_learning_rate=own,
+        rate,
+        magnitude_lr_ratio=lambda step: own(step) / at(step),
         max_grad_norm=None,
         optimizer=sgd,
     )
-    assert_groups(updates_of(tx), GRADIENTS, -0.1, -0.1, -0.7, -0.1)
-    assert_groups(updates_of(tx, steps=3), GRADIENTS, 0, 0, -0.7, 0)
+    for step, expected in enumerate((0.7, 0.7, 0.2)):
+        updates = updates_of(tx, steps=step + 1)
+        others = -float(at(step))
+        assert_groups(updates, GRADIENTS, others, others, -expected, others)
 
 
 @pytest.mark.parametrize("optimizer", [optax.adamw, sgd])
