@@ -28,9 +28,11 @@ from dora_jax.layers.layout import Layout
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx.layers import BASE_PREFIX, base_of, plain_class
 from dora_jax.nnx.model import copy_model
-from dora_jax.nnx.variables import BaseParam, DoRAParam, set_nnx_values
+from dora_jax.nnx.variables import BaseParam, DoRAParam, nnx_values, set_nnx_values
 
 M = TypeVar("M")
+# Variables of an NNX model that a call changes: counters of random streams, running means.
+_MUTABLE = (nnx.RngState, nnx.BatchStat)
 # An NNX module or a `DoRAModel`: what `apply_dora` returns of either front end.
 AdaptedModel = Any
 
@@ -198,6 +200,20 @@ def with_adapter_arrays(
         return model, nest(flat | placed)
     set_nnx_values(model, DoRAParam, values)
     return model
+
+
+def mutable_arrays(model: AdaptedModel) -> dict[Path, Any]:
+    """Returns the arrays that calls of an NNX model change, by path; none of a `DoRAModel`.
+
+    They are the counters of random streams and running means. A Linen model has its own apart, in
+    collections and keys.
+    """
+    return nnx_values(model, _MUTABLE) if carries_arrays(model) else {}
+
+
+def set_mutable_arrays(model: AdaptedModel, values: Mapping[Path, Any]) -> None:
+    """Puts the arrays of `mutable_arrays` into an NNX model, in place."""
+    set_nnx_values(model, _MUTABLE, values)
 
 
 def base_records(model: AdaptedModel) -> dict[Path, FrozenBase]:

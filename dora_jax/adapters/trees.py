@@ -1,4 +1,4 @@
-"""Nested dicts by module path: flattened, checked, and copied with some entries replaced."""
+"""Nested dicts by module path: look-up, flattening, checks, and copies with entries replaced."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tree = Mapping[str, Any]
 
 
 def get_in(tree: Tree, path: Path, tree_name: str = "the parameters") -> Any:
-    """Returns what stands at `path`; raises AdapterError where nothing does."""
+    """Returns the entry at `path`; raises `AdapterError` if there is none."""
     for i, key in enumerate(path):
         if key not in tree:
             raise AdapterError(f"no entry {'.'.join(path[: i + 1])} in {tree_name}")
@@ -24,7 +24,7 @@ def get_in(tree: Tree, path: Path, tree_name: str = "the parameters") -> Any:
 
 
 def has_path(tree: Any, path: Path) -> bool:
-    """Returns whether anything stands at `path`."""
+    """Returns whether nested dicts have an entry at `path`."""
     for key in path:
         if not isinstance(tree, Mapping) or key not in tree:
             return False
@@ -33,14 +33,26 @@ def has_path(tree: Any, path: Path) -> bool:
 
 
 def set_in(tree: Tree, path: Path, value: Any) -> Any:
-    """Returns a copy of nested dicts with `value` at `path`; what is not on the path is shared."""
+    """Returns a copy of nested dicts with `value` at `path`; other branches are shared, not copied.
+
+        {"up": {"kernel": W}, "norm": N}  ->  {"up": {"kernel": W, "bias": value}, "norm": N}
+
+    for the path `("up", "bias")`.
+    """
     if not path:
         return value
     return {**tree, path[0]: set_in(tree.get(path[0], {}), path[1:], value)}
 
 
 def overlay(tree: Tree, over: Tree, path: Path = ()) -> dict[str, Any]:
-    """Returns nested dicts with the leaves of `over` in place of those of `tree`, boxes kept."""
+    """Returns `tree` with the leaves of `over` in place of its own; Flax's boxes are kept.
+
+        tree {"head": {"kernel": Partitioned(W), "bias": b}}, over {"head": {"kernel": V}}
+        -> {"head": {"kernel": Partitioned(V), "bias": b}}
+
+    Raises:
+      AdapterError: `tree` lacks an entry of `over`, or has it in another shape; names it.
+    """
     result = dict(tree)
     for key, value in over.items():
         inner = (*path, key)
@@ -58,27 +70,34 @@ def overlay(tree: Tree, over: Tree, path: Path = ()) -> dict[str, Any]:
     return result
 
 
-def flatten_tree(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
-    """Returns the leaves of any pytree by path, of strings; `is_leaf` as for `jax.tree.leaves`.
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
+    """Returns the leaves of an adapter tree, or of any other pytree, by path.
+
+        {"layers": [{"kernel": W0}, {"kernel": W1}]}
+        -> {("layers", "0", "kernel"): W0, ("layers", "1", "kernel"): W1}
+
+    Args:
+      tree: any pytree; the keys of its paths become strings.
+      is_leaf: as for `jax.tree.leaves`.
 
     Raises:
-      AdapterError: a name holds a slash, or two paths are the same.
+      AdapterError: two leaves have the same path, such as those of the keys 0 and "0".
 
     Example:
-      >>> flatten_tree({"layers": [1, 2]})
-      {('layers', '0'): 1, ('layers', '1'): 2}
+      >>> flatten({"query": {"magnitude": 1.0}})
+      {('query', 'magnitude'): 1.0}
     """
     flat: dict[Path, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]:
         path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
-        if any("/" in part for part in path) or path in flat:
-            raise AdapterError(f"{path}: names must be distinct and hold no slash")
+        if path in flat:
+            raise AdapterError(f"the tree has two leaves {'.'.join(path)}: rename one")
         flat[path] = leaf
     return flat
 
 
 def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """Returns nested dicts from leaves by path.
+    """Returns nested dicts from leaves by path: the inverse of `flatten` for nested dicts.
 
     Example:
       >>> nest({("layers", "0"): 1})
@@ -93,24 +112,13 @@ def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def flatten(adapters: Mapping[str, Any]) -> dict[Path, Any]:
-    """Returns the arrays of an adapter tree by path.
-
-    Example:
-      >>> flatten({"query": {"magnitude": 1.0}})
-      {('query', 'magnitude'): 1.0}
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(dict(adapters))[0]
-    return {tuple(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
 def tree_shapes(adapters: Mapping[str, Any]) -> dict[Path, tuple[int, ...]]:
     """Returns the shape of every array of an adapter tree by path."""
     return {path: np.shape(leaf) for path, leaf in flatten(adapters).items()}
 
 
 def check_shapes(adapters: Mapping[str, Any], wanted: Mapping[Path, tuple[int, ...]]) -> None:
-    """Raises `AdapterError` if arrays are missing, unknown or of another shape; names each."""
+    """Raises `AdapterError` if arrays are missing, unknown or of another shape; names each one."""
     given = tree_shapes(adapters)
     problems = [f"missing {'.'.join(p)}" for p in wanted if p not in given]
     problems += [f"unknown {'.'.join(p)}" for p in given if p not in wanted]

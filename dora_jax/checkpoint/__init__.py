@@ -1,11 +1,12 @@
 """Adapters and training runs on disk, through Orbax.
 
 Every folder has a manifest with checksums, and the fingerprint of the base that the adapters were
-trained on, so that damage and a wrong base are noticed when it is read.
+trained on. Reading it therefore detects damage and a wrong base.
 """
 
 from dora_jax.checkpoint.adapters import SavedAdapters, load, read_adapters, save
-from dora_jax.checkpoint.training import Checkpoints, RestoredRun
+from dora_jax.checkpoint.step import RestoredRun
+from dora_jax.checkpoint.training import Checkpoints
 
 __all__ = [
     "Checkpoints",

@@ -1,60 +1,58 @@
-"""Adapters on disk, in Orbax's format: saved with their configuration and their base's fingerprint.
+"""Adapters on disk, in Orbax's format, with their configuration and their base's fingerprint.
 
-Only what was trained is written. `load` adapts the base anew and puts it in.
+The base itself is not written. `load` adapts the base again, then sets the saved arrays.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-import jax
-from flax import linen, nnx
-
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest, tree_shapes
-from dora_jax.checkpoint.checks import check_settings, check_tree
-from dora_jax.checkpoint.fingerprint import group_records, reconcile
+from dora_jax.checkpoint.checks import check_settings
+from dora_jax.checkpoint.contents import contents, trained
+from dora_jax.checkpoint.fingerprint import check_same_base, group_records
 from dora_jax.checkpoint.storage import absolute, read, read_metadata, write
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
-from dora_jax.errors import AdapterError, CheckpointError, Path
-from dora_jax.linen import DoRAModel, ExampleCall
+from dora_jax.errors import CheckpointError, Path
 from dora_jax.model import (
     Plain,
     adapt,
-    adapter_tree,
-    base_records,
-    check_base,
-    layer_axes,
+    carries_arrays,
+    is_adapted,
     layer_settings,
     with_adapter_arrays,
     with_base_records,
 )
-from dora_jax.nnx.variables import M
 from dora_jax.selection import match_modules
-from dora_jax.version import __version__
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    import jax
+    from flax import linen, nnx
+
+    from dora_jax.linen import DoRAModel, ExampleCall
+    from dora_jax.nnx.variables import M
 
     Folder = str | PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedAdapters:
-    """What a folder of adapters holds.
+    """The content of a folder of adapters.
 
     Attributes:
       adapters: the adapter tree, of NumPy arrays.
       config: the configuration they were trained with.
-      base: by module path, what the layers kept of the kernels they were trained for; empty where
-        the adapters were saved without their model.
-      axes: of those kernels, by module path; empty likewise.
-      version: of the dora_jax that wrote them.
+      base: the record of each layer's frozen kernel, by module path; empty if the adapters were
+        saved without their model.
+      axes: of those kernels, by module path; empty in the same case.
+      version: of the dora_jax that wrote the folder.
     """
 
     adapters: dict[str, Any]
@@ -85,24 +83,25 @@ def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) 
 
         save(path, model, config)      an adapted NNX model, and its configuration
         save(path, model, adapters)    the DoRAModel of a Linen model, and its adapters
-        save(path, config, adapters)   an adapter tree alone: `load` cannot tell another base
+        save(path, config, adapters)   an adapter tree alone: `load` cannot check the base
 
-    The folder appears when it is complete; a process killed before leaves none. The base is not
-    saved.
+    The folder appears only when it is complete; a process killed earlier leaves none. The base is
+    not saved.
 
     Args:
-      path: a folder, which is made.
+      path: the folder to make.
       model: see above.
       content: see above.
-      overwrite: replace what is there.
+      overwrite: replace adapters that are in the folder.
 
     Raises:
-      AdapterError: the adapters are not of this configuration, hold precomputed scales, or are not
+      AdapterError: the adapters do not fit the configuration, hold precomputed scales, or are not
         finite; names them.
       CheckpointError: the folder exists.
 
     Example:
       >>> import tempfile
+      >>> from flax import nnx
       >>> import dora_jax as dora
       >>> base = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
       >>> config = dora.DoRAConfig(rank=2)
@@ -113,7 +112,7 @@ def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) 
       >>> bool((loaded.lora_a[...] == model.lora_a[...]).all())
       True
     """
-    write(path, *contents(model, content), overwrite=overwrite)
+    write(path, *contents(trained(model, content)), overwrite=overwrite)
 
 
 @overload
@@ -151,15 +150,15 @@ def load(
     params: Any = None,
     inputs: Any = None,
 ) -> Any:
-    """Loads adapters into a model: what `apply_dora` returns, trained.
+    """Loads adapters into a model; returns what `apply_dora` returns, with trained adapters.
 
     Args:
       path: a folder that `save` wrote, or one step of `Checkpoints`.
-      model: an NNX model or a Linen module, plain or adapted. It stays as it is.
-      only: names or path suffixes of modules; adapters of others are left as `apply_dora` makes
-        them.
+      model: an NNX model or a Linen module, plain or adapted. It is not changed.
+      only: names or path suffixes of modules; the adapters of other modules stay as `apply_dora`
+        initialises them.
       allow_base_mismatch: load them although the base is not the one they were trained for.
-      rngs: for a plain model: as for `apply_dora`, a key for Linen; need not be given.
+      rngs: for a plain model: as for `apply_dora`, a key for Linen; optional.
       params: of a plain Linen module.
       inputs: for a plain model: as for `apply_dora`.
 
@@ -167,8 +166,8 @@ def load(
       The adapted NNX model; for Linen the `DoRAModel` and the adapter tree.
 
     Raises:
-      AdapterError: the adapters were trained for another base, or with settings that a model which
-        is adapted already does not have; names the layer.
+      AdapterError: the adapters were trained for another base, or the model was adapted with other
+        settings; names the layer.
       CheckpointError: the folder is damaged or incomplete; names the file or array.
       ConfigError: an entry of `only` matches nothing.
 
@@ -176,7 +175,7 @@ def load(
       UserWarning: the adapters were saved without the fingerprint of their base.
     """
     saved = read_adapters(path)
-    if only is not None and isinstance(model, DoRAModel):
+    if only is not None and is_adapted(model) and not carries_arrays(model):
         raise TypeError("only needs the plain module: a DoRAModel has no adapters of its own")
     model, own = adapt(model, saved.config, Plain(rngs, params, inputs))
     chosen, base = flatten(saved.adapters), saved.base
@@ -218,51 +217,10 @@ def read_adapters(path: Folder) -> SavedAdapters:
     return SavedAdapters(adapters, config, base, axes, metadata["version"])
 
 
-def contents(model: Any, content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the arrays and the metadata to save for adapters; arguments are those of `save`.
-
-    Raises:
-      AdapterError: see `save`.
-    """
-    if isinstance(model, DoRAConfig):
-        check_tree(content, model, None)
-        return {"adapters": content}, _metadata(model, {})
-    adapters, config = (
-        (content, model.config) if isinstance(model, DoRAModel) else (adapter_tree(model), content)
-    )
-    if not isinstance(config, DoRAConfig):
-        raise AdapterError("an NNX model is saved with its DoRAConfig: save(path, model, config)")
-    check_base(model)
-    check_settings(config, layer_settings(model))
-    check_tree(adapters, config, model)
-    tree = {"adapters": adapters}
-    records = base_records(model)
-    tree["base"] = nest({(*p, n): x for p, own in records.items() for n, x in own.arrays().items()})
-    return tree, _metadata(config, layer_axes(model))
-
-
-def check_same_base(
-    saved: Mapping[Path, FrozenBase], model: Any, *, allow_base_mismatch: bool
-) -> dict[Path, FrozenBase]:
-    """Returns the records that the layers of a model are to keep, see `reconcile`; or warns."""
-    if not saved and not allow_base_mismatch:
-        warnings.warn(
-            "the adapters were saved without the fingerprint of their base, so that another base "
-            "would not be noticed; allow_base_mismatch=True says that this is known",
-            stacklevel=3,
-        )
-    return reconcile(saved, base_records(model), allow_base_mismatch=allow_base_mismatch)
-
-
-def _metadata(config: DoRAConfig, axes: Mapping[Path, KernelAxes]) -> dict[str, Any]:
-    groups = {"/".join(path): [list(group) for group in own] for path, own in axes.items()}
-    return {"version": __version__, "config": config.to_dict(), "axes": groups}
-
-
 def _choose(
     flat: Mapping[Path, Any], base: Mapping[Path, FrozenBase], only: Sequence[str]
 ) -> tuple[dict[Path, Any], dict[Path, FrozenBase]]:
-    """Returns the arrays, and the records of the base, of the modules that names select."""
+    """Returns the arrays, and the records of the base, of the modules selected by `only`."""
     modules = {".".join(path[:i]) for path in flat for i in range(1, len(path))}
     found = match_modules(tuple(only), modules, "only")
 

@@ -1,10 +1,11 @@
-"""Checks that adapters, settings and model belong together, before they are saved or loaded."""
+"""Checks before saving and loading: adapters, settings and model must belong together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.adapters.groups import ADAPTER_ARRAYS
@@ -14,7 +15,7 @@ from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.model import adapter_tree, layer_settings
 
-# What a layer computes depends on these settings; on the others only how it is trained.
+# Settings that change a layer's output; the rest affect training only.
 _OUTPUT_FIELDS = (
     "rank",
     "scaling",
@@ -27,9 +28,9 @@ _OUTPUT_FIELDS = (
 
 
 def check_settings(config: DoRAConfig, settings_by_path: Mapping[Path, LayerSettings]) -> None:
-    """Raises `AdapterError` unless layers compute what a configuration asks for; names the layer.
+    """Raises `AdapterError` if a layer has other settings than its configuration; names the layer.
 
-    Dropout and the kind of gradient may differ: they only act in training.
+    Dropout and the kind of gradient may differ, because they affect training only.
     """
     for path, settings in settings_by_path.items():
         wanted = config.layer_settings(path)
@@ -38,7 +39,7 @@ def check_settings(config: DoRAConfig, settings_by_path: Mapping[Path, LayerSett
             if given != asked:
                 raise AdapterError(
                     f"{layer_name(path)}: the model has {field} {given}, the configuration of the "
-                    f"adapters {asked}; adapt the model with that configuration"
+                    f"adapters has {asked}; adapt the model with that configuration"
                 )
 
 
@@ -50,8 +51,8 @@ def check_tree(adapters: Mapping[str, Any], config: DoRAConfig, model: Any) -> N
     for path in layers | known:  # a normalisation layer trained in full has a scale, too
         if (*path, "scale") in flat:
             raise AdapterError(
-                f"{layer_name(path)} holds a precomputed scale, which is computed and not "
-                "trained: save the adapters that precompute_scales was given"
+                f"{layer_name(path)} holds a precomputed scale, which is not trained: save the "
+                "adapters that precompute_scales was given"
             )
     if model is None:
         _check_against_config(flat, layers, config)
@@ -60,16 +61,42 @@ def check_tree(adapters: Mapping[str, Any], config: DoRAConfig, model: Any) -> N
     for path, x in flat.items():
         if not np.isfinite(host_value(x)).all():
             raise AdapterError(
-                f"{'.'.join(path)} is not finite: the training diverged; go back to an earlier "
+                f"{'.'.join(path)} is not finite: the training diverged; restore an earlier "
                 "checkpoint"
             )
+
+
+def check_values(own: Mapping[Path, Any], saved: Mapping[Path, Any], part: str) -> None:
+    """Raises `AdapterError` unless arrays have the names, shapes and dtypes of those saved.
+
+    Args:
+      own: the arrays of the run, by path.
+      saved: those of its checkpoint.
+      part: of the checkpoint, to name the arrays.
+    """
+    one, other = (
+        {".".join((part, *path)): (np.shape(x), jnp.result_type(x)) for path, x in values.items()}
+        for values in (own, saved)
+    )
+    problems = [f"{name} is not in the checkpoint" for name in one if name not in other]
+    problems += [f"{name} is only in the checkpoint" for name in other if name not in one]
+    problems += [
+        f"{name} is {kind[1]} {kind[0]}, and was saved as {other[name][1]} {other[name][0]}"
+        for name, kind in one.items()
+        if other.get(name, kind) != kind
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise AdapterError(
+            f"the checkpoint is of another model or optimiser: {'; '.join(problems[:5])}{more}"
+        )
 
 
 def _check_against_config(flat: Mapping[Path, Any], layers: set[Path], config: DoRAConfig) -> None:
     if config.changes_product:
         raise AdapterError(
-            f"adapters that started with init={config.init!r} count by their change: save them "
-            "with the adapted model, which keeps their start"
+            f"init={config.init!r} starts adapters away from zero, and only the adapted model "
+            "keeps their initial values: save the adapters with that model"
         )
     for path in layers:
         settings = config.layer_settings(path)

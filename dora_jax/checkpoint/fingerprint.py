@@ -1,13 +1,14 @@
 """The fingerprint of the frozen base that an adapter was trained on.
 
-Of every frozen kernel a layer keeps its norms and its first row (`FrozenBase`). Saved with the
-adapter, they tell the base: the first row is a copy, so it must agree bit for bit; the norm is a
-sum, whose last bits depend on the device and the sharding.
+Each adapted layer keeps the norms and the first row of its frozen kernel (`FrozenBase`). Saved with
+the adapter, they identify the base. The first row is a copy, so it must agree bit for bit. The norm
+is a sum, whose last bits depend on the device and the sharding.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -15,18 +16,39 @@ import numpy as np
 from dora_jax.adapters.placement import host_value
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.model import AdaptedModel, base_records
 
-# Of two float32 norms, summed in different orders. Measured on 28,672 inputs: 2e-7 between XLA on
-# one device and on four, 5e-6 for a running sum.
+# Largest relative difference of two float32 norms summed in different orders. Measured on 28,672
+# inputs: 2e-7 between XLA on one device and on four, 5e-6 for a running sum.
 _NORM_TOLERANCE = 1e-5
 
 
 def group_records(flat: Mapping[Path, object]) -> dict[Path, FrozenBase]:
-    """Returns the records whose arrays are given by module path and name."""
+    """Returns the records of the base for arrays by module path and field.
+
+    `{("up", "norm"): n, ("up", "first_row"): row}` gives `{("up",): FrozenBase(n, row)}`.
+    """
     arrays: dict[Path, dict[str, object]] = {}
     for path, value in flat.items():
         arrays.setdefault(path[:-1], {})[path[-1]] = value
     return {path: FrozenBase(**own) for path, own in arrays.items()}  # type: ignore[arg-type]
+
+
+def check_same_base(
+    saved: Mapping[Path, FrozenBase], model: AdaptedModel, *, allow_base_mismatch: bool
+) -> dict[Path, FrozenBase]:
+    """Returns the records that the layers of a model are to keep, see `reconcile`.
+
+    Warns:
+      UserWarning: the adapters were saved without records, so that nothing can be checked.
+    """
+    if not saved and not allow_base_mismatch:
+        warnings.warn(
+            "the adapters were saved without the fingerprint of their base, so their base cannot "
+            "be checked; pass allow_base_mismatch=True to load them without this warning",
+            stacklevel=3,
+        )
+    return reconcile(saved, base_records(model), allow_base_mismatch=allow_base_mismatch)
 
 
 def reconcile(
@@ -34,8 +56,8 @@ def reconcile(
 ) -> dict[Path, FrozenBase]:
     """Checks that adapters are loaded for their own base; returns the records to keep.
 
-    Layers keep the saved record, so that the adapted model computes the same bit for bit wherever
-    it is loaded. For another base they keep their own.
+    For the same base these are the saved records, so that the model computes the same on every
+    device, bit for bit. For another base the layers keep their own norm and first row.
 
     Args:
       saved: the records of the layers that are loaded, saved with the adapters.
@@ -43,8 +65,8 @@ def reconcile(
       allow_base_mismatch: skips the check.
 
     Raises:
-      AdapterError: a kernel is another one; names the layer and what differs. Also with
-        `allow_base_mismatch`, if the layers would compute something else than the adapters' do.
+      AdapterError: a kernel differs; names the layer and the difference. With
+        `allow_base_mismatch` too, if the layers are of another kind than the adapters'.
     """
     kept = {}
     for path, record in saved.items():
@@ -65,7 +87,7 @@ def reconcile(
 
 
 def _other_kind(saved: FrozenBase, own: FrozenBase) -> str:
-    """Returns how two layers differ in kind; empty if they do not."""
+    """Returns how the records of two layers differ in kind; empty if they do not."""
     one, other = saved.arrays(), own.arrays()
     if one.keys() != other.keys():
         return f"the adapter keeps {sorted(one)} of its kernel, the model {sorted(other)}"

@@ -10,7 +10,10 @@ from dora_jax.errors import AdapterError
 
 
 def encode_json(value: Any, name: str = "metadata") -> Any:
-    """Returns a value as JSON types, with bytes as `{"bytes": base64}`; raises what would change.
+    """Returns a value as JSON types, with bytes as `{"bytes": base64}`.
+
+    Raises:
+      AdapterError: a value would not come back as it is, apart from tuples; names it.
 
     Example:
       >>> decode_json(encode_json({"position": b"12"}))
@@ -25,13 +28,13 @@ def encode_json(value: Any, name: str = "metadata") -> Any:
     if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
         return {k: encode_json(v, f"{name}[{k!r}]") for k, v in value.items()}
     raise AdapterError(
-        f"{name} holds a {type(value).__name__}, which JSON cannot keep: use dicts with strings as "
-        "keys, lists, numbers, strings and bytes; arrays belong into the state"
+        f"{name} holds a {type(value).__name__}, which JSON cannot hold: use dicts with strings as "
+        "keys, lists, numbers, strings and bytes; pass arrays in the state"
     )
 
 
 def decode_json(value: Any) -> Any:
-    """Returns what `encode_json` was given, tuples as lists."""
+    """Returns the value that `encode_json` was given, with lists in place of tuples."""
     if isinstance(value, list):
         return [decode_json(v) for v in value]
     if isinstance(value, dict):

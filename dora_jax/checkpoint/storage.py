@@ -1,4 +1,4 @@
-"""Trees of arrays on disk, through Orbax, with a manifest that tells damage from data.
+"""Trees of arrays on disk, through Orbax, with a manifest of checksums that shows damage.
 
 A folder holds two Orbax items: `arrays`, a tree of nested dicts, and `metadata`, a JSON object with
 the shape, dtype and SHA-256 of every array, and a SHA-256 of itself. Nothing is pickled.
@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
 
 from dora_jax.adapters.placement import host_value, is_random_key
-from dora_jax.adapters.trees import flatten_tree, nest
+from dora_jax.adapters.trees import flatten, nest
 from dora_jax.checkpoint.json import decode_json, encode_json
-from dora_jax.errors import CheckpointError, Path
+from dora_jax.errors import AdapterError, CheckpointError, Path
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -38,10 +38,12 @@ def save_args(tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> ocp.args.
       metadata: JSON types and `bytes`.
 
     Raises:
-      AdapterError: a name holds a slash, or metadata is no JSON; names it.
+      AdapterError: a name contains a slash, or metadata is no JSON; names it.
     """
     arrays, manifest = {}, {}
-    for path, leaf in flatten_tree(tree).items():
+    for path, leaf in flatten(tree).items():
+        if any("/" in name for name in path):
+            raise AdapterError(f"{'.'.join(path)}: a name contains a slash; rename it to save it")
         entry, value = _describe(leaf)
         manifest["/".join(path)] = entry
         arrays[path] = value
@@ -61,13 +63,17 @@ def write(
 ) -> None:
     """Writes a tree into a new folder, which appears only when it is complete.
 
-    With `overwrite`, a folder that is there is exchanged after the new one has been written.
+    With `overwrite`, an existing folder is replaced after the new one has been written.
+
+    Raises:
+      AdapterError: see `save_args`.
+      CheckpointError: the folder exists, or holds other files.
     """
     path = absolute(folder)
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists: pass overwrite=True, or choose another folder")
     if path.exists() and not (path / "metadata").is_dir() and any(path.iterdir()):
-        raise CheckpointError(f"{path} holds something else: choose another folder")
+        raise CheckpointError(f"{path} holds other files: choose another folder")
     args = save_args(tree, metadata)
     target = path.parent / f".{path.name}.new" if path.exists() else path
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -85,15 +91,15 @@ def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str
     """Returns the manifest of the arrays, by slashed path, and the metadata of a folder.
 
     Raises:
-      CheckpointError: the folder is none that `write` wrote, or its manifest is damaged.
+      CheckpointError: the folder was not written by `write`, or its manifest is damaged.
     """
     path = absolute(folder)
     file = path / "metadata" / "metadata"
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder")
+        raise CheckpointError(f"{path} is no folder: check the path")
     if not file.exists():
         raise CheckpointError(
-            f"{path} is no checkpoint of dora_jax, or an incomplete one: {file} is missing"
+            f"{path} is not a checkpoint of dora_jax, or it is incomplete: {file} is missing"
         )
     try:
         content = json.loads(file.read_text())
@@ -106,7 +112,7 @@ def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str
         raise CheckpointError(f"{file} is damaged: it does not match its own sha256")
     if content["format"] != FORMAT or tuple(content) != _MEMBERS:
         raise CheckpointError(
-            f"{file} is of format {content['format']!r}, this version reads {FORMAT!r}: "
+            f"{file} has format {content['format']!r}, this version reads {FORMAT!r}: "
             "use the dora_jax that wrote it, or a newer one"
         )
     return content["arrays"], decode_json(content["metadata"])
@@ -115,14 +121,14 @@ def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str
 def read(
     folder: str | PathLike[str], wanted: Callable[[Path], bool] = lambda path: True
 ) -> dict[Path, Any]:
-    """Returns the arrays of a folder by path, as NumPy arrays, each checked.
+    """Returns the arrays of a folder by path, as NumPy arrays, each checked by its checksum.
 
     Args:
-      folder: what `write` wrote, or one step of a `CheckpointManager` with `save_args`.
+      folder: written by `write`, or one step of a `CheckpointManager` with `save_args`.
       wanted: which arrays to read, by path.
 
     Raises:
-      CheckpointError: something is missing or damaged; names the file or array.
+      CheckpointError: a file or an array is missing or damaged; names it.
     """
     path = absolute(folder)
     manifest, _ = read_metadata(path)
@@ -131,8 +137,8 @@ def read(
     if not entries:
         return {}
     try:
-        restored = flatten_tree(_restore(path / "arrays", nest(dict.fromkeys(entries, 0))))
-    except Exception as error:  # whatever Orbax and TensorStore make of damaged files
+        restored = flatten(_restore(path / "arrays", nest(dict.fromkeys(entries, 0))))
+    except Exception as error:  # of any class: Orbax and TensorStore raise many for damaged files
         raise CheckpointError(
             f"{path / 'arrays'} is damaged or incomplete: {_first_line(error)}"
         ) from error
@@ -140,12 +146,12 @@ def read(
 
 
 def absolute(folder: str | PathLike[str]) -> epath.Path:
-    """Returns the absolute path, as Orbax wants it; `~` is the home folder."""
+    """Returns the absolute path, as Orbax needs it; `~` is the home folder."""
     return epath.Path(folder).expanduser().absolute()
 
 
 def _describe(leaf: Any) -> tuple[dict[str, Any], Any]:
-    """Returns the manifest's entry of an array, and the array as it is written."""
+    """Returns the manifest's entry of an array, and the array in the form that is written."""
     value = host_value(leaf)
     entry = {
         "shape": list(value.shape),
@@ -158,7 +164,7 @@ def _describe(leaf: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _checked(folder: epath.Path, path: Path, value: Any, entry: Mapping[str, Any]) -> Any:
-    """Returns an array as it was before it was written, or raises that it is damaged."""
+    """Returns an array as it was before it was written; raises `CheckpointError` if damaged."""
     name = "/".join(path)
     if not isinstance(value, np.ndarray):
         raise CheckpointError(f"{folder}: array {name} is missing")
@@ -176,7 +182,7 @@ def _checked(folder: epath.Path, path: Path, value: Any, entry: Mapping[str, Any
 
 
 def _restore(folder: epath.Path, item: dict[str, Any]) -> Any:
-    """Reads the arrays of a tree of placeholders to the host, wherever they were saved from."""
+    """Reads the arrays of a tree of placeholders to the host, whatever devices they were on."""
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     return ocp.PyTreeCheckpointHandler().restore(
         folder,

@@ -1,8 +1,7 @@
-"""Checkpoints of a training run: whatever it needs to go on as if it had not stopped."""
+"""The checkpoints of a training run: one folder for each step, to resume from the newest."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping
 from types import TracebackType
@@ -11,66 +10,42 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
+from etils import epath  # type: ignore[import-untyped]
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from dora_jax.adapters.placement import device_put_like
-from dora_jax.adapters.trees import flatten, nest
-from dora_jax.checkpoint.adapters import check_same_base, contents
-from dora_jax.checkpoint.checks import check_settings
-from dora_jax.checkpoint.fingerprint import group_records
-from dora_jax.checkpoint.state import check_values, state_values, with_state_values
-from dora_jax.checkpoint.storage import absolute, read, read_metadata, save_args
+from dora_jax.checkpoint.contents import Trained, trained
+from dora_jax.checkpoint.step import RestoredRun, StoredStep, read_step, restore_step, step_contents
+from dora_jax.checkpoint.storage import absolute, save_args
 from dora_jax.config import DoRAConfig
-from dora_jax.errors import AdapterError, CheckpointError, Path
-from dora_jax.linen.model import DoRAModel
-from dora_jax.model import layer_settings, with_base_records
-from dora_jax.nnx.variables import DoRAParam, nnx_values, set_nnx_values
+from dora_jax.errors import AdapterError, CheckpointError
+from dora_jax.model import carries_arrays
 
 if TYPE_CHECKING:
     from os import PathLike
 
+    from flax import nnx
 
-# What else of an NNX model changes in training: the counters of its random streams, running means.
-_CHANGING = (nnx.RngState, nnx.BatchStat)
-
-
-@dataclasses.dataclass(frozen=True)
-class RestoredRun:
-    """What a checkpoint gave back.
-
-    Attributes:
-      step: the number of steps taken.
-      adapters: the NNX model, changed in place, or the adapter tree.
-      state: as it was given to `restore`, with the values of the checkpoint.
-      data: what `save` was given.
-      model: the `DoRAModel` to go on with, if there was one.
-    """
-
-    step: int
-    adapters: Any
-    state: Any
-    data: Any
-    model: Any = None
+    from dora_jax.linen import DoRAModel
 
 
 class Checkpoints:
-    """The checkpoints of one training run, in a folder, one subfolder for each step.
+    """The checkpoints of one training run, in a folder, with a subfolder for each step.
 
-    They are written in the background. A checkpoint is there when it is complete: that of a process
-    that was killed while writing is not taken for one, and neither is one damaged later. One run
-    writes into a folder; others may read it meanwhile, as `dora_jax.load` does one of its steps.
+    They are written in the background. Incomplete checkpoints, as of a process that was killed
+    while writing, and damaged ones are recognised and skipped. One run writes into a folder; other
+    processes may read it meanwhile, as `dora_jax.load` does with one step.
 
     Args:
-      folder: where; made if it is not there.
+      folder: made if it does not exist.
       config: of the adapters; for a Linen model its `DoRAModel`.
-      keep: how many of the newest to keep.
-      best: the metric, among those given to `save`, by which the best are kept too.
+      keep: how many of the newest checkpoints to keep.
+      best: a metric among those given to `save`; the best checkpoints by it are kept as well.
       mode: whether the best is the smallest or the largest.
       keep_best: how many of the best to keep.
 
     Example:
       >>> import tempfile, optax
+      >>> from flax import nnx
       >>> import dora_jax as dora
       >>> config = dora.DoRAConfig(rank=2)
       >>> model = dora.apply_dora(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
@@ -130,16 +105,16 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Returns the steps there are complete checkpoints of, in order."""
+        """Returns the steps that have a complete checkpoint, in order."""
         return sorted(set(self._manager.all_steps()) - self._damaged.keys())
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest good checkpoint, the one that `restore` takes, or None.
+        """Returns the step of the newest good checkpoint, or None; `restore` takes that one.
 
-        It is read for that, as `restore` does.
+        The checkpoint is read in full, to know that it is good.
         """
-        found = self._newest(self.steps(), with_state=True)
-        return None if found is None else found[0]
+        found = self._read_newest(with_state=True)
+        return None if found is None else found.metadata["step"]
 
     def save(
         self,
@@ -150,16 +125,16 @@ class Checkpoints:
         data: Any = None,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Saves, in the background; what is given may change, or be donated, once this returns.
+        """Saves a step in the background; the arrays may be changed or donated after this returns.
 
         Args:
-          step: the number of steps taken; above that of every checkpoint there is.
+          step: the number of steps taken; above that of every checkpoint in the folder.
           adapters: the adapted NNX model, whose random streams and running means are saved too, or
             the adapter tree of a Linen model.
           state: an `nnx.Optimizer`, an optimiser state, random keys: any pytree of arrays and NNX
             objects.
           data: the position in the data: a Grain iterator, its state, or any JSON.
-          metrics: of this step, among them the one by which the best are kept.
+          metrics: of this step; with `best`, that metric must be among them.
 
         Raises:
           AdapterError: adapters are not finite (earlier checkpoints stay), the step is not above
@@ -175,14 +150,9 @@ class Checkpoints:
             raise AdapterError(
                 f"metrics need a finite {self._best!r}, by which the best are kept, got {metrics}"
             )
-        if isinstance(adapters, nnx.Module):
-            tree, metadata = contents(adapters, self._config)
-        else:
-            tree, metadata = contents(self._config, adapters)
-        if isinstance(adapters, nnx.Module):
-            tree["model"] = nest(nnx_values(adapters, _CHANGING))
-        tree["state"] = nest(state_values(state))
-        metadata |= {"step": step, "data": _position(data), "metrics": dict(metrics or {})}
+        tree, metadata = step_contents(self._trained(adapters), state)
+        position = data.get_state() if hasattr(data, "get_state") else data
+        metadata |= {"step": step, "data": position, "metrics": dict(metrics or {})}
         self._manager.save(step, args=save_args(tree, metadata), metrics=metrics)
 
     def restore(
@@ -194,34 +164,35 @@ class Checkpoints:
         step: int | None = None,
         allow_base_mismatch: bool = False,
     ) -> RestoredRun | None:
-        """Restores the newest good checkpoint, or that of a step.
+        """Restores the newest good checkpoint, or that of one step.
 
-        Every array comes onto the devices, and into the sharding, of the one in its place now,
-        however it was saved.
+        Every array takes the devices and the sharding of the array that it replaces, whatever
+        those of the saved one were.
 
         Args:
           adapters: the adapted NNX model, changed in place, or an adapter tree of the same shapes.
           state: of the structure that was saved; NNX objects in it are changed in place. None
             leaves it out: for evaluation, or a new optimiser.
-          data: an iterator with `set_state`, which is set; the position is returned in any case.
-          step: which; by default the newest. If that is damaged, the one before, with a warning.
-          allow_base_mismatch: restore although the base is not the one the run had.
+          data: an iterator with `set_state`, which is called. The position is returned in any case.
+          step: the step to restore. By default the newest; if that one is damaged, the one before,
+            with a warning.
+          allow_base_mismatch: restore although the base is not the one that the run had.
 
         Returns:
-          What was restored; None if there is no checkpoint yet.
+          The restored run; None if there is no checkpoint yet.
 
         Raises:
-          AdapterError: the base, names, shapes or dtypes are others than were saved; names them.
-          CheckpointError: there are checkpoints and none of them is good, or not that of `step`.
+          AdapterError: the base, names, shapes or dtypes differ from those saved; names them.
+          CheckpointError: no checkpoint is good, or that of `step` is not.
 
         Warns:
-          UserWarning: a damaged checkpoint was passed over; says why.
+          UserWarning: a damaged checkpoint was skipped; names the damage.
         """
         self.wait()
         if step is not None:
-            found = self._read(step, state is not None)
-        elif (newest := self._newest(self.steps(), state is not None)) is not None:
-            found = newest[1]
+            stored = read_step(self.folder / str(step), with_state=state is not None)
+        elif (newest := self._read_newest(with_state=state is not None)) is not None:
+            stored = newest
         elif self._damaged:
             raise CheckpointError(
                 f"{self.folder}: none of the checkpoints is good. "
@@ -229,79 +200,39 @@ class Checkpoints:
             )
         else:
             return None
-        return self._put(*found, adapters, state, data, allow_base_mismatch)
+        run = self._trained(adapters)
+        return restore_step(stored, run, state, data, allow_base_mismatch=allow_base_mismatch)
 
     def wait(self) -> None:
-        """Waits until everything is written."""
+        """Waits until all checkpoints are written."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until everything is written, and stops writing."""
+        """Waits until all checkpoints are written, and stops the writer."""
         self._manager.close()
 
-    def _newest(
-        self, steps: list[int], with_state: bool
-    ) -> tuple[int, tuple[dict[Path, Any], dict[str, Any]]] | None:
-        """Returns the newest good checkpoint, its step first; warns of those passed over."""
-        for step in reversed(steps):
+    def _trained(self, adapters: Any) -> Trained:
+        if carries_arrays(adapters):
+            return trained(adapters, self._config)
+        return trained(self._config, adapters)
+
+    def _read_newest(self, *, with_state: bool) -> StoredStep | None:
+        """Returns the newest good checkpoint; warns of each damaged one that it skips."""
+        for step in reversed(self.steps()):
             try:
-                return step, self._read(step, with_state)
+                return read_step(self.folder / str(step), with_state=with_state)
             except CheckpointError as error:
                 self._damaged[step] = str(error)
-                warnings.warn(f"passing over a checkpoint: {error}", stacklevel=3)
+                warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=3)
         return None
 
-    def _read(self, step: int, with_state: bool) -> tuple[dict[Path, Any], dict[str, Any]]:
-        folder = self.folder / str(step)
-        _, metadata = read_metadata(folder)
-        return read(folder, lambda path: with_state or path[0] != "state"), metadata
-
-    def _put(
-        self,
-        arrays: dict[Path, Any],
-        metadata: dict[str, Any],
-        adapters: Any,
-        state: Any,
-        data: Any,
-        allow_base_mismatch: bool,
-    ) -> RestoredRun:
-        parts: dict[str, dict[Path, Any]] = {}
-        for path, value in arrays.items():
-            parts.setdefault(path[0], {})[path[1:]] = value
-        is_nnx = isinstance(adapters, nnx.Module)
-        model = adapters if is_nnx else self._config
-        own = flatten(nest(nnx_values(adapters, DoRAParam))) if is_nnx else flatten(adapters)
-        others = nnx_values(adapters, _CHANGING) if is_nnx else {}
-        given_state = {} if state is None else state_values(state)
-        check_values(own, parts.get("adapters", {}), "adapters")
-        check_values(others, parts.get("model", {}) if is_nnx else {}, "model")
-        check_values(given_state, parts.get("state", {}), "state")
-        config = self._config.config if isinstance(self._config, DoRAModel) else self._config
-        if isinstance(model, nnx.Module | DoRAModel):
-            check_settings(config, layer_settings(model))
-            base = group_records(parts.get("base", {}))
-            records = check_same_base(base, model, allow_base_mismatch=allow_base_mismatch)
-            model = with_base_records(model, records)
-        if data is not None:
-            data.set_state(metadata["data"])
-        values = {
-            path: device_put_like(x, own[path]) for path, x in parts.get("adapters", {}).items()
-        }
-        if is_nnx:
-            set_nnx_values(adapters, DoRAParam, values)
-            set_nnx_values(adapters, _CHANGING, parts.get("model", {}))
-        return RestoredRun(
-            metadata["step"],
-            adapters if is_nnx else nest(values),
-            with_state_values(state, parts.get("state", {})),
-            metadata["data"],
-            model if isinstance(model, DoRAModel) else None,
-        )
-
     def _clean(self) -> None:
-        """Removes what killed processes left; renames damaged checkpoints, to save them anew.
+        """Removes what killed processes left, and renames damaged checkpoints.
 
-        Not before the first `save`: who only reads, beside a run that writes, changes nothing.
+            4/  6.orbax-checkpoint-tmp-1/  8/ (damaged)  ->  4/  damaged-8-0/
+
+        Step 8 can then be saved anew. Only a writer cleans up, at its first `save`; a concurrent
+        reader must not modify the folder.
         """
         if not self._has_saved and jax.process_index() == 0:
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
@@ -310,15 +241,17 @@ class Checkpoints:
         if not self._damaged:
             return
         self._manager.wait_until_finished()
-        for step in self._damaged:
-            folder, number = self.folder / str(step), 0
-            while (aside := self.folder / f"damaged-{step}-{number}").exists():
-                number += 1
-            if folder.exists() and jax.process_index() == 0:
-                folder.rename(aside)
+        if jax.process_index() == 0:
+            for step in self._damaged:
+                _set_aside(self.folder, step)
         self._damaged.clear()
         self._manager.reload()
 
 
-def _position(data: Any) -> Any:
-    return data.get_state() if hasattr(data, "get_state") else data
+def _set_aside(folder: epath.Path, step: int) -> None:
+    """Renames the folder of a step to `damaged-STEP-0`, or to the first number that is free."""
+    number = 0
+    while (aside := folder / f"damaged-{step}-{number}").exists():
+        number += 1
+    if (damaged := folder / str(step)).exists():
+        damaged.rename(aside)

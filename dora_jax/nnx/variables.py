@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from dora_jax.adapters.placement import device_put_like
-from dora_jax.adapters.trees import flatten_tree
+from dora_jax.adapters.trees import flatten
 from dora_jax.errors import Path
 
 
@@ -46,7 +46,7 @@ def nnx_values(node: Any, only: Any = ...) -> dict[Path, Any]:
     values = {}
     for path, variable in nnx.to_flat_state(nnx.state(node, only)):
         # One array as a rule; a masked part of an optimiser's state has none.
-        for tail, value in flatten_tree(variable.get_value()).items():
+        for tail, value in flatten(variable.get_value()).items():
             values[(*map(str, path), *tail)] = value
     return values
 
@@ -63,7 +63,7 @@ def set_nnx_values(node: Any, only: Any, values: Mapping[Path, Any]) -> None:
             device_put_like(values[name], leaf)
             if (name := (*map(str, path), *tail)) in values
             else leaf
-            for tail, leaf in flatten_tree(value).items()
+            for tail, leaf in flatten(value).items()
         ]
         if leaves:
             variable.set_value(jax.tree.unflatten(jax.tree.structure(value), leaves))

@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
                 warnings.simplefilter("always")
                 step = checkpoints.restore(model, optimizer).step
             assert_same(everything(model, optimizer), trained[step])
-            said = [str(w.message) for w in caught if "passing over" in str(w.message)]
+            said = [str(w.message) for w in caught if "skipping" in str(w.message)]
             assert bool(said) == (step == 2) and all(str(folder / "4") in text for text in said)
             assert checkpoints.latest_step() == step
             # The run goes on, and saves the step anew; what was damaged is kept beside.
@@ -312,7 +312,7 @@ def test_where_no_checkpoint_is_good_nothing_is_made_up(folder):
     before = everything(model, optimizer)
     for step in (2, 4):
         shutil.rmtree(folder / str(step) / "arrays")
-    with Checkpoints(folder, CONFIG) as checkpoints, pytest.warns(UserWarning, match="passing"):
+    with Checkpoints(folder, CONFIG) as checkpoints, pytest.warns(UserWarning, match="skipping"):
         with pytest.raises(CheckpointError, match=r"none of the checkpoints is good.*/4"):
             checkpoints.restore(model, optimizer)
         with pytest.raises(CheckpointError):
@@ -380,7 +380,7 @@ folder, *numbers = sys.argv[1], *map(int, sys.argv[2:])
 config = dora.DoRAConfig(rank=4)
 
 def sharded(node, mesh):
-    def device_put_like(x):
+    def place(x):
         divides = x.ndim and x.shape[0] % mesh.size == 0
         return jax.device_put(x, NamedSharding(mesh, P("model") if divides else P()))
     nnx.update(node, jax.tree.map(place, nnx.state(node)))
@@ -436,7 +436,7 @@ import os, random, select, signal, sys, time
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 import dora_jax as dora
-from dora_jax.adapters.trees import flatten_tree
+from dora_jax.adapters.trees import flatten
 from dora_jax.checkpoint import Checkpoints
 
 def run(folder, total, every, say):
@@ -471,7 +471,7 @@ def run(folder, total, every, say):
                 checkpoints.save(number, model, optimizer, data=data, metrics={"loss": 1 / number})
                 say(f"saving {number}")
     values = nnx.state(model, dora.DoRAParam), nnx.state(optimizer), data.position
-    say(f"end {[np.asarray(x).tolist() for x in flatten_tree(values).values()]}")
+    say(f"end {[np.asarray(x).tolist() for x in flatten(values).values()]}")
 
 # Processes are forked before JAX starts a backend, which saves them its import.
 def start(*args):

@@ -1,0 +1,121 @@
+"""One step of a training run: the arrays and metadata of its checkpoint, saved and restored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dora_jax.adapters.placement import device_put_like
+from dora_jax.adapters.trees import flatten, nest
+from dora_jax.checkpoint.checks import check_settings, check_values
+from dora_jax.checkpoint.contents import Trained, contents
+from dora_jax.checkpoint.fingerprint import check_same_base, group_records
+from dora_jax.checkpoint.state import state_values, with_state_values
+from dora_jax.checkpoint.storage import read, read_metadata
+from dora_jax.errors import Path
+from dora_jax.model import (
+    carries_arrays,
+    layer_settings,
+    mutable_arrays,
+    set_mutable_arrays,
+    with_adapter_arrays,
+    with_base_records,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RestoredRun:
+    """A training run as its checkpoint had it.
+
+    Attributes:
+      step: the number of steps taken.
+      adapters: the NNX model, changed in place, or the adapter tree.
+      state: as it was given to `restore`, with the values of the checkpoint.
+      data: the position in the data, as it was given to `save`.
+      model: the `DoRAModel` to train on with, if the run has one.
+    """
+
+    step: int
+    adapters: Any
+    state: Any
+    data: Any
+    model: Any = None
+
+
+class StoredStep(NamedTuple):
+    """A checkpoint as it is on disk.
+
+    Attributes:
+      parts: its arrays by path, in the parts `adapters`, `base`, `model` and `state`.
+      metadata: the step, the position in the data, the configuration.
+    """
+
+    parts: Mapping[str, Mapping[Path, Any]]
+    metadata: Mapping[str, Any]
+
+    def part(self, name: str) -> Mapping[Path, Any]:
+        """Returns the arrays of a part by path; none if it was not saved, or not read."""
+        return self.parts.get(name, {})
+
+
+def step_contents(run: Trained, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the arrays and the metadata to save for a step.
+
+        {"adapters": ..., "base": norms and first rows, "model": random streams, "state": ...}
+
+    Raises:
+      AdapterError: see `dora_jax.save`.
+    """
+    tree, metadata = contents(run)
+    tree["model"] = nest(mutable_arrays(run.model))
+    tree["state"] = nest(state_values(state))
+    return tree, metadata
+
+
+def read_step(folder: Any, *, with_state: bool) -> StoredStep:
+    """Reads the checkpoint in a folder.
+
+    Raises:
+      CheckpointError: it is damaged or incomplete; names the file or array.
+    """
+    _, metadata = read_metadata(folder)
+    parts: dict[str, dict[Path, Any]] = {}
+    for path, value in read(folder, lambda path: with_state or path[0] != "state").items():
+        parts.setdefault(path[0], {})[path[1:]] = value
+    return StoredStep(parts, metadata)
+
+
+def restore_step(
+    stored: StoredStep, run: Trained, state: Any, data: Any, *, allow_base_mismatch: bool
+) -> RestoredRun:
+    """Puts a checkpoint into a run; arguments are those of `Checkpoints.restore`.
+
+    Raises:
+      AdapterError: the checkpoint is of another model, base or optimiser; names the arrays.
+    """
+    model, own = run.model, flatten(run.adapters)
+    check_values(own, stored.part("adapters"), "adapters")
+    if carries_arrays(model):
+        check_values(mutable_arrays(model), stored.part("model"), "model")
+    check_values(state_values(state), stored.part("state"), "state")
+    if model is not None:
+        check_settings(run.config, layer_settings(model))
+        base = group_records(stored.part("base"))
+        records = check_same_base(base, model, allow_base_mismatch=allow_base_mismatch)
+        model = with_base_records(model, records)
+    if data is not None:
+        data.set_state(stored.metadata["data"])
+    if carries_arrays(model):
+        adapters = with_adapter_arrays(model, run.adapters, stored.part("adapters"))
+        set_mutable_arrays(model, stored.part("model"))
+        model = None
+    else:
+        adapters = nest({p: device_put_like(x, own[p]) for p, x in stored.part("adapters").items()})
+    return RestoredRun(
+        stored.metadata["step"],
+        adapters,
+        with_state_values(state, stored.part("state")),
+        stored.metadata["data"],
+        model,
+    )
