@@ -1,5 +1,6 @@
-"""What of a model is adapted, and how magnitude and direction move."""
+"""The adapted layers of a model, and how their magnitude and direction change in training."""
 
+from dora_jax.analysis.plots import plot_weight_change
 from dora_jax.analysis.summary import LayerSummary, Summary, summary
 from dora_jax.analysis.weight_change import WeightChange, weight_change
 
@@ -7,6 +8,7 @@ __all__ = [
     "LayerSummary",
     "Summary",
     "WeightChange",
+    "plot_weight_change",
     "summary",
     "weight_change",
 ]

@@ -1,19 +1,17 @@
-"""What of a model is adapted, or would be: a table to print, and as data."""
+"""A summary of a model's adapted layers: data, and a table to print."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
-from flax import linen, nnx
 
 from dora_jax.adapters.trees import Tree
 from dora_jax.config import DoRAConfig
 from dora_jax.errors import AdapterError
-from dora_jax.linen import DoRAModel, ExampleCall
 from dora_jax.model import (
     ModelLayer,
     Plain,
@@ -25,6 +23,11 @@ from dora_jax.model import (
     model_layers,
 )
 
+if TYPE_CHECKING:
+    from flax import linen, nnx
+
+    from dora_jax.linen import DoRAModel, ExampleCall
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerSummary:
@@ -35,9 +38,9 @@ class LayerSummary:
       layer: the class of the layer.
       stack, inputs, outputs: the shape of its kernel, by kind of axis.
       dtype: of its kernel.
-      rank: of the low-rank direction.
+      rank: of its low-rank factors.
       alpha: of the scaling.
-      parameters: how many it trains.
+      parameters: how many parameters of the layer are trained.
     """
 
     path: str
@@ -67,12 +70,12 @@ class Summary:
 
     @property
     def trainable_parameters(self) -> int:
-        """All that is trained: adapters and modules trained in full."""
+        """The number of all trained parameters: of adapters and of modules trained in full."""
         return self.saved_parameters + sum(layer.parameters for layer in self.layers)
 
     @property
     def trainable_share(self) -> float:
-        """Trainable parameters over those of the base model."""
+        """The ratio of trainable parameters to parameters of the base model."""
         return self.trainable_parameters / self.base_parameters
 
     def __str__(self) -> str:
@@ -133,7 +136,9 @@ def summary(
     adapters: Any = None,
     inputs: Any = None,
 ) -> Summary:
-    """Returns what of a model is adapted; with `config`, what would be (no array is made).
+    """Returns a summary of a model's adapted layers.
+
+    With `config` this is a dry run: it shows what `apply_dora` would adapt, and makes no array.
 
     Args:
       model: an adapted NNX model, or a `DoRAModel`; with `config`, a model not yet adapted, whose
@@ -144,11 +149,12 @@ def summary(
       inputs: for a dry run, arguments of an example call, as for `apply_dora`.
 
     Raises:
-      TypeError: the model is of neither kind, or `params` are missing.
-      AdapterError: nothing is adapted and there is no `config`; or the contrary.
-      DoRAError: in a dry run, what `apply_dora` raises.
+      TypeError: the model is no Flax model, or `params` are missing.
+      AdapterError: the model is not adapted and there is no `config`, or it is and there is one.
+      DoRAError: in a dry run, see `apply_dora`.
 
     Example:
+      >>> from flax import nnx
       >>> import dora_jax as dora
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
       >>> print(dora.summary(model, dora.DoRAConfig(rank=2)))

@@ -1,4 +1,4 @@
-"""How a change of weights divides into magnitude and direction (DoRA, section 3.2)."""
+"""The change of a kernel in magnitude and in direction (DoRA, section 3.2)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class WeightChange(NamedTuple):
-    """The change of one kernel, each a scalar per stack index: shape `(*stack,)`, float32.
+    """The change of one kernel. Each field is float32 of shape `(*stack,)`.
 
     Attributes:
       magnitude: `mean_n |m'(n) - m(n)|`, the paper's dM (eq. 3).
@@ -32,10 +32,10 @@ class WeightChange(NamedTuple):
 def weight_change(
     before: Float[Array, "..."], after: Float[Array, "..."], axes: KernelAxes
 ) -> WeightChange:
-    """Divides the change of a kernel into that of its columns' norms and of their directions.
+    """Returns how far the norms of a kernel's columns changed, and how far the columns turned.
 
-    `1 - cos` is computed as half the squared distance of the unit columns, which does not cancel
-    when they are close. Columns that are zero before or after are left out.
+    `1 - cos` is computed as half the squared distance of the unit columns: for close columns the
+    difference itself would cancel. Columns that are zero before or after are left out.
 
     Args:
       before: the kernel, any floating dtype.
