@@ -1,7 +1,7 @@
 """Adapter trees: nested dicts by module path, the same for Linen and NNX.
 
-They are plain pytrees, so JAX's own functions map, shard and average them. Here they are counted,
-cast, compared, combined, and stacked to serve several at once.
+They are plain pytrees, so JAX's own functions map, shard and average them. This package counts,
+casts, compares and combines them, and stacks several to serve them in one batch.
 """
 
 from dora_jax.adapters.combine import add_weighted, diff, interpolate

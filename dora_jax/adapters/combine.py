@@ -1,4 +1,4 @@
-"""Several adapter trees made one, or compared."""
+"""Adapter trees combined into one, or compared."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from dora_jax.errors import AdapterError, Path, layer_name
 
 
 def interpolate(trees: Sequence[Tree], weights: Sequence[float]) -> Any:
-    """Returns the weighted mean of adapter trees, array by array: of checkpoints of one run.
+    """Returns the weighted mean of adapter trees, array by array.
 
-    The product of mean factors is not the mean of the products: adapters trained apart are combined
-    with `add_weighted`.
+        [{"up": {"lora_a": A0}}, {"up": {"lora_a": A1}}]  ->  {"up": {"lora_a": w0 A0 + w1 A1}}
+
+    Use it for checkpoints of one run. For adapters of different runs use `add_weighted`, because
+    the product of mean factors is not the mean of the products.
 
     Args:
       trees: adapter trees of one structure.
-      weights: one for each tree, of sum 1. Magnitudes are norms, not changes of norms: under
-        another sum they would be scaled.
+      weights: one for each tree; their sum is 1. Another sum would scale the magnitudes, which are
+        norms and not changes of norms.
 
     Raises:
-      AdapterError: the trees differ in structure or shapes, hold precomputed scales (a mean of
-        scales is not the scale of the mean), or the weights do not sum to 1.
+      AdapterError: the trees differ in structure or shapes, the weights do not sum to 1, or the
+        trees hold precomputed scales (a mean of scales is not the scale of the mean).
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,20 +60,23 @@ def add_weighted(
 ) -> tuple[Any, DoRAConfig]:
     """Returns one adapter that adds the weighted changes of several, and its configuration.
 
-    Exact in the direction: `A` are joined along the rank and `w B` likewise, so that `A' B'` is
-    `sum_i w_i A_i B_i`, of k times the rank. Magnitudes are their weighted mean. (PEFT's weighted
-    sum leaves the magnitudes out, peft#3761.)
+        k trees of    {"up": {"lora_a": (in, r),     "lora_b": (r, out),     "magnitude": (out,)}}
+        -> one tree   {"up": {"lora_a": (in, k * r), "lora_b": (k * r, out), "magnitude": (out,)}}
+
+    The low-rank product is exactly `sum_i w_i A_i B_i`: the `A_i` are concatenated along the rank,
+    and so are the `w_i B_i`. The magnitude is the weighted mean. (PEFT's weighted sum leaves the
+    magnitudes out, peft#3761.)
 
     Args:
       trees: adapter trees of one structure, trained from the same base.
-      weights: one for each tree, of sum 1 (see `interpolate`).
-      config: the configuration that all of them have.
+      weights: one for each tree; their sum is 1 (see `interpolate`).
+      config: the configuration of all the trees.
       axes: of the kernels, by module path: `dora_jax.model.layer_axes(model)`, or
-        `dora_jax.checkpoint.read_adapters(path).axes`. Need not be given where every `lora_a` is
-        `(in, r)` and every `lora_b` is `(r, out)`.
+        `dora_jax.checkpoint.read_adapters(path).axes`. Optional if every `lora_a` is `(in, r)` and
+        every `lora_b` is `(r, out)`.
 
     Returns:
-      The tree and the configuration with which the base is adapted to take it.
+      The tree, and the configuration with which to adapt a base for it.
 
     Raises:
       AdapterError: structures or shapes differ, the ranks are not those of `config`, the weights do
@@ -79,8 +84,8 @@ def add_weighted(
     """
     if config.changes_product:
         raise AdapterError(
-            f"adapters that started with init={config.init!r} count by their change, which does "
-            "not join along the rank: merge each instead"
+            f"adapters initialised with init={config.init!r} cannot be added, because only the "
+            "change from their initial values counts: merge each instead"
         )
     joined: Any = interpolate(trees, weights)
     for path in [path[:-1] for path in flatten(joined) if path[-1] == "lora_a"]:
@@ -88,8 +93,8 @@ def add_weighted(
         rank, own = np.shape(layers[0]["lora_a"])[-1], config.layer_settings(path).rank
         if rank != own:
             raise AdapterError(
-                f"{layer_name(path)}: the adapters have rank {rank}, the configuration {own}; its "
-                "scaling would not be theirs"
+                f"{layer_name(path)}: the adapters have rank {rank}, the configuration {own}; pass "
+                "the configuration that they were trained with"
             )
         stack = _count_stack_axes(path, layers[0], axes or {})
         pair = _join_factors(layers, weights, stack)
@@ -100,7 +105,7 @@ def add_weighted(
 def _join_factors(
     layers: Sequence[Tree], weights: Sequence[float], stack: int
 ) -> dict[str, jax.Array]:
-    """Returns the factors of several adapters of a layer joined along the rank."""
+    """Returns the factors of several adapters of a layer, concatenated along the rank."""
     scaled = [w * layer["lora_b"] for w, layer in zip(weights, layers, strict=True)]
     return {
         "lora_a": jnp.concatenate([layer["lora_a"] for layer in layers], axis=-1),
@@ -151,13 +156,16 @@ def check_weights(trees: Sequence[Tree], weights: Sequence[float]) -> None:
 
 
 def _count_stack_axes(path: Path, layer: Tree, axes: Mapping[Path, KernelAxes]) -> int:
-    """Returns how many stack axes lead `lora_a (*stack, *in, r)` and `lora_b (*stack, r, *out)`."""
+    """Returns the number of stack axes of a layer.
+
+    They are the first axes of `lora_a (*stack, *in, r)` and of `lora_b (*stack, r, *out)`.
+    """
     if path in axes:
         return len(axes[path].stack)
     a, b = (np.shape(layer[name]) for name in ("lora_a", "lora_b"))
     if len(a) != 2 or len(b) != 2:
         raise AdapterError(
-            f"{layer_name(path)}: lora_a has shape {a} and lora_b {b}, which do not tell how many "
+            f"{layer_name(path)}: the shapes of lora_a {a} and lora_b {b} do not show how many "
             "axes are stack axes: pass axes, from dora_jax.model.layer_axes(model) or "
             "read_adapters(path).axes"
         )

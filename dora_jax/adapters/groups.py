@@ -1,4 +1,4 @@
-"""The groups of arrays in an adapter tree: labelled, counted, cast."""
+"""The groups of arrays in an adapter tree: labels, counts, casts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ GROUPS = (*ADAPTER_ARRAYS, "saved")
 def label_adapters(adapters: Any) -> Any:
     """Returns the tree with each leaf replaced by its group, one of `GROUPS`.
 
-    A leaf's group is its own name; a leaf of another name is of a module trained in full (`saved`).
+    The group of `lora_a`, `lora_b` and `magnitude` is that name. Any other leaf belongs to a module
+    trained in full; its group is `saved`.
 
     Raises:
-      AdapterError: a frozen kernel stands beside its adapter, or there is no adapter array at all.
+      AdapterError: the tree holds a frozen kernel or a precomputed scale, or no adapter array.
 
     Example:
       >>> label_adapters({"query": {"lora_a": 0, "magnitude": 0}, "head": {"bias": 0}})
@@ -56,7 +57,7 @@ def label_adapters(adapters: Any) -> Any:
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Returns the dictionary keys of a leaf's path; a Variable's own entry is left out."""
+    """Returns the dictionary keys in a leaf's path, without the entry of an NNX variable."""
     return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)) or ("",)
 
 
@@ -81,7 +82,7 @@ def cast_adapters(adapters: Tree, dtype: DTypeLike) -> Any:
     A magnitude is best kept in float32 while it is trained: see `DoRAConfig.adapter_dtype`.
 
     Raises:
-      AdapterError: the dtype is not a floating one, in which most adapters would be zero.
+      AdapterError: the dtype is not a floating one; most adapters would round to zero.
 
     Example:
       >>> import jax.numpy as jnp

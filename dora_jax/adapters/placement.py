@@ -1,4 +1,4 @@
-"""Arrays between host and devices."""
+"""Arrays between the host and the devices."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from jax.experimental import multihost_utils
 
 
 def device_put_like(value: Any, like: Any) -> Any:
-    """Returns an array on the devices, and in the sharding, of another of the same shape.
+    """Returns a value on the devices, and in the sharding, of another array of the same shape.
 
-    Each process puts the shards of its own devices there.
+    In a run of several processes, each one writes the shards of its own devices. Where `like` is a
+    NumPy array, the value stays on the host.
     """
     if not isinstance(like, jax.Array):
         return value if isinstance(like, np.ndarray | np.generic) else jnp.asarray(value)
@@ -25,7 +26,7 @@ def device_put_like(value: Any, like: Any) -> Any:
 
 
 def host_value(x: Any) -> np.ndarray:
-    """Returns the whole array on the host, from all processes; of a random key, its data."""
+    """Returns an array on the host, gathered from all processes; for a random key, its data."""
     if is_random_key(x):
         x = jax.random.key_data(x)
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):

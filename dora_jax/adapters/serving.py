@@ -16,7 +16,9 @@ from dora_jax.errors import AdapterError, Path
 
 
 def stack_adapters(trees: Sequence[Tree]) -> Any:
-    """Returns adapter trees of one structure as one, its leaves `(adapters, ...)`.
+    """Returns adapter trees of one structure stacked to one tree.
+
+        [{"up": {"magnitude": (out,)}}, ...]  ->  {"up": {"magnitude": (adapters, out)}}
 
     Raises:
       AdapterError: the trees differ in structure or shapes.
@@ -28,12 +30,14 @@ def stack_adapters(trees: Sequence[Tree]) -> Any:
 
 
 def select_adapters(stacked: Tree, index: Any) -> Any:
-    """Returns the adapters of each example: leaves `(adapters, ...)` become `(*index, ...)`.
+    """Returns the adapters of each example from stacked adapters.
 
-    An index out of range, a negative one too, gives NaN, not another adapter.
+        {"up": {"magnitude": (adapters, out)}}  ->  {"up": {"magnitude": (*index.shape, out)}}
+
+    An index out of range gives NaN, not another user's adapter. Negative indices are out of range.
 
     Raises:
-      AdapterError: the index is not of integers.
+      AdapterError: the index does not hold integers.
     """
     index = jnp.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer):
@@ -58,17 +62,21 @@ def check_index(index: Any, inputs: Sequence[Any]) -> None:
 
 
 def disable(adapters: Tree, bases: Mapping[Path, FrozenBase]) -> Any:
-    """Returns the tree with which adapted layers compute what their frozen kernels do.
+    """Returns the adapter tree with which adapted layers compute the same as their frozen kernels.
+
+        {"up": {"lora_a": A, "lora_b": B, "magnitude": m}}
+        -> {"up": {"lora_a": A, "lora_b": 0, "magnitude": ||W0||}}
 
     Args:
       adapters: an adapter tree, with precomputed scales or without.
-      bases: what each layer keeps of its kernel, by module path.
+      bases: the record of each layer's frozen kernel, by module path.
     """
     disabled: Any = adapters
     for path, base in bases.items():
         layer = get_in(disabled, path, "the adapters")
         start: dict[str, Any] = {"lora_b": 0, "scale": 0, "magnitude": base.norm}
         if base.init_a is not None:
+            # Such a layer adds the change of the product: it is zero at the initial factors.
             start |= {"lora_a": base.init_a, "lora_b": base.init_b}
         new = {
             name: jnp.broadcast_to(start[name], np.shape(x)).astype(x.dtype)
