@@ -1,12 +1,6 @@
-from __future__ import annotations
+"""Training runs resumed from their checkpoints: equal to unbroken ones, or refused."""
 
-import os
-import random
-import shutil
-import subprocess
-import sys
-import warnings
-from pathlib import Path
+from __future__ import annotations
 
 import grain
 import jax
@@ -19,76 +13,23 @@ from flax import nnx
 import dora_jax as dora
 from dora_jax.checkpoint import Checkpoints, load
 from dora_jax.errors import CheckpointError
-from tests.support.models import LinenChain, NNXChain, chain_params, inputs, with_values
-
-CONFIG = dora.DoRAConfig(rank=2, dropout=0.2)
-WIDTHS = (6, 5, 4)
-X, Y = inputs(3, 6), inputs(3, 4, seed=3)
-
-
-def nnx_run(config=CONFIG, seed=0):
-    base = NNXChain(WIDTHS, rngs=nnx.Rngs(0))
-    nnx.update(base, with_values(base, chain_params(WIDTHS, seed=seed)))
-    model = dora.apply_dora(base, config, rngs=nnx.Rngs(1))
-    return model, nnx.Optimizer(model, dora.dora_optimizer(1e-2), wrt=dora.DoRAParam)
-
-
-@nnx.jit
-def nnx_step(model, optimizer):
-    def loss_fn(model):
-        return jnp.mean((model(X) - Y) ** 2)
-
-    loss, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, dora.DoRAParam))(model)
-    optimizer.update(model, grads)
-    return loss
+from tests.checkpoint.runs import (
+    CONFIG,
+    WIDTHS,
+    X,
+    Y,
+    assert_same,
+    everything,
+    nnx_chain,
+    nnx_run,
+    nnx_step,
+)
+from tests.support.models import LinenChain, chain_params
 
 
-def everything(model, optimizer):
-    return jax.tree.map(
-        lambda x: np.asarray(
-            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-        ),
-        (nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(nnx.state(optimizer))),
-    )
-
-
-def assert_same(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """The state of an NNX run after each of its steps, by step."""
+def test_a_resumed_nnx_run_ends_as_an_unbroken_one(run_folder, trained):
     model, optimizer = nnx_run()
-    states = {0: everything(model, optimizer)}
-    for step in range(1, 9):
-        nnx_step(model, optimizer)
-        states[step] = everything(model, optimizer)
-    return states
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A folder with the checkpoints of steps 2 and 4; to be copied."""
-    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
-    model, optimizer = nnx_run()
-    with Checkpoints(folder, CONFIG) as checkpoints:
-        for step in range(1, 5):
-            nnx_step(model, optimizer)
-            if step % 2 == 0:
-                checkpoints.save(step, model, optimizer, metrics={"loss": 1 / step})
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
-
-
-def test_a_resumed_nnx_run_ends_as_an_unbroken_one(folder, trained):
-    model, optimizer = nnx_run()
-    with Checkpoints(folder, CONFIG) as checkpoints:
+    with Checkpoints(run_folder, CONFIG) as checkpoints:
         restored = checkpoints.restore(model, optimizer)
     assert restored.step == 4 and restored.adapters is model and restored.state is optimizer
     assert_same(everything(model, optimizer), trained[4])
@@ -97,11 +38,18 @@ def test_a_resumed_nnx_run_ends_as_an_unbroken_one(folder, trained):
     assert_same(everything(model, optimizer), trained[8])
 
 
-def test_a_resumed_linen_run_ends_as_an_unbroken_one(tmp_path):
-    module, params, tx = LinenChain(WIDTHS), chain_params(WIDTHS), dora.dora_optimizer(1e-2)
-    model, start = dora.apply_dora(
-        module, CONFIG, params=params, rng=jax.random.key(1), inputs=(X,)
+def linen_run():
+    return dora.apply_dora(
+        LinenChain(WIDTHS),
+        CONFIG,
+        params=chain_params(WIDTHS),
+        rng=jax.random.key(1),
+        inputs=(X,),
     )
+
+
+def test_a_resumed_linen_run_ends_as_an_unbroken_one(tmp_path):
+    params, tx, (model, start) = chain_params(WIDTHS), dora.dora_optimizer(1e-2), linen_run()
 
     @jax.jit
     def step(adapters, state):
@@ -205,133 +153,81 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         assert checkpoints.restore(model, step=6).step == 6
 
 
-def test_steps_go_up(folder):
+def test_steps_go_up(run_folder):
     model, optimizer = nnx_run()
-    with Checkpoints(folder, CONFIG) as checkpoints:
+    with Checkpoints(run_folder, CONFIG) as checkpoints:
         for step in (3, 4):
             with pytest.raises(dora.errors.AdapterError, match="has a checkpoint of step 4"):
                 checkpoints.save(step, model, optimizer)
 
 
-def test_a_diverged_run_does_not_displace_its_checkpoints(folder):
+def test_a_diverged_run_does_not_displace_its_checkpoints(run_folder):
     model, optimizer = nnx_run()
     model.layer_0.magnitude[...] *= jnp.nan
-    with Checkpoints(folder, CONFIG) as checkpoints:
+    with Checkpoints(run_folder, CONFIG) as checkpoints:
         with pytest.raises(dora.errors.AdapterError, match=r"layer_0\.magnitude is not finite"):
             checkpoints.save(5, model, optimizer)
         assert checkpoints.steps() == [2, 4]
 
 
-def test_adapters_are_restored_without_the_optimiser_and_by_layer(folder, trained):
+def test_adapters_are_restored_without_the_optimiser_and_by_layer(run_folder, trained):
     model, optimizer = nnx_run()
     before = everything(model, optimizer)
-    with Checkpoints(folder, CONFIG) as checkpoints:
+    with Checkpoints(run_folder, CONFIG) as checkpoints:
         checkpoints.restore(model, step=2)
     after = everything(model, optimizer)
     assert_same(after, (trained[2][0], before[1]))
     fresh = nnx_run()[0]
-    some = load(folder / "4", fresh, only=["layer_1"])
+    some = load(run_folder / "4", fresh, only=["layer_1"])
     assert_same(everything(some, optimizer)[0]["layer_0"], before[0]["layer_0"])
     np.testing.assert_array_equal(some.layer_1.lora_a[...], trained[4][0]["layer_1"]["lora_a"])
     with pytest.raises(CheckpointError, match=r"name one, such as .*checkpoints/4"):
-        load(folder, fresh)
+        load(run_folder, fresh)
 
 
-def test_another_base_model_or_optimiser_is_refused(folder):
+def test_another_base_model_or_optimiser_is_refused(run_folder):
     model, _ = nnx_run()
-    with Checkpoints(folder, CONFIG) as checkpoints:
+    with Checkpoints(run_folder, CONFIG) as checkpoints:
         with pytest.raises(dora.errors.AdapterError, match=r"layer_0: .*another base"):
             checkpoints.restore(nnx_run(seed=1)[0])
         assert checkpoints.restore(nnx_run(seed=1)[0], allow_base_mismatch=True).step == 4
         other = nnx.Optimizer(model, optax.sgd(0.1), wrt=dora.DoRAParam)
         with pytest.raises(dora.errors.AdapterError, match=r"state\.opt_state.*more"):
             checkpoints.restore(model, other)
-        wider = nnx_run(dora.DoRAConfig(rank=3, dropout=0.2))
-        with pytest.raises(dora.errors.AdapterError, match=r"lora_a is float32 \(6, 3\).*\(6, 2\)"):
-            checkpoints.restore(*wider)
-    for settings in (dict(alpha=8.0), dict(normalize=False)):
-        other = nnx_run(dora.DoRAConfig(rank=2, dropout=0.2, **settings))
-        with Checkpoints(folder, CONFIG) as checkpoints, pytest.raises(dora.errors.AdapterError):
-            checkpoints.restore(*other)
+        for settings, message in (
+            (dict(rank=3), r"lora_a is float32 \(6, 3\).*\(6, 2\)"),
+            (dict(alpha=8.0), "layer_0: the model has scaling 4.0, .* has 8.0"),
+            (dict(normalize=False), "layer_0: the model has normalize False"),
+        ):
+            config = dora.DoRAConfig(**{"rank": 2, "dropout": 0.2, **settings})
+            # Abstract arrays are enough to be refused.
+            wrong = nnx.eval_shape(lambda config=config: nnx_run(config))
+            with pytest.raises(dora.errors.AdapterError, match=message):
+                checkpoints.restore(*wrong)
 
 
-def damage(folder, kind, rng, first):
-    """Damages the checkpoint in a folder in one of several ways."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    # Some of Orbax's files are not needed to read; the first draw is one that is.
-    file = folder / "metadata" / "metadata" if first else rng.choice(files)
-    content = file.read_bytes()
-    if kind == "removed":
-        file.unlink()
-    elif kind == "truncated":
-        file.write_bytes(content[: rng.randrange(max(1, len(content)))])
-    elif kind == "flipped" and content:
-        at = rng.randrange(len(content))
-        file.write_bytes(
-            content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
-        )
-    elif kind == "folder":
-        folders = sorted(p for p in folder.rglob("*") if p.is_dir())
-        shutil.rmtree(folder / "arrays" if first else rng.choice(folders))
-    elif kind == "empty":
-        shutil.rmtree(folder)
-        folder.mkdir()
-
-
-@pytest.mark.parametrize("best", [None, "loss"])
-@pytest.mark.parametrize("kind", ["removed", "truncated", "flipped", "folder", "empty"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    saved, tmp_path, trained, kind, best
-):
-    rng, found = random.Random(f"{kind}{best}"), set()
-    for number in range(1 if kind == "empty" else 6):
-        folder = Path(shutil.copytree(saved, tmp_path / str(number)))
-        damage(folder / "4", kind, rng, first=number == 0)
-        model, optimizer = nnx_run()
-        with Checkpoints(folder, CONFIG, best=best) as checkpoints:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                step = checkpoints.restore(model, optimizer).step
-            assert_same(everything(model, optimizer), trained[step])
-            said = [str(w.message) for w in caught if "skipping" in str(w.message)]
-            assert bool(said) == (step == 2) and all(str(folder / "4") in text for text in said)
-            assert checkpoints.latest_step() == step
-            # The run goes on, and saves the step anew; what was damaged is kept beside.
-            if step == 2:
-                checkpoints.save(4, model, optimizer, metrics={"loss": 0.5})
-                checkpoints.wait()
-                assert checkpoints.steps() == [2, 4]
-                assert (folder / "damaged-4-0").is_dir()
-                assert checkpoints.restore(model, optimizer).step == 4
-        found.add(step)
-    assert 2 in found
-
-
-def test_where_no_checkpoint_is_good_nothing_is_made_up(folder):
+def test_a_run_is_of_one_front_end(run_folder):
+    """An NNX run needs its configuration; the adapters of a `DoRAModel` are its own tree."""
     model, optimizer = nnx_run()
-    before = everything(model, optimizer)
-    for step in (2, 4):
-        shutil.rmtree(folder / str(step) / "arrays")
-    with Checkpoints(folder, CONFIG) as checkpoints, pytest.warns(UserWarning, match="skipping"):
-        with pytest.raises(CheckpointError, match=r"none of the checkpoints is good.*/4"):
-            checkpoints.restore(model, optimizer)
-        with pytest.raises(CheckpointError):
-            checkpoints.restore(model, optimizer, step=2)
-    assert_same(everything(model, optimizer), before)
+    linen_model, _ = linen_run()
+    for config, given, message in (
+        (linen_model, model, "saved with its DoRAConfig"),
+        (CONFIG, nnx_chain(WIDTHS, chain_params(WIDTHS)), "no adapter: apply_dora first"),
+    ):
+        with Checkpoints(run_folder, config) as checkpoints:
+            with pytest.raises(dora.errors.AdapterError, match=message):
+                checkpoints.save(5, given, optimizer)
+            with pytest.raises(dora.errors.AdapterError, match=message):
+                checkpoints.restore(given, optimizer)
 
 
-def test_what_a_killed_process_left_is_no_checkpoint(folder, trained):
-    left = shutil.copytree(folder / "4", folder / "6.orbax-checkpoint-tmp-1790000000000000000")
-    shutil.rmtree(Path(left) / "arrays")
-    model, optimizer = nnx_run()
-    with Checkpoints(folder, CONFIG) as checkpoints:
-        assert checkpoints.steps() == [2, 4]
-        assert checkpoints.restore(model, optimizer).step == 4
-        assert Path(left).exists()  # it might be another process's, which is writing it
-        assert_same(everything(model, optimizer), trained[4])
-        checkpoints.save(6, model, optimizer)
-        checkpoints.wait()
-        assert not Path(left).exists() and checkpoints.steps() == [4, 6]
+def test_either_front_end_restores_the_adapters_of_the_other(run_folder, trained):
+    model, start = linen_run()
+    with Checkpoints(run_folder, model) as checkpoints:
+        restored = checkpoints.restore(start)
+    tree = jax.tree.map(np.asarray, restored.adapters)
+    assert_same(tree, {k: {n: trained[4][0][k][n] for n in own} for k, own in tree.items()})
+    assert restored.model.config is model.config
 
 
 def test_what_is_saved_in_the_background_may_be_donated_at_once(tmp_path):
@@ -347,169 +243,3 @@ def test_what_is_saved_in_the_background_may_be_donated_at_once(tmp_path):
         for number in range(1, 6):
             value = checkpoints.restore(model, tree, step=number).state["big"]
             np.testing.assert_array_equal(value, np.full((600, 700), 2.0 ** (number + 1) - 1))
-
-
-def run_python(code, *args, devices=1, **variables):
-    """Runs a program on so many CPU devices; returns what it printed."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        **variables,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-SHARDED_RUN = """
-import sys, jax, numpy as np
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-import dora_jax as dora
-from dora_jax.checkpoint import load, save
-from dora_jax.checkpoint import Checkpoints
-
-folder, *numbers = sys.argv[1], *map(int, sys.argv[2:])
-config = dora.DoRAConfig(rank=4)
-
-def sharded(node, mesh):
-    def place(x):
-        divides = x.ndim and x.shape[0] % mesh.size == 0
-        return jax.device_put(x, NamedSharding(mesh, P("model") if divides else P()))
-    nnx.update(node, jax.tree.map(place, nnx.state(node)))
-    return node
-
-@nnx.jit
-def step(model, optimizer):
-    loss = lambda model: (model(np.ones((2, 16), np.float32)) ** 2).mean()
-    grads = nnx.grad(loss, argnums=nnx.DiffState(0, dora.DoRAParam))(model)
-    optimizer.update(model, grads)
-
-def shardings(*nodes):
-    return [x.sharding for node in nodes for x in jax.tree.leaves(nnx.state(node))]
-
-def values(*nodes):
-    trees = [nnx.to_pure_dict(nnx.state(node)) for node in nodes]
-    leaves = jax.tree_util.tree_flatten_with_path(trees)[0]
-    return {jax.tree_util.keystr(k): np.asarray(x).tolist() for k, x in leaves}
-
-for number in numbers:
-    mesh = Mesh(np.array(jax.devices()[:number]), ("model",))
-    base = sharded(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), mesh)
-    model = sharded(dora.apply_dora(base, config, rngs=nnx.Rngs(1)), mesh)
-    optimizer = nnx.Optimizer(model, dora.dora_optimizer(1e-2), wrt=dora.DoRAParam)
-    optimizer = sharded(optimizer, mesh)
-    placed = shardings(model, optimizer)
-    assert len(model.lora_a[...].sharding.device_set) == number
-    with Checkpoints(folder + "/run", config) as checkpoints:
-        if number == 4:
-            step(model, optimizer)
-            checkpoints.save(1, model, optimizer)
-            save(folder + "/adapter", model, config)
-            print(values(model, optimizer))
-            continue
-        checkpoints.restore(model, optimizer)
-    assert shardings(model, optimizer) == placed
-    loaded = load(folder + "/adapter", base)
-    assert len(loaded.lora_a[...].sharding.device_set) == number
-    np.testing.assert_array_equal(loaded.lora_a[...], model.lora_a[...])
-    print(values(model, optimizer))
-    step(model, optimizer)  # goes on, on these devices
-"""
-
-
-def test_what_was_saved_sharded_is_restored_on_another_number_of_devices(tmp_path):
-    saved = run_python(SHARDED_RUN, tmp_path, 4, devices=4)
-    assert "magnitude" in saved
-    assert run_python(SHARDED_RUN, tmp_path, 2, 1, devices=2) == 2 * saved
-
-
-KILLED_RUN = """
-import os, random, select, signal, sys, time
-import jax, jax.numpy as jnp, numpy as np
-from flax import nnx
-import dora_jax as dora
-from dora_jax.adapters.trees import flatten
-from dora_jax.checkpoint import Checkpoints
-
-def run(folder, total, every, say):
-    config = dora.DoRAConfig(rank=2, dropout=0.1)
-    model = dora.apply_dora(nnx.Linear(6, 4, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
-    optimizer = nnx.Optimizer(model, dora.dora_optimizer(1e-2), wrt=dora.DoRAParam)
-
-    @nnx.jit
-    def step(model, optimizer, x):
-        loss = lambda model: jnp.mean((model(x) - 1) ** 2)
-        grads = nnx.grad(loss, argnums=nnx.DiffState(0, dora.DoRAParam))(model)
-        optimizer.update(model, grads)
-
-    class Data:
-        position = 0
-        def get_state(self):
-            return {"position": self.position}
-        def set_state(self, state):
-            self.position = state["position"]
-        def __next__(self):
-            self.position += 1
-            return np.random.default_rng(self.position).normal(size=(3, 6)).astype(np.float32)
-
-    data = Data()
-    with Checkpoints(folder, config, best="loss") as checkpoints:
-        restored = checkpoints.restore(model, optimizer, data=data)
-        first = restored.step if restored else 0
-        say(f"start {first}")
-        for number in range(first + 1, total + 1):
-            step(model, optimizer, next(data))
-            if number % every == 0:
-                checkpoints.save(number, model, optimizer, data=data, metrics={"loss": 1 / number})
-                say(f"saving {number}")
-    values = nnx.state(model, dora.DoRAParam), nnx.state(optimizer), data.position
-    say(f"end {[np.asarray(x).tolist() for x in flatten(values).values()]}")
-
-# Processes are forked before JAX starts a backend, which saves them its import.
-def start(*args):
-    reader, writer = os.pipe()
-    if pid := os.fork():
-        os.close(writer)
-        return pid, os.fdopen(reader)
-    try:
-        run(*args, lambda line: os.write(writer, f"{line}\\n".encode()))
-    finally:
-        os._exit(0)
-
-folder, rng = sys.argv[1], random.Random(0)
-_, lines = start(folder + "/unbroken", 400, 400)
-unbroken = lines.read().splitlines()[-1]
-for _ in range(20):
-    pid, lines = start(folder + "/killed", 400, 3)
-    for _ in range(rng.randrange(1, 6)):
-        line = lines.readline()
-        print(line.strip(), flush=True)
-    time.sleep(rng.uniform(0, 0.03))
-    os.kill(pid, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1]), "the run had ended before it was killed"
-_, lines = start(folder + "/killed", 400, 3)
-ended = lines.read().splitlines()
-print(ended[0])
-assert unbroken.startswith("end") and ended[-1] == unbroken, (ended[-1], unbroken)
-"""
-
-
-@pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_as_an_unbroken_one(tmp_path):
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    lines = run_python(KILLED_RUN, tmp_path, **cache).splitlines()
-    starts = [int(line.split()[1]) for line in lines if line.startswith("start")]
-    assert len(starts) == 21 and starts == sorted(starts)
-    assert starts[-1] >= 30, "the kills left no progress"

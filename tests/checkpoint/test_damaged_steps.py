@@ -1,0 +1,119 @@
+"""Damaged and incomplete checkpoints of a run: skipped with a warning, never taken for good."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+from dora_jax.checkpoint import Checkpoints
+from dora_jax.errors import CheckpointError
+from tests.checkpoint.runs import CONFIG, assert_same, everything, nnx_run
+
+
+def damage(folder, kind, rng, first):
+    """Damages the checkpoint in a folder in one of several ways."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    # Some of Orbax's files are not needed to read; the first draw is one that is.
+    file = folder / "metadata" / "metadata" if first else rng.choice(files)
+    content = file.read_bytes()
+    if kind == "removed":
+        file.unlink()
+    elif kind == "truncated":
+        file.write_bytes(content[: rng.randrange(max(1, len(content)))])
+    elif kind == "flipped" and content:
+        at = rng.randrange(len(content))
+        file.write_bytes(
+            content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+        )
+    elif kind == "folder":
+        folders = sorted(p for p in folder.rglob("*") if p.is_dir())
+        shutil.rmtree(folder / "arrays" if first else rng.choice(folders))
+    elif kind == "empty":
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+# The checkpoints of one kind of damage are read in the two ways that Orbax has, with metrics and
+# without. By default one drawn damage of each kind, after the one that is certain to matter.
+DAMAGES = [
+    ("removed", "loss", 2),
+    *((kind, None, 2) for kind in ("removed", "truncated", "flipped", "folder")),
+    ("empty", None, 1),
+]
+MANY_DAMAGES = [
+    (kind, best, 1 if kind == "empty" else 6)
+    for kind in ("removed", "truncated", "flipped", "folder", "empty")
+    for best in (None, "loss")
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "best", "draws"),
+    [*DAMAGES, *(pytest.param(*row, marks=pytest.mark.full) for row in MANY_DAMAGES)],
+)
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    saved, tmp_path, trained, kind, best, draws
+):
+    rng, found = random.Random(f"{kind}{best}"), set()
+    for number in range(draws):
+        folder = Path(shutil.copytree(saved, tmp_path / str(number)))
+        damage(folder / "4", kind, rng, first=number == 0)
+        left = listing(folder)
+        model, optimizer = nnx_run()
+        with Checkpoints(folder, CONFIG, best=best) as checkpoints:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                step = checkpoints.restore(model, optimizer).step
+            assert_same(everything(model, optimizer), trained[step])
+            said = [str(w.message) for w in caught if "skipping" in str(w.message)]
+            assert bool(said) == (step == 2) and all(str(folder / "4") in text for text in said)
+            assert checkpoints.latest_step() == step
+            assert listing(folder) == left  # another process may be the one that writes
+            # The resumed run saves the step anew, and keeps the damaged one under another name.
+            if step == 2:
+                checkpoints.save(4, model, optimizer, metrics={"loss": 0.5})
+                checkpoints.wait()
+                assert checkpoints.steps() == [2, 4]
+                assert (folder / "damaged-4-0").is_dir()
+                assert checkpoints.restore(model, optimizer).step == 4
+        found.add(step)
+    assert 2 in found
+
+
+def listing(folder):
+    return sorted(folder.rglob("*"))
+
+
+def test_where_no_checkpoint_is_good_nothing_is_made_up(run_folder):
+    model, optimizer = nnx_run()
+    before = everything(model, optimizer)
+    for step in (2, 4):
+        shutil.rmtree(run_folder / str(step) / "arrays")
+    with Checkpoints(run_folder, CONFIG) as checkpoints:
+        with (
+            pytest.warns(UserWarning, match="skipping"),
+            pytest.raises(CheckpointError, match=r"none of the checkpoints is good.*/4"),
+        ):
+            checkpoints.restore(model, optimizer)
+        with pytest.raises(CheckpointError, match="/2/arrays is damaged or incomplete"):
+            checkpoints.restore(model, optimizer, step=2)
+    assert_same(everything(model, optimizer), before)
+
+
+def test_an_incomplete_checkpoint_is_none(run_folder, trained):
+    left = run_folder / "6.orbax-checkpoint-tmp-1790000000000000000"
+    shutil.copytree(run_folder / "4", left)
+    shutil.rmtree(left / "arrays")
+    model, optimizer = nnx_run()
+    with Checkpoints(run_folder, CONFIG) as checkpoints:
+        assert checkpoints.steps() == [2, 4]
+        assert checkpoints.restore(model, optimizer).step == 4
+        assert left.exists()  # another process might be writing it
+        assert_same(everything(model, optimizer), trained[4])
+        checkpoints.save(6, model, optimizer)
+        checkpoints.wait()
+        assert not left.exists() and checkpoints.steps() == [4, 6]
