@@ -1,4 +1,4 @@
-"""The states and the checkpoints of one run, made once."""
+"""Saved adapters, and the states and the checkpoints of one run; each is made once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dora_jax.checkpoint import Checkpoints
+from dora_jax.checkpoint import Checkpoints, save
+from tests.checkpoint.chains import CONFIGS, trained_nnx
 from tests.checkpoint.runs import CONFIG, everything, nnx_run, nnx_step
 
 
@@ -39,3 +40,16 @@ def saved(tmp_path_factory):
 def run_folder(saved, tmp_path):
     """A copy of that folder."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def saved_adapters(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapters") / "adapter"
+    save(path, trained_nnx(CONFIGS["dora"]), CONFIGS["dora"])
+    return path
+
+
+@pytest.fixture
+def folder(saved_adapters, tmp_path):
+    """A copy of a folder of saved adapters."""
+    return Path(shutil.copytree(saved_adapters, tmp_path / "adapter"))
