@@ -1,9 +1,9 @@
-"""Measures what DoRA costs over LoRA, full fine-tuning and a peer: time, memory, compiled work.
+"""Measures the cost of DoRA against LoRA, full fine-tuning and PEFT: time, memory, compiled work.
 
-Steps are timed in turn in one process, on the device that JAX finds. With `--target v5e:2x2`
-programs are compiled for a TPU that need not be there, and their operations and memory counted.
-The results folder gets a report in Markdown, the figures as JSON, and plots; what an earlier
-command left in it, and this one did not measure again, stays.
+Steps of all methods are timed in turn in one process, on the device that JAX finds. With
+`--target v5e:2x2`, programs are compiled for a TPU, and their operations and memory are counted.
+No TPU is needed for that. The results folder gets a report in Markdown, the figures as JSON, and
+plots. Figures of earlier commands stay in it unless this command measures them again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from experiments.benchmarks.cases import CASES
 from experiments.benchmarks.device_runs import measure_inference, measure_training
 from experiments.benchmarks.report import stamp, write_report
 from experiments.benchmarks.steps import METHODS
-from experiments.memory import keep_freed_memory
+from experiments.trainer.command_line import exit_on_interrupt
+from experiments.trainer.memory import keep_freed_memory
 
 Part = Literal["train", "inference", "scaling", "abstract"]
 
@@ -35,37 +36,37 @@ Part = Literal["train", "inference", "scaling", "abstract"]
 class Config:
     """Measure the efficiency of DoRA."""
 
-    # What to measure; by default train, inference and abstract, with --target nothing of these.
+    # The parts to measure. The default is train, inference and abstract, or none with --target.
     parts: tuple[Part, ...] | None = None
 
     # --- Steps and inference calls ---
 
     # Any of mlp-512, mlp-2048, minilm, llama-7b, llama-7b-full-width, smollm2.
     cases: tuple[str, ...] = ("mlp-512", "mlp-2048", "minilm")
-    # Methods of one batch a step.
+    # Methods to measure with one batch a step.
     methods: tuple[str, ...] = tuple(name for name in METHODS if name != "dora-hoisted")
-    # LoRA, DoRA and hoisted DoRA with so many microbatches a step; 0 leaves them out.
+    # Microbatches a step, for LoRA, DoRA and DoRA with precomputed scales; 0 leaves them out.
     microbatches: int = 8
-    # Timed steps or calls of each.
+    # Timed steps, or inference calls, of each method.
     rounds: int = 30
-    # Time the same work in PEFT on torch, in the same turns (needs the extra `parity`).
+    # Time the same work in PEFT on torch, in the same rounds (needs the extra `parity`).
     peer: Literal["peft"] | None = None
 
-    # Keep memory that is freed, for JAX and the peer alike (`experiments/memory.py`).
+    # Keep freed memory, for JAX and for PEFT (see `experiments/trainer/memory.py`).
     keep_freed_memory: bool = True
 
     # --- Compiling ahead of time ---
 
     # A TPU topology, such as v5e:2x2, v5p:2x2x1, v6e:2x2 (needs libtpu), or cpu.
     target: str | None = None
-    # Tables of it; all by default: no_remat, no_remat_traffic, remat, scan, microbatches.
+    # Tables to compile: no_remat, no_remat_traffic, remat, scan, microbatches. The default is all.
     tables: tuple[str, ...] = ()
-    # How the frozen parameters lie on the devices: fsdp or replicated.
+    # Sharding of the frozen parameters: fsdp or replicated.
     sharding: str = "fsdp"
-    # Blocks in a scan.
+    # Number of blocks in a scan.
     layers: int = 8
 
-    # Where the report goes.
+    # Folder of the report.
     results_folder: Path = Path("runs/efficiency")
 
     def __post_init__(self) -> None:
@@ -76,23 +77,23 @@ class Config:
             ("sharding", (self.sharding,), SHARDINGS),
         ):
             if unknown := set(given) - set(known):
-                raise SystemExit(f"unknown {name} {sorted(unknown)}; there are {list(known)}")
+                raise SystemExit(f"unknown {name} {sorted(unknown)}: choose from {list(known)}")
 
     @property
     def chosen_parts(self) -> tuple[Part, ...]:
-        """What to measure on this machine."""
+        """The parts to measure on this machine."""
         if self.parts is not None:
             return self.parts
         return () if self.target else ("train", "inference", "abstract")
 
 
 def run(config: Config) -> str:
-    """Measures, and writes the report after each part; returns the Markdown."""
+    """Measures, writes the report after each part, and returns its Markdown."""
     if config.target and not config.chosen_parts:
-        jax.config.update("jax_platforms", "cpu")  # compiling takes no device
+        jax.config.update("jax_platforms", "cpu")  # compiling needs no device
     if config.peer:
         peft_peer.check_installed()
-        # Both libraries allocate on one GPU.
+        # Both libraries allocate memory on the same GPU.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     results = read_results(config.results_folder)
     text = ""
@@ -106,15 +107,15 @@ def run(config: Config) -> str:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Returns the figures that earlier commands left in a results folder."""
+    """Returns the figures of earlier commands in a results folder."""
     file = folder / "efficiency.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _measurements(config: Config) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
-    """What to measure: the part, the backend or target, and the function that does.
+    """Yields each measurement: its part, its backend or target, and the function that measures.
 
-    Each function returns items by name: cases, curves, tables or models.
+    The function returns cases, curves, tables or models by name.
     """
     parts = config.chosen_parts
     backend = jax.default_backend() if parts else ""
@@ -162,10 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = tyro.cli(Config, description=__doc__, args=arguments)
     if config.keep_freed_memory:
         keep_freed_memory()
-    try:
+    with exit_on_interrupt("The report has all measurements that were finished."):
         print(run(config))
-    except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted; what was finished is in the report.") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Fine-tunes a pretrained MiniLM with DoRA to tell sarcastic headlines from serious ones.
 
 Downloads the weights and the headlines (120 MB, once), trains every linear layer of the encoder and
-a new head, and leaves the adapter, the metrics and the pictures in a run folder. A few minutes on
-two CPU cores.
+a new head, and writes the adapter, the metrics and the plots to a run folder. It takes a few
+minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ import tyro
 from flax import nnx
 
 import dora_jax as dora
-from experiments.memory import keep_freed_memory
-from experiments.metrics import MetricsWriter, interval_95, read_metrics
+from experiments.trainer.command_line import exit_on_interrupt
+from experiments.trainer.memory import keep_freed_memory
+from experiments.tasks.metrics import MetricsWriter, interval_95, read_metrics
 from experiments.models.huggingface import save_bert
-from experiments.plots import layer_changes, plot_curves, plot_layer_changes
-from experiments.probe import probe_accuracy
-from experiments.task import Examples, Task, load_task
-from experiments.training import Schedule, count, evaluate, fit, logits_of
+from experiments.trainer.plots import layer_changes, plot_curves, plot_layer_changes
+from experiments.tasks.probe import probe_accuracy
+from experiments.tasks.task import Examples, Task, load_task
+from experiments.trainer.training import Schedule, count, evaluate, fit, logits_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Fine-tune a pretrained encoder with DoRA."""
 
-    # Where results go. An unfinished run in it, of the same settings, is gone on with.
+    # Folder of the results. If it holds an unfinished run of the same settings, that is resumed.
     run_folder: Path | None = None
-    # A BERT or RoBERTa checkpoint folder in Hugging Face's format; by default MiniLM.
+    # A BERT or RoBERTa checkpoint folder in Hugging Face's format. The default is MiniLM.
     checkpoint: Path | None = None
 
     # Adapter
     rank: int = 8
     alpha: float = 16.0
-    # Rate on the input of the low-rank branch.
+    # Dropout rate on the input of the low-rank branch.
     dropout: float = 0.0
 
     # Optimiser
@@ -58,14 +59,14 @@ class Config:
     seed: int = 0
 
     # Data
-    # How many of the 4,000 training texts to use.
+    # Number of training texts, up to 4,000.
     train_examples: int = 4000
-    # Tokens per text; 2 % of the headlines are longer than 24 and lose their end.
+    # Tokens per text. 2 % of the headlines are longer than 24, and their end is cut off.
     max_length: int = 24
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Runs the experiment; returns what is in `summary.json`."""
+    """Runs the experiment, and returns the contents of `summary.json`."""
     start = time.monotonic()
     folder = _open_run_folder(config)
     task = _load(config)
@@ -106,7 +107,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _open_run_folder(config: Config) -> Path:
-    """Makes the run folder and writes the configuration into it, or checks that it is the same."""
+    """Makes the run folder and writes the settings into it, or checks that they are the same."""
     folder = config.run_folder
     if folder is None:
         folder = Path("runs") / "quickstart" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -141,9 +142,15 @@ def _load(config: Config) -> Task:
 def _train(
     config: Config, dora_config: dora.DoRAConfig, model: nnx.Module, task: Task, folder: Path
 ) -> dict[str, Any]:
-    """Trains in place, then looks at the test texts, once."""
+    """Trains in place. Then evaluates on the test texts, once."""
     start = time.monotonic()
-    schedule = Schedule(config.learning_rate, config.epochs, config.batch_size, seed=config.seed)
+    schedule = Schedule(
+        config.learning_rate,
+        config.epochs,
+        config.batch_size,
+        seed=config.seed,
+        checkpoint_every=config.checkpoint_every,
+    )
     tx = dora.dora_optimizer(
         schedule.learning_rates(task.train), magnitude_lr_ratio=config.magnitude_lr_ratio
     )
@@ -151,16 +158,7 @@ def _train(
     checkpoints = dora.Checkpoints(folder / "checkpoints", dora_config)
     first = checkpoints.latest_step() or 0
     with checkpoints, MetricsWriter(folder, resume_step=first + 1 if first else None) as writer:
-        step_seconds = fit(
-            model,
-            optimizer,
-            task.train,
-            task.validation,
-            schedule,
-            writer,
-            checkpoints=checkpoints,
-            checkpoint_every=config.checkpoint_every,
-        )
+        step_seconds = fit(model, optimizer, task, schedule, writer, checkpoints=checkpoints)
         checkpoints.wait()
         training_seconds = time.monotonic() - start
         test = evaluate(model, task.test)
@@ -175,7 +173,7 @@ def _train(
 
 
 def _save_adapter(model: nnx.Module, config: dora.DoRAConfig, folder: Path) -> int:
-    """Saves the adapter, in place of one that is there; returns its size on disk in bytes."""
+    """Saves the adapter, replacing an older one. Returns its size on disk in bytes."""
     dora.save(folder, model, config, overwrite=True)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
@@ -186,7 +184,7 @@ def _max_difference(one: nnx.Module, other: nnx.Module, examples: Examples) -> f
 
 
 def _peak_memory_bytes() -> int:
-    """Peak resident memory of the process."""
+    """Returns the peak resident memory of the process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -236,10 +234,8 @@ def main() -> None:
     """Reads the settings from the command line and runs."""
     keep_freed_memory()
     config = tyro.cli(Config, description=__doc__)
-    try:
+    with exit_on_interrupt("Give the same --run-folder to resume the run."):
         run(config)
-    except KeyboardInterrupt:
-        raise SystemExit("\nInterrupted. Give the same --run-folder to go on.") from None
 
 
 if __name__ == "__main__":

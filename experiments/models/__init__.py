@@ -1,1 +1,6 @@
-"""Models that the experiments adapt, and the readers of their pretrained checkpoints."""
+"""Models that the experiments adapt, and the readers of their pretrained checkpoints.
+
+Each architecture has a configuration (`bert_config.py`), a model (`bert.py`) and a reader and a
+writer of Hugging Face folders (`huggingface.py`). `layers.py`, `inputs.py` and `config_file.py`
+hold the parts that the architectures share. `smollm.py` provides a small pretrained language model.
+"""

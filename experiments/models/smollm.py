@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from experiments.data.download import PackagedFile, fetch
+from experiments.tasks.download import PackagedFile, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

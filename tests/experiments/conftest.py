@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
-from experiments.data.download import DownloadError, minilm_folder, sarcasm_file
-from experiments.data.sarcasm import load_sarcasm
+from experiments.tasks.download import DownloadError, minilm_folder, sarcasm_file
+from experiments.tasks.sarcasm import load_sarcasm
 
 TINY_BERT = Path(__file__).parents[1] / "fixtures" / "bert" / "bert_tiny"
 

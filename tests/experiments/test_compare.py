@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import compare
-from experiments.task import load_task
+from experiments.tasks.task import load_task
 
 
 @pytest.fixture(scope="module")

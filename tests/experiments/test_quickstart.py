@@ -13,7 +13,7 @@ from flax import nnx
 
 import dora_jax as dora
 from experiments import quickstart
-from experiments.metrics import read_metrics
+from experiments.tasks.metrics import read_metrics
 from experiments.models.huggingface import load_bert
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.data import download
-from experiments.data.sarcasm import DatasetError, load_sarcasm
+from experiments.tasks import download
+from experiments.tasks.sarcasm import DatasetError, load_sarcasm
 
 
 def line(text: str, label: str) -> str:
@@ -84,7 +84,7 @@ def test_sizes_that_cannot_be_had_are_refused(samples, sizes):
 
 def test_published_file_gives_the_documented_numbers():
     if not download.SARCASM.path().exists():
-        pytest.skip("the file is not in the cache; experiments.data.download.sarcasm_file gets it")
+        pytest.skip("the file is not in the cache; experiments.tasks.download.sarcasm_file gets it")
     splits = load_sarcasm(download.sarcasm_file())
     assert (splits.rows, splits.duplicates, splits.conflicts) == (28614, 116, 0)
     assert splits.test.majority_accuracy() == 0.5205

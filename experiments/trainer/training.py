@@ -1,4 +1,4 @@
-"""The training loop that the experiments share: resumable, with progress and metrics."""
+"""The training loop of the experiments. It can be resumed, shows progress and writes metrics."""
 
 from __future__ import annotations
 
@@ -15,29 +15,27 @@ from flax import nnx
 from tqdm import tqdm
 
 import dora_jax as dora
-from experiments.data.text import eval_batches, train_batches
-from experiments.metrics import MetricsWriter
-from experiments.task import Examples
+from experiments.tasks.text import EVAL_BATCH, eval_batches, train_batches
+from experiments.tasks.metrics import MetricsWriter
+from experiments.tasks.task import Examples, Task
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
     Batch = dict[str, np.ndarray]
 
-# Texts per batch when nothing is differentiated.
-EVAL_BATCH = 100
-
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How long to train, and on what.
+    """The length of a training run, its batches and its learning rate.
 
     Attributes:
-        learning_rate: Peak, reached after the warm-up; falls to 0 along a cosine.
+        learning_rate: The peak. It is reached after the warm-up and falls to 0 along a cosine.
         epochs: Passes over the training texts.
         batch_size: Texts per step.
         warmup: Share of all steps in which the learning rate rises.
-        seed: Of the order of the texts.
+        seed: Seed of the order of the texts.
+        checkpoint_every: Steps between two checkpoints, if checkpoints are saved.
     """
 
     learning_rate: float
@@ -45,17 +43,18 @@ class Schedule:
     batch_size: int
     warmup: float = 0.1
     seed: int = 0
+    checkpoint_every: int = 50
 
     def steps_per_epoch(self, examples: Examples) -> int:
         """Steps of one pass; the texts that do not fill a batch are left out."""
         return len(examples) // self.batch_size
 
     def learning_rates(self, examples: Examples) -> optax.Schedule:
-        """The learning rate by step."""
+        """The learning rate of each step, for training on these examples."""
         return self.over(self.epochs * self.steps_per_epoch(examples))
 
     def over(self, steps: int) -> optax.Schedule:
-        """The learning rate by step, for a run of so many steps."""
+        """The learning rate of each step, for a run of `steps` steps."""
         warmup = max(1, round(self.warmup * steps))
         return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
 
@@ -81,7 +80,7 @@ jit_predict = nnx.jit(predict)
 def train_step(
     model: nnx.Module, optimizer: nnx.Optimizer, batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Takes one step, in place; differentiates what the optimiser trains and nothing else."""
+    """Takes one step, in place. The gradient is taken of the trained variables alone."""
     trainable = nnx.DiffState(0, optimizer.wrt)
     (loss, accuracy), grads = nnx.value_and_grad(cross_entropy, argnums=trainable, has_aux=True)(
         model, batch
@@ -91,7 +90,7 @@ def train_step(
 
 
 def evaluate(model: nnx.Module, examples: Examples) -> dict[str, float]:
-    """Returns the mean cross-entropy and the accuracy over all examples, dropout off."""
+    """Returns the mean cross-entropy and the accuracy over all examples, without dropout."""
     logits = logits_of(model, examples)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels)
     correct = logits.argmax(-1) == examples.labels
@@ -99,7 +98,7 @@ def evaluate(model: nnx.Module, examples: Examples) -> dict[str, float]:
 
 
 def logits_of(model: nnx.Module, examples: Examples) -> np.ndarray:
-    """Returns the logits of all examples, float32 (text, class), dropout off."""
+    """Returns the logits of all examples, float32 (text, class), without dropout."""
     evaluated = nnx.view(model, deterministic=True)
     batches = eval_batches(examples.tokens, examples.labels, EVAL_BATCH)
     return np.concatenate([np.asarray(jit_predict(evaluated, b)) for b in batches])[: len(examples)]
@@ -108,27 +107,35 @@ def logits_of(model: nnx.Module, examples: Examples) -> np.ndarray:
 def fit(
     model: nnx.Module,
     optimizer: nnx.Optimizer,
-    train: Examples,
-    validation: Examples,
+    task: Task,
     schedule: Schedule,
     writer: MetricsWriter,
     *,
     checkpoints: dora.Checkpoints | None = None,
-    checkpoint_every: int = 50,
     title: str = "training",
 ) -> float:
-    """Trains in place; evaluates on the validation texts after each epoch.
+    """Trains in place, and evaluates on the validation texts after each epoch.
 
-    With `checkpoints`, goes on from the newest one, if there is any, and ends bit for bit as an
-    uninterrupted run would. One is saved every `checkpoint_every` steps, and after the last.
+    With `checkpoints`, the run resumes from the newest checkpoint, if there is one. It then ends
+    with the same bits as an uninterrupted run. A checkpoint is saved every
+    `schedule.checkpoint_every` steps and after the last step.
+
+    Args:
+        model: The model to train.
+        optimizer: Its optimiser.
+        task: The training texts and the validation texts.
+        schedule: The number of steps, the batches and the interval of the checkpoints.
+        writer: Receives the metrics of every step.
+        checkpoints: Where to save and to resume from.
+        title: Label of the progress bar.
 
     Returns:
-        Median seconds per step, without the first two of this process (which compile).
+        Median seconds per step. The first two steps of this process are left out: they compile.
     """
     batches = train_batches(
-        train.tokens, train.labels, schedule.batch_size, seed=schedule.seed, num_epochs=None
+        task.train.tokens, task.train.labels, schedule.batch_size, seed=schedule.seed
     )
-    per_epoch = schedule.steps_per_epoch(train)
+    per_epoch = schedule.steps_per_epoch(task.train)
     total = per_epoch * schedule.epochs
     restored = checkpoints and checkpoints.restore(model, optimizer, data=batches)
     first = restored.step if restored else 0
@@ -139,30 +146,29 @@ def fit(
             start = time.perf_counter()
             loss, accuracy = (float(x) for x in train_step(model, optimizer, next(batches)))
             seconds.append(time.perf_counter() - start)
-            values = {"loss": loss, "accuracy": accuracy}
-            writer.write(step, "train", values)
-            bar.set_postfix(
-                step=f"{step}/{total}",
-                loss=f"{loss:.3f}",
-                accuracy=f"{accuracy:.2f}",
-                refresh=False,
-            )
+            writer.write(step, "train", {"loss": loss, "accuracy": accuracy})
+            shown = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.2f}"}
+            bar.set_postfix(step=f"{step}/{total}", **shown, refresh=False)
             bar.update(schedule.batch_size)
             if step % per_epoch == 0:
-                values = evaluate(model, validation)
+                values = evaluate(model, task.validation)
                 writer.write(step, "validation", values)
-                bar.write(
-                    f"epoch {step // per_epoch}/{schedule.epochs}: validation "
-                    f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.4f}",
-                    file=sys.stdout,
-                )
-            if checkpoints and (step % checkpoint_every == 0 or step == total):
+                _print_validation(bar, f"{step // per_epoch}/{schedule.epochs}", values)
+            if checkpoints and (step % schedule.checkpoint_every == 0 or step == total):
                 checkpoints.save(step, model, optimizer, data=batches)
     return float(np.median(seconds[2:])) if len(seconds) > 2 else float("nan")
 
 
+def _print_validation(bar: Any, epoch: str, values: dict[str, float]) -> None:
+    bar.write(
+        f"epoch {epoch}: validation "
+        f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.4f}",
+        file=sys.stdout,
+    )
+
+
 def _progress(title: str, total: int, first: int, batch_size: int) -> Any:
-    """A bar on a terminal; in a log file a line every 15 seconds."""
+    """Returns a progress bar. In a log file it is a new line every 15 seconds."""
     return tqdm(
         desc=title,
         total=total * batch_size,
@@ -174,5 +180,5 @@ def _progress(title: str, total: int, first: int, batch_size: int) -> Any:
 
 
 def count(model: nnx.Module, trainable: Any) -> int:
-    """Returns the number of parameters of a filter."""
+    """Returns the number of parameters in the variables that a filter selects."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, trainable)))

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.data import download
-from experiments.data.download import DownloadError, PackagedFile, fetch
+from experiments.tasks import download
+from experiments.tasks.download import DownloadError, PackagedFile, fetch
 
 REPOSITORY = Path(download.__file__).parents[2]
 REQUIREMENT = "tiny-data==1.0"
@@ -152,7 +152,7 @@ os.replace = second
 
 
 def fetch_in_child(prelude: str = "") -> subprocess.Popen[bytes]:
-    code = "import os, shutil, signal\nfrom experiments.data.download import *\n" + prelude
+    code = "import os, shutil, signal\nfrom experiments.tasks.download import *\n" + prelude
     code += f"fetch([{A!r}, {B!r}])"
     return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer
 
-from experiments.data.download import DownloadError
+from experiments.tasks.download import DownloadError
 from experiments.models.huggingface import load_llama
 from experiments.models.smollm import half_rotated, smollm2_folder
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from experiments.data.download import minilm_folder, sarcasm_file
-from experiments.data.sarcasm import Split, load_sarcasm
-from experiments.data.text import TokenizedText, tokenize
+from experiments.tasks.download import minilm_folder, sarcasm_file
+from experiments.tasks.sarcasm import Split, load_sarcasm
+from experiments.tasks.text import TokenizedText, tokenize
 from experiments.models.bert import BertClassifier
 from experiments.models.huggingface import load_bert
 

@@ -10,10 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.data.text import eval_batches
+from experiments.tasks.text import EVAL_BATCH, eval_batches
 from experiments.models.bert import BertClassifier
-from experiments.task import Examples, Task
-from experiments.training import EVAL_BATCH
+from experiments.tasks.task import Examples, Task
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

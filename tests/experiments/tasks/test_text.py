@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from experiments.data.text import TokenizedText, eval_batches, tokenize, train_batches
+from experiments.tasks.text import TokenizedText, eval_batches, tokenize, train_batches
 
 VOCABULARY = ["[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "[PAD]"]
 CLS, SEP, PAD = 1, 2, 6

@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import dora_jax as dora
-from experiments.data.download import DownloadError, minilm_folder
+from experiments.tasks.download import DownloadError, minilm_folder
 from experiments.models.bert import BertEncoder, masked_mean
 from experiments.models.huggingface import (
     CheckpointError,
@@ -29,7 +29,7 @@ from experiments.models.huggingface import (
     save_llama,
 )
 
-FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "bert"
+FIXTURES = pathlib.Path(__file__).parents[2] / "fixtures" / "bert"
 MODELS = pytest.mark.parametrize("name", ["bert_tiny", "roberta_tiny"])
 KERNEL = "encoder.layer.0.intermediate.dense.weight"
 OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}

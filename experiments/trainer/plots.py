@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and what changed in each layer."""
+"""Plots of training runs: curves, the change of each layer, and a comparison of methods."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LINEAR = dora.decomposition.KernelAxes((), (0,), (1,))
 
 
 def plot_curves(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draws loss and accuracy over steps: training smoothed, validation as points.
+    """Draws loss and accuracy by step: a smoothed curve for training, points for validation.
 
     Args:
-        metrics: Lines of `metrics.jsonl`, see `experiments.metrics.read_metrics`.
+        metrics: Lines of `metrics.jsonl`, from `experiments.tasks.metrics.read_metrics`.
         file: The PNG to write.
     """
     figure = Figure(figsize=(9, 3.5), layout="constrained")
@@ -43,7 +43,7 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def layer_changes(before: nnx.Module, after: nnx.Module) -> dict[str, dora.analysis.WeightChange]:
-    """Returns the change of every linear kernel that is not as it was, by dotted path.
+    """Returns the change of every linear kernel that differs, by dotted path.
 
     Args:
         before: The pretrained model.
@@ -62,10 +62,10 @@ def layer_changes(before: nnx.Module, after: nnx.Module) -> dict[str, dora.analy
 
 
 def plot_layer_changes(changes: Mapping[str, dora.analysis.WeightChange], file: Path) -> None:
-    """Draws magnitude and direction change as two maps: kind of projection by layer.
+    """Draws two heat maps, of magnitude and of direction change, with a column for each layer.
 
     Args:
-        changes: From `layer_changes`; paths with a layer number in them are drawn.
+        changes: From `layer_changes`. Paths without a layer number are left out.
         file: The PNG to write.
     """
     cells = {
@@ -86,6 +86,34 @@ def plot_layer_changes(changes: Mapping[str, dora.analysis.WeightChange], file: 
     figure.savefig(file, dpi=150)
 
 
+def plot_comparison(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
+    """Draws test accuracy by method, and validation accuracy by learning rate.
+
+    Args:
+        rows: Results by method, from `experiments.compare.run_method`.
+        file: The PNG to write.
+    """
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    test, validation = figure.subplots(1, 2)
+    for i, row in enumerate(rows.values()):
+        accuracies = 100 * np.array(row["test_accuracies"])
+        std = 100 * (row["test_accuracy_std"] or 0.0)
+        test.errorbar(i, accuracies.mean(), yerr=std, fmt="o", color=f"C{i}", capsize=5)
+        test.plot(np.full(len(accuracies), i + 0.15), accuracies, ".", color=f"C{i}", alpha=0.5)
+        by_rate = row["validation_by_learning_rate"]
+        rates = [float(rate) for rate in by_rate]
+        values = [100 * accuracy for accuracy in by_rate.values()]
+        validation.semilogx(rates, values, "o-", color=f"C{i}", label=row["title"])
+    test.set(title="test accuracy (%): mean ± std, and seeds", xticks=range(len(rows)))
+    titles = [row["title"].replace(", ", ",\n").replace(" fine", "\nfine") for row in rows.values()]
+    test.set_xticklabels(titles, fontsize=8)
+    validation.set(title="validation accuracy (%), first seed", xlabel="peak learning rate")
+    validation.legend(fontsize=8)
+    for panel in (test, validation):
+        panel.grid(alpha=0.3)
+    figure.savefig(file, dpi=150)
+
+
 def _heat_map(panel: Axes, values: np.ndarray, rows: Sequence[str], title: str) -> None:
     image = panel.imshow(values, aspect="auto", cmap="viridis", vmin=0)
     panel.set(title=title, xlabel="layer", xticks=range(values.shape[1]), yticks=range(len(rows)))
@@ -98,7 +126,7 @@ def _heat_map(panel: Axes, values: np.ndarray, rows: Sequence[str], title: str) 
 
 
 def _smooth(values: np.ndarray, width: int = 20) -> np.ndarray:
-    """A running mean over the last `width` steps."""
+    """Returns the running mean over the last `width` steps."""
     total = np.cumsum(np.insert(values, 0, 0.0))
     end = np.arange(1, len(values) + 1)
     start = np.maximum(end - width, 0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments.metrics import MetricsError, MetricsWriter, interval_95, read_metrics
+from experiments.tasks.metrics import MetricsError, MetricsWriter, interval_95, read_metrics
 
 
 def events(folder: Path) -> list[Event]:

@@ -1,4 +1,4 @@
-"""The methods that are compared: full fine-tuning, LoRA, DoRA and its ablations."""
+"""The methods that are compared: full fine-tuning, LoRA, DoRA and ablations of DoRA."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class Method:
     """One way to fine-tune.
 
     Attributes:
-        title: As in tables and plots.
-        switches: Fields of `DoRAConfig` that differ from DoRA's; None trains everything.
+        title: The name in tables and plots.
+        switches: Fields of `DoRAConfig` that differ from their defaults. None trains all
+            parameters and adds no adapters.
     """
 
     title: str
@@ -29,11 +30,11 @@ class Method:
 
     @property
     def trainable(self) -> type[nnx.Variable]:
-        """The type of the variables it trains."""
+        """The type of the variables that the method trains."""
         return nnx.Param if self.switches is None else dora.DoRAParam
 
     def adapt(self, model: M, *, rank: int, alpha: float, seed: int) -> M:
-        """Every linear layer of the encoder adapted, the new head trained in full."""
+        """Returns the model with adapters in all linear layers and with a trainable head."""
         if self.switches is None:
             return model
         config = dora.DoRAConfig(rank=rank, alpha=alpha, modules_to_save=[HEAD], **self.switches)
@@ -42,7 +43,7 @@ class Method:
     def optimizer(
         self, learning_rate: optax.ScalarOrSchedule, magnitude_lr_ratio: float
     ) -> optax.GradientTransformation:
-        """AdamW without decay, gradients clipped to norm 1."""
+        """Returns AdamW without weight decay, with gradients clipped to norm 1."""
         if self.switches is None:
             return optax.chain(
                 optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=0.0)

@@ -8,7 +8,7 @@ import pytest
 FAULTS = """
 import resource
 import numpy as np
-from experiments.memory import keep_freed_memory
+from experiments.trainer.memory import keep_freed_memory
 
 kept = {keep} and keep_freed_memory()
 np.ones(2**24)  # 128 MB

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     Batch = dict[str, np.ndarray]
 
 
+# Texts per batch where no gradient is needed.
+EVAL_BATCH = 100
+
+
 @dataclass(frozen=True)
 class TokenizedText:
     """Token ids of texts, all of one length.

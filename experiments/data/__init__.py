@@ -1,1 +1,0 @@
-"""Weights and data for the experiments: verified downloads, reading, tokenising and batching."""
