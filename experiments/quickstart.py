@@ -22,13 +22,13 @@ import tyro
 from flax import nnx
 
 import dora_jax as dora
-from experiments.trainer.command_line import exit_on_interrupt
-from experiments.trainer.memory import keep_freed_memory
-from experiments.tasks.metrics import MetricsWriter, interval_95, read_metrics
 from experiments.models.huggingface import save_bert
-from experiments.trainer.plots import layer_changes, plot_curves, plot_layer_changes
+from experiments.tasks.metrics import MetricsWriter, interval_95, read_metrics
 from experiments.tasks.probe import probe_accuracy
 from experiments.tasks.task import Examples, Task, load_task
+from experiments.trainer.command_line import exit_on_interrupt
+from experiments.trainer.memory import keep_freed_memory
+from experiments.trainer.plots import layer_changes, plot_curves, plot_layer_changes
 from experiments.trainer.training import Schedule, count, evaluate, fit, logits_of
 
 

@@ -1,7 +1,7 @@
-"""Adapts LLaMA-7B without making an array; prints seconds and memory, as JSON.
+"""Adapts a LLaMA-7B of shapes, without arrays, and prints seconds and memory as JSON.
 
-A process of its own, `python -m experiments.benchmarks.abstract_model`, so that its peak memory is
-that of this work alone.
+It runs in a separate process, `python -m experiments.benchmarks.abstract_model`, so that the peak
+memory of the process is that of this work alone.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from experiments.models.llama import Llama
 
 
 def measure_abstract(scan_layers: bool) -> dict[str, Any]:
-    """Runs this module in a process of its own and returns what it printed.
+    """Runs this module in a separate process and returns the figures that it prints.
 
     Args:
-        scan_layers: Whether the layers are stacked: 7 kernels in place of 224.
+        scan_layers: Whether the layers are stacked. Then the model has 7 kernels instead of 224.
     """
     command = [sys.executable, "-m", __spec__.name, *(["--scan"] if scan_layers else [])]
     finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -35,15 +35,9 @@ def measure_abstract(scan_layers: bool) -> dict[str, Any]:
 
 def adapt_7b(scan_layers: bool) -> dict[str, Any]:
     """Adapts every projection of an abstract LLaMA-7B, in this process."""
-    model = nnx.eval_shape(
-        lambda: Llama(
-            LLAMA_7B,
-            scan_layers=scan_layers,
-            dtype=jnp.bfloat16,
-            param_dtype=jnp.bfloat16,
-            rngs=nnx.Rngs(0),
-        )
-    )
+    options: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    options["scan_layers"] = scan_layers
+    model = nnx.eval_shape(lambda: Llama(LLAMA_7B, **options, rngs=nnx.Rngs(0)))
     before = _peak_gb()
     start = time.perf_counter()
     config = dora.DoRAConfig(rank=32, target_modules=r"layers\..*_proj")
@@ -60,7 +54,7 @@ def adapt_7b(scan_layers: bool) -> dict[str, Any]:
 
 
 def _peak_gb() -> float:
-    """The process's largest resident set so far, in GB of 10^9 bytes."""
+    """Returns the peak resident memory of the process, in GB of 10^9 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (peak if sys.platform == "darwin" else peak * 1024) / 1e9
 

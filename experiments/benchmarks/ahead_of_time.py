@@ -1,7 +1,7 @@
-"""Compiles training steps for a TPU that is not there, and reads off what they cost.
+"""Compiles training steps for a TPU and reports the costs that XLA counts. No TPU is needed.
 
-With `libtpu` installed, XLA compiles for any TPU topology on any machine. The counts are exact: no
-other work on this machine changes them. They are counts of a program, though, and no time.
+With `libtpu` installed, XLA compiles for any TPU topology on any machine. The counts are exact and
+independent of other work on this machine. They are operations and bytes of a program, not times.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 # The last projection of a LLaMA block: nothing else in the backward pass needs its output.
 LAST_PROJECTION = "down_proj"
 
-# Memory-space assignment moves operands into VMEM ahead of use, in slices. "bytes accessed" counts
-# each slice's start as a read of the whole operand, and what is read from VMEM as if from HBM: for
-# one LLaMA-7B block 12 GB (LoRA) and 17 GB (DoRA), of which 10.4 and 10.1 touch HBM. Compiled
-# without, every operand is counted once.
+# XLA prefetches operands into VMEM in slices. Then "bytes accessed" counts the start of each slice
+# as a read of the whole operand, and reads from VMEM like reads from HBM. For one LLaMA-7B block it
+# gives 12 GB (LoRA) and 17 GB (DoRA), but only 10.4 and 10.1 GB are read from HBM or written to it.
+# Without the prefetch, every operand is counted once.
 WITHOUT_VMEM_PREFETCH = {"xla_msa_enable": False}
 
 SHARDINGS = ("fsdp", "replicated")
@@ -43,17 +43,17 @@ SHARDINGS = ("fsdp", "replicated")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is compiled ahead of time.
+    """Sizes of the programs that are compiled ahead of time.
 
     Attributes:
-        shape: Of the decoder; the number of layers is set by the program.
-        length: Tokens of a device.
-        rank: Of the adapters.
-        dtype: Of the frozen parameters and the products; adapters are float32.
-        layers: Of the programs that scan over layers.
-        microbatches: Of the programs with several.
-        sharding: Of the frozen parameters: "fsdp" cuts every matrix over all devices along its
-            output features, "replicated" keeps all of it on each.
+        shape: Configuration of the decoder. The number of layers is that of the program.
+        length: Tokens per device.
+        rank: Rank of the adapters.
+        dtype: Dtype of the frozen parameters and the products. Adapters are float32.
+        layers: Number of layers in the programs that scan over layers.
+        microbatches: Number of microbatches in the programs that have several.
+        sharding: Sharding of the frozen parameters. "fsdp" divides every matrix over all devices
+            along its output features, "replicated" keeps a copy on each device.
     """
 
     shape: LlamaConfig = LLAMA_7B
@@ -76,9 +76,9 @@ def target_mesh(target: str) -> Mesh:
     """
     if target == "cpu":
         return Mesh(np.array(jax.devices("cpu")), ("data",))
-    # Otherwise libtpu asks the metadata server of a cloud machine, and waits for it.
+    # Otherwise libtpu waits for the metadata server of a cloud machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Compiling takes no TPU, so another process that compiles is no conflict.
+    # Compiling needs no TPU, so several processes may compile at the same time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=target)
@@ -92,14 +92,14 @@ def target_mesh(target: str) -> Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A program that is compiled.
+    """A program to compile.
 
     Attributes:
         method: A name in `METHODS`.
-        remat: What the backward pass of a block computes again: "none", "full" for everything, or
-            "policy" for everything but what `dora.save_scaled` saves.
-        scan: Whether it is `Setting.layers` blocks in a scan; else it is one block.
-        prefetch: Whether XLA moves operands into VMEM ahead of use, as it does unless told not to.
+        remat: Activations that the backward pass of a block recomputes: "none", "full" for all, or
+            "policy" for all except those that `dora.save_scaled` saves.
+        scan: Whether the program scans over `Setting.layers` blocks. Otherwise it has one block.
+        prefetch: Whether XLA prefetches operands into VMEM, which is its default.
         microbatched: Whether a step has `Setting.microbatches` microbatches.
     """
 
@@ -138,16 +138,16 @@ TABLES: dict[str, tuple[str, dict[str, Entry]]] = {
         _entries("lora", "dora", "dora-hoisted", microbatched=True),
     ),
 }
-"""By name: a title, and the programs that are compiled. LoRA is in each, for the ratios."""
+"""The tables by name: a title and the programs. Each has LoRA, as the base of the ratios."""
 
 
 def measure_table(table: str, target: str, setting: Setting) -> dict[str, Any]:
-    """Compiles the programs of a table for a target, and counts.
+    """Compiles the programs of a table for a target and returns their costs.
 
     Args:
         table: A name in `TABLES`.
         target: See `target_mesh`.
-        setting: The shapes.
+        setting: The sizes.
 
     Returns:
         The table by its name: `device`, `devices`, `setting`, and `rows`.
@@ -203,19 +203,19 @@ def _measure(entry: Entry, mesh: Mesh, setting: Setting) -> Row:
 
 
 def count_microbatches(method: str, case: Case, mesh: Mesh, setting: Setting) -> Row:
-    """Counts a step over k microbatches from those over one and over two, by linearity.
+    """Computes the costs of a step over k microbatches from those of one and two microbatches.
 
-    XLA's cost analysis counts the body of a loop a single time, and k unrolled copies of a block
-    take minutes to compile.
+    The costs are linear in k. XLA's cost analysis counts the body of a loop once, and k unrolled
+    copies of a block take minutes to compile.
 
     Args:
         method: A name in `METHODS`.
-        case: Its batch is one microbatch.
+        case: A case whose batch is one microbatch.
         mesh: From `target_mesh`.
-        setting: k, and the sharding.
+        setting: Has k and the sharding.
 
     Returns:
-        Operations and bytes of k microbatches; the memory is that of two.
+        Operations and bytes of k microbatches. The memory is that of two.
     """
     counts = []
     for microbatches in (1, 2):
@@ -240,14 +240,14 @@ def count_microbatches(method: str, case: Case, mesh: Mesh, setting: Setting) ->
 def compile_for(
     program: Program, batch: Any, mesh: Mesh, sharding: str, options: dict[str, Any] | None = None
 ) -> Row:
-    """Compiles a step for a mesh; returns XLA's counts per device, and seconds.
+    """Compiles a step for a mesh, and returns XLA's counts per device and seconds.
 
     Args:
-        program: Concrete or abstract.
-        batch: Cut along its leading axis.
+        program: A program with concrete or abstract arrays.
+        batch: Arrays that are divided along their leading axis.
         mesh: From `target_mesh`.
-        sharding: Of the frozen parameters, one of `SHARDINGS`.
-        options: Of the compiler.
+        sharding: Sharding of the frozen parameters, one of `SHARDINGS`.
+        options: Compiler options.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
     frozen_spec = _fsdp if sharding == "fsdp" else lambda leaf, mesh: everywhere
@@ -257,7 +257,8 @@ def compile_for(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec(x, mesh)), tree
         )
 
-    # Under full fine-tuning the matrices are among the trainable ones, and so are AdamW's moments.
+    # In full fine-tuning the matrices and the moments of AdamW are trainable, so they are sharded
+    # in the same way.
     trainable, frozen, opt_state = (
         place(tree, frozen_spec) for tree in (program.trainable, program.frozen, program.opt_state)
     )
@@ -279,7 +280,7 @@ def compile_for(
 
 @contextlib.contextmanager
 def no_compilation_cache() -> Iterator[None]:
-    """Compiles anew what the persistent cache may hold, so that the seconds are the compiler's."""
+    """Turns the persistent cache off, so that the seconds are those of the compiler."""
     enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -289,7 +290,7 @@ def no_compilation_cache() -> Iterator[None]:
 
 
 def _fsdp(leaf: Any, mesh: Mesh) -> NamedSharding:
-    """Cuts matrices along their last axis, if its length allows; smaller arrays are replicated."""
+    """Divides large matrices along their last axis if its length allows; others are replicated."""
     large = leaf.ndim >= 2 and leaf.size >= 2**20 and leaf.shape[-1] % mesh.size == 0
     spec = (*(None,) * (leaf.ndim - 1), "data") if large else ()
     return NamedSharding(mesh, PartitionSpec(*spec))

@@ -1,11 +1,13 @@
-"""The models that are measured: shapes, batches and losses. Weights are random: time is the same.
+"""The models that are measured: their sizes, batches and losses.
 
-Each case is made by a function of its sizes, so that the tests run the same cases, only smaller.
+Weights are random, because they do not change the time. Each case is made by a function of its
+sizes, so that the tests can run smaller ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -59,18 +61,18 @@ MINILM = BertConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model to train or to run, and what it is given.
+    """A model to train or to run, and its batch.
 
     Attributes:
-        title: As in tables.
-        build: Makes the model, its weights drawn at random.
+        title: The name in tables.
+        build: Makes the model with random weights.
         batch: Arrays whose leading axis is the batch.
-        outputs: What an inference call computes, `outputs(model, batch)`.
+        outputs: The function of an inference call, `outputs(model, batch)`.
         loss: The mean loss of a batch, a scalar.
-        adapter: What is adapted.
-        tokens: How many tokens (rows of the kernels' inputs) a batch holds.
-        shape: The sizes that a peer builds the same model from.
-        dtype: Of the model's parameters and products.
+        adapter: The layers that are adapted, and the sizes of the adapters.
+        tokens: Number of tokens in a batch, the rows of the kernels' inputs.
+        shape: The sizes, from which PEFT builds the same model.
+        dtype: Dtype of the parameters and the products.
     """
 
     title: str
@@ -84,13 +86,13 @@ class Case:
     dtype: str = "float32"
 
     def abstract(self) -> nnx.Module:
-        """Returns the model with shapes in place of arrays."""
+        """Returns the model with shapes instead of arrays."""
         return nnx.eval_shape(self.build)
 
 
 @dataclasses.dataclass(frozen=True)
 class MLPShape:
-    """Sizes of an `MLP`: `depth` square layers of `width` features."""
+    """Sizes of an `MLP` with `depth` square layers of `width` features."""
 
     width: int = 1024
     depth: int = 4
@@ -111,7 +113,7 @@ class MLP(nnx.Module):
 
 
 def mlp(*, tokens: int, rank: int = 16, shape: MLPShape | None = None) -> Case:
-    """A multilayer perceptron with a squared error, every layer adapted."""
+    """Returns a multilayer perceptron with a squared error. Every layer is adapted."""
     shape = shape or MLPShape()
     rng = np.random.default_rng(0)
     x, y = (rng.standard_normal((tokens, shape.width), np.float32) for _ in range(2))
@@ -134,7 +136,10 @@ def bert(
     rank: int = 8,
     shape: BertConfig = MINILM,
 ) -> Case:
-    """A BERT encoder, every linear layer adapted; the loss is a squared error of its mean state."""
+    """Returns a BERT encoder with a squared error of the mean hidden state.
+
+    Every linear layer is adapted.
+    """
     rng = np.random.default_rng(0)
     batch = {
         "input_ids": rng.integers(1, shape.vocab_size, (texts, length), dtype=np.int32),
@@ -168,7 +173,7 @@ def llama(
     scan_layers: bool = False,
     remat: bool | Callable[..., bool] = False,
 ) -> Case:
-    """A LLaMA decoder; all seven projections of each layer adapted, the output layer frozen."""
+    """Returns a LLaMA decoder. The seven projections of each layer are adapted."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, shape.vocab_size, (texts, length), dtype=np.int32)
 
@@ -180,14 +185,7 @@ def llama(
     return Case(
         title=f"LLaMA {shape.num_hidden_layers} x {shape.hidden_size}, {texts} x {length} tokens, "
         f"r {rank}, {jnp.dtype(dtype).name}",
-        build=lambda: Llama(
-            shape,
-            scan_layers=scan_layers,
-            remat=remat,
-            dtype=dtype,
-            param_dtype=dtype,
-            rngs=nnx.Rngs(0),
-        ),
+        build=functools.partial(_build_llama, shape, dtype, scan_layers=scan_layers, remat=remat),
         batch={"input_ids": tokens},
         outputs=lambda model, batch: model(batch["input_ids"]),
         loss=loss,
@@ -198,8 +196,12 @@ def llama(
     )
 
 
+def _build_llama(shape: LlamaConfig, dtype: DTypeLike, **switches: Any) -> Llama:
+    return Llama(shape, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **switches)
+
+
 def _llama_7b() -> Case:
-    """Two blocks of LLaMA-7B's shape; on a CPU of a quarter of its width."""
+    """Returns two blocks of LLaMA-7B. On a CPU they have a quarter of its width."""
     on_cpu = jax.default_backend() == "cpu"
     sizes: dict[str, Any] = {"num_hidden_layers": 2}
     if on_cpu:
@@ -221,4 +223,4 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "smollm2": lambda: llama(shape=SMOLLM2_135M, length=256),
 }
-"""What `--cases` names."""
+"""The cases by name, for the option `--cases`."""

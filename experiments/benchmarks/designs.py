@@ -1,8 +1,8 @@
-"""Ways to compute DoRA's scale, of which the library keeps one.
+"""Several ways to compute DoRA's scale. The library uses one of them.
 
 `python -m experiments.benchmarks.designs` measures them on a chain of square layers. Every design
-computes the same numbers and the exact gradient; they differ in where the norm's products are made.
-With `n` the norm of `V = W0 + s A B` and `d = (m - n) / n`:
+computes the same values and the exact gradient. They differ in how they compute the norm. With
+`n` the norm of `V = W0 + s A B` and `d = (m - n) / n`:
 
     y = h + d h,  h = x W0 + s (x A) B,  n^2 = ||W0||^2 + 2 s <A^T W0, B> + s^2 diag(B^T A^T A B)
 """
@@ -50,30 +50,33 @@ def _low_rank(layer: Layer, x: Array) -> Array:
 
 
 def lora(layer: Layer, x: Array) -> Array:
-    """Plain LoRA: what the designs are measured against."""
+    """Plain LoRA, the base of the ratios."""
     return x @ layer["kernel"] + _low_rank(layer, x)
 
 
 def in_layer(layer: Layer, x: Array) -> Array:
-    """The norm from the factors and a stored `||W0||^2`, in the layer, differentiated by JAX."""
+    """Computes the norm in the layer from the factors and a stored `||W0||^2`.
+
+    JAX differentiates it.
+    """
     h = lora(layer, x)
     return h + _scale(layer, layer["square"] + square_change(layer)) * h
 
 
 def norm_anew(layer: Layer, x: Array) -> Array:
-    """Likewise, with `||W0||^2` computed in each step."""
+    """Like `in_layer`, but computes `||W0||^2` in each step."""
     return in_layer({**layer, "square": jnp.sum(jnp.square(layer["kernel"]), axis=0)}, x)
 
 
 def joined(layer: Layer, x: Array) -> Array:
-    """`A^T W0` as r more rows of the layer's own product: the kernel is read once for both."""
+    """Computes `A^T W0` as r more rows of the layer's product, so the kernel is read once."""
     rows = jnp.concatenate([x, layer["a"].T]) @ layer["kernel"]
     h = rows[: len(x)] + _low_rank(layer, x)
     square = layer["square"] + _change_from_cross(layer, rows[len(x) :])
     return h + _scale(layer, square) * h
 
 
-@jax.custom_vjp  # in the library a `custom_jvp`, which has forward mode too
+@jax.custom_vjp  # the library has a `custom_jvp`, which also supports forward mode
 def _square_change_by_hand(layer: Layer) -> Scale:
     return square_change(layer)
 
@@ -97,19 +100,22 @@ _square_change_by_hand.defvjp(_forward, _backward)
 
 
 def by_hand(layer: Layer, x: Array) -> Array:
-    """The same with the norm's gradient written by hand, each product once. The library's."""
+    """Like `in_layer`, with the gradient of the norm written by hand: the library's design.
+
+    Each product is computed once.
+    """
     h = lora(layer, x)
     return h + _scale(layer, layer["square"] + _square_change_by_hand(layer)) * h
 
 
 def hoisted(layer: Layer, x: Array) -> Array:
-    """The scale computed outside of the model, see `chain`; shared by all its calls."""
+    """Takes a scale that was computed outside of the model, see `gradient`."""
     h = lora(layer, x)
     return h + layer["scale"] * h
 
 
 def materialized(layer: Layer, x: Array) -> Array:
-    """The definition: forms `V`, of the kernel's size, in each step."""
+    """Evaluates the definition: computes `V`, of the kernel's size, in each step."""
     v = layer["kernel"] + SCALING * layer["a"] @ layer["b"]
     return x @ (layer["m"] / jnp.linalg.norm(v, axis=0) * v)
 
@@ -127,7 +133,7 @@ TRAINED = ("a", "b", "m")
 
 
 def make_layers(width: int, rank: int, depth: int) -> list[Layer]:
-    """Draws layers as after some training: B is not zero, the magnitude is not the norm."""
+    """Returns random layers whose B is not zero and whose magnitude is not the norm."""
     layers = []
     for key in jax.random.split(jax.random.key(0), depth):
         keys = jax.random.split(key, 4)
@@ -146,7 +152,7 @@ def make_layers(width: int, rank: int, depth: int) -> list[Layer]:
 
 
 def gradient(design: str) -> Callable[[list[Layer], list[Layer], Array], list[Layer]]:
-    """Returns `(trained, frozen, x) -> gradient`, of what is trained and nothing else."""
+    """Returns a function `(trained, frozen, x) -> gradient` for the trained arrays."""
 
     def loss(trained: list[Layer], frozen: list[Layer], x: Array) -> Float[Array, ""]:
         for t, f in zip(trained, frozen, strict=True):
@@ -166,7 +172,7 @@ def gradient(design: str) -> Callable[[list[Layer], list[Layer], Array], list[La
 
 
 def split(layers: list[Layer], names: tuple[str, ...] = TRAINED) -> tuple[list[Layer], list[Layer]]:
-    """Returns what is trained, and the rest."""
+    """Returns the trained arrays and the other arrays of each layer."""
     trained = [{k: v for k, v in layer.items() if k in names} for layer in layers]
     frozen = [{k: v for k, v in layer.items() if k not in names} for layer in layers]
     return trained, frozen
@@ -174,14 +180,14 @@ def split(layers: list[Layer], names: tuple[str, ...] = TRAINED) -> tuple[list[L
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What a design costs.
+    """The cost of a design.
 
     Attributes:
-        gigaflops: Of one gradient, as compiled for this machine.
-        megabytes: Read and written by one gradient, likewise.
+        gigaflops: Operations of one gradient, as compiled for this machine.
+        megabytes: Bytes read and written by one gradient, as compiled for this machine.
         times: Seconds of each gradient.
-        error: Largest difference of its gradient from that of the design in the layer, relative to
-            the largest entry. None for LoRA, which computes something else.
+        error: Largest difference of the gradient from that of `in_layer`, relative to the largest
+            entry. None for LoRA, whose gradient is another one.
     """
 
     gigaflops: float
@@ -231,9 +237,9 @@ class Options:
     depth: int = 4
     """Number of layers."""
     tokens: tuple[int, ...] = (512, 2048)
-    """Rows of the inputs; one table for each."""
+    """Rows of the inputs. Each number gives one table."""
     rounds: int = 30
-    """How often each gradient is timed."""
+    """Number of times that each gradient is timed."""
 
 
 def main(options: Options) -> None:

@@ -1,4 +1,4 @@
-"""Runs steps and inference calls on the device that JAX finds, in turn."""
+"""Times training steps and inference calls on the device that JAX finds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Calls = dict[str, Callable[[], Any]]
     Row = dict[str, Any]
 
-# Threads of torch's OpenMP spin for some milliseconds after a step, on cores that the next needs.
+# After a step, the OpenMP threads of torch keep the cores busy for some milliseconds.
 PAUSE_BESIDE_PEERS = 0.05
 
 
@@ -32,17 +32,17 @@ def measure_training(
     rounds: int,
     peers: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Row]:
-    """Times a training step of every variant in turn.
+    """Times training steps of all variants, one of each in every round.
 
     Args:
         case: The model and its batch.
         variants: Names in `METHODS`, with `/k` for k microbatches: `"dora-hoisted/8"`.
-        rounds: Timed steps of each.
-        peers: Steps of other libraries, timed in the same turns.
+        rounds: Timed steps of each variant.
+        peers: Steps of other libraries, timed in the same rounds.
 
     Returns:
-        By variant, a row: times, memory, counts, and the ratio to LoRA with as many microbatches,
-        where that is among the variants. Of peers, the times only.
+        A row for each variant: times, memory, counts, and the ratio to LoRA with as many
+        microbatches, if that was timed. A row for each peer has the times only.
     """
     model, rows, calls = case.build(), {}, {}
     for variant in variants:
@@ -70,9 +70,9 @@ def measure_training(
 
 
 def _training_ratios(variant: str, times: Mapping[str, Times]) -> Row:
-    """The ratios to what a variant is compared with, as far as that was timed.
+    """Returns the ratios of a variant to the variants that it is compared with.
 
-    A peer's variants are named `peer-method`; its DoRA is compared with its own LoRA.
+    Variants of a peer are named `peer-method`. Its DoRA is compared with its LoRA.
     """
     method, _, microbatches = variant.partition("/")
     peer = method.partition("-")[0]
@@ -88,13 +88,14 @@ def _training_ratios(variant: str, times: Mapping[str, Times]) -> Row:
 
 
 def measure_inference(case: Case, *, rounds: int) -> dict[str, Row]:
-    """Times an inference call of the base, and of LoRA and DoRA with a trained adapter, in turn.
+    """Times inference calls of the base, of LoRA and of DoRA, one of each in every round.
 
-    DoRA with the scale frozen (`dora.precompute_scales`), computed in every call, and merged into the kernels.
+    DoRA is timed with its norm computed in every call, with precomputed scales
+    (`dora.precompute_scales`), and merged into the kernels.
 
     Returns:
-        By variant, a row: times, the ratios to LoRA and to the base, and whether two calls gave the
-        same bits.
+        A row for each variant: times, the ratios to LoRA and to the base, and whether two calls
+        gave the same bits.
     """
     base = case.build()
     by_hand = _perturbed(METHODS["lora-by-hand"].adapt(base, case.adapter, seed=1))
@@ -139,10 +140,10 @@ def split_variant(variant: str) -> tuple[str, int]:
 
 
 def compiled_figures(compiled: Any) -> Row:
-    """Returns what XLA says of a compiled program, per device.
+    """Returns XLA's counts for a compiled program, per device.
 
-    Floating point operations, bytes accessed, and bytes of temporaries, arguments and results. The
-    peak counts them as if all temporaries lived at once.
+    They are floating point operations, bytes accessed, and bytes of temporaries, arguments and
+    results. The peak is the sum of these, as if all temporaries existed at the same time.
     """
     costs, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     temporary, arguments = memory.temp_size_in_bytes, memory.argument_size_in_bytes
@@ -158,7 +159,7 @@ def compiled_figures(compiled: Any) -> Row:
 
 
 def _compiled_step(program: Program, batch: Any) -> tuple[Callable[[], Any], Row]:
-    """Returns a call that takes one step from where the last one ended, and the first columns."""
+    """Returns a function that takes the next training step, and the first columns of its row."""
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.opt_state)
     state, batch = [program.trainable, zeros], jax.device_put(batch)
     start = time.perf_counter()
@@ -189,7 +190,7 @@ def _compiled_call(case: Case, model: nnx.Module) -> tuple[Callable[[], Any], Ro
 
 
 def _perturbed(model: nnx.Module) -> nnx.Module:
-    """Returns the model with its adapter moved off its start, as training would."""
+    """Returns the model with random changes to its adapter, in place of training."""
     state = nnx.state(model, dora.DoRAParam)
     key = jax.random.key(7)
 
@@ -201,11 +202,11 @@ def _perturbed(model: nnx.Module) -> nnx.Module:
 
 
 def _measure_device_memory(rows: Mapping[str, Row], calls: Mapping[str, Callable[[], Any]]) -> None:
-    """Replaces the compiled program's peak by the device's own, where its allocator counts.
+    """Replaces the peak of the compiled program by the peak that the device's allocator counts.
 
-    The counter only rises, so the programs run in the order of what they are expected to need; one
-    that does not raise it keeps the compiled program's figure. What other variants keep on the
-    device is not counted.
+    The counter never falls, so the programs run in the order of their expected memory. A program
+    that does not raise the counter keeps its expected figure. Arrays of other variants are not
+    counted.
     """
     device = jax.local_devices()[0]
     if "peak_bytes_in_use" not in (device.memory_stats() or {}):

@@ -1,6 +1,6 @@
-"""The same work in PEFT on torch: same shapes, same batch, same optimiser, same device.
+"""Training steps in PEFT on torch, with the same shapes, batch, optimiser and device.
 
-Torch, PEFT and transformers are imported here only: the extra `parity` has them.
+Only this module needs torch, PEFT and transformers. The extra `parity` installs them.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def check_installed() -> None:
 
 
 class TorchStep:
-    """A training step of a PEFT model, to be called again and again.
+    """A function that takes the next training step of a PEFT model.
 
     Attributes:
-        trainable_parameters: How many numbers are trained.
+        trainable_parameters: Number of trained parameters.
     """
 
     def __init__(self, case: Case, method: str, device: str) -> None:
@@ -61,7 +61,7 @@ class TorchStep:
         self.trainable_parameters = sum(p.numel() for p in self._trainable)
 
     def __call__(self) -> Any:
-        """Takes a step, and returns the loss before it when all is done."""
+        """Takes a step, waits for it, and returns the loss before it."""
         import torch
 
         self._optimizer.zero_grad()
@@ -77,10 +77,10 @@ class TorchStep:
 def training_steps(case: Case) -> dict[str, TorchStep]:
     """Returns a training step of PEFT's LoRA and DoRA, `peft-lora` and `peft-dora`.
 
-    Torch runs on the kind of device that JAX does, on a CPU with a thread for each of its cores.
+    Torch runs on the same kind of device as JAX. On a CPU it has a thread for each core.
 
     Raises:
-        SystemExit: JAX runs on a device that torch does not see.
+        SystemExit: JAX runs on a device that torch cannot use.
     """
     import torch
 
@@ -88,7 +88,7 @@ def training_steps(case: Case) -> dict[str, TorchStep]:
     backend = jax.default_backend()
     device = "cuda" if backend == "gpu" else backend
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise SystemExit(f"torch sees no {backend}: leave out --peer")
+        raise SystemExit(f"torch has no {backend}: run without --peer")
     return {f"peft-{method}": TorchStep(case, method, device) for method in METHODS}
 
 
@@ -137,9 +137,9 @@ def _llama(case: Case) -> tuple[Any, str, Callable[[Any, Any], Any]]:
 
 
 def _fields(shape: Any) -> dict[str, Any]:
-    """The fields of a configuration; transformers has the same names."""
+    """Returns the fields of a configuration; transformers has the same names."""
     fields = dataclasses.asdict(shape)
-    del fields["model_type"]  # of the class there
+    del fields["model_type"]  # transformers has it in the class
     return fields
 
 

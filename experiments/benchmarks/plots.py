@@ -1,4 +1,4 @@
-"""Plots of the benchmark: steps by method, and the curves of its scaling."""
+"""Plots of the benchmark: steps by method, and curves of the overhead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 
 def plot_ratios(cases: Mapping[str, Any], file: Path) -> None:
-    """Draws the ratio of every method's step to LoRA's, with quartiles, a panel for each case."""
+    """Draws the ratio of every method's step to that of LoRA, with a panel for each case."""
     figure = Figure(figsize=(5.2 * len(cases), 4.2), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(cases)))
     for panel, case in zip(panels, cases.values(), strict=True):
@@ -28,7 +28,7 @@ def plot_ratios(cases: Mapping[str, Any], file: Path) -> None:
 
 
 def plot_scaling(curves: Mapping[str, Any], file: Path) -> None:
-    """Draws measured overhead, counted operations and their model, and compile times."""
+    """Draws the measured overhead, the counted operations and their model, and compile times."""
     figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(curves)))
     for panel, (name, curve) in zip(panels, curves.items(), strict=True):
@@ -68,7 +68,7 @@ def _draw_compile_times(panel: Axes, points: list[dict[str, Any]]) -> None:
 def _error_bar(
     panel: Axes, at: float, ratio: Mapping[str, Any], *, color: str, vertical: bool = True
 ) -> None:
-    """Draws a median with its quartiles."""
+    """Draws a median and its quartiles."""
     median, (low, high) = ratio["median"], ratio["quartiles"]
     spread = [[median - low], [high - median]]
     if vertical:

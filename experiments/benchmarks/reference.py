@@ -1,4 +1,4 @@
-"""LoRA and DoRA as one writes them by hand: what the library's layers are measured against."""
+"""LoRA and DoRA written by hand, for comparison with the layers of the library."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 class LoRAByHand(nnx.Module):
-    """`y = x W + s (x A) B + b`, and nothing else.
+    """LoRA, `y = x W + s (x A) B + b`.
 
     Args:
-        linear: The frozen layer; its kernel may have a leading axis for a scan over layers.
+        linear: The frozen layer. Its kernel may have a leading axis for a scan over layers.
         rank: Rank r of `lora_a (*stack, in, r)` and `lora_b (*stack, r, out)`, float32.
         alpha: The scaling is `alpha / rank`.
-        rngs: Draws `lora_a`, uniform in `±1 / sqrt(in)`; `lora_b` starts at zero.
+        rngs: Draws `lora_a`, uniform in `±1 / sqrt(in)`. `lora_b` starts at zero.
     """
 
     def __init__(self, linear: nnx.Linear, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
@@ -54,9 +54,9 @@ class LoRAByHand(nnx.Module):
 
 
 class DoRAMaterialized(LoRAByHand):
-    """`y = x (m (W + s A B) / ||W + s A B||) + b`: the definition, evaluated as it stands.
+    """DoRA as it is defined, `y = x (m (W + s A B) / ||W + s A B||) + b`.
 
-    DoRA, arXiv 2402.09353, equation 5: forms a matrix of the kernel's size in every call.
+    Source: arXiv 2402.09353, equation 5. Computes a matrix of the kernel's size in every call.
     `magnitude (*stack, out)`, float32, starts at `||W||`.
     """
 
@@ -78,15 +78,13 @@ class DoRAMaterialized(LoRAByHand):
 def replace_linears(
     model: M, layer: type[LoRAByHand], targets: str, *, rank: int, alpha: float, rngs: nnx.Rngs
 ) -> M:
-    """Returns a copy of a model with its linear layers replaced; the arrays are shared.
+    """Returns a copy of a model with other linear layers. The copy has the same arrays.
 
     Args:
         model: Any NNX model whose layers are attributes or members of an `nnx.List`.
-        layer: What takes the place of each.
-        targets: A regular expression that matches a replaced layer's whole dotted path.
-        rank: As in `layer`.
-        alpha: As in `layer`.
-        rngs: As in `layer`.
+        layer: The class of the new layers.
+        targets: A regular expression for the whole dotted path of a replaced layer.
+        rank, alpha, rngs: Arguments of `layer`.
     """
     model = nnx.clone(model)
     modules = dict(nnx.iter_modules(model))

@@ -1,4 +1,4 @@
-"""Writes the report of the benchmark: Markdown for people, JSON for programs, plots."""
+"""Writes the report of the benchmark: Markdown, JSON and plots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Row = Mapping[str, Any]
 
 
 def stamp() -> dict[str, Any]:
-    """Returns what a measurement depends on: command, time, machine and its load, versions."""
+    """Returns the conditions of a measurement: command, time, machine, load and versions."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -43,12 +43,12 @@ def stamp() -> dict[str, Any]:
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> str:
-    """Writes `efficiency.json`, `efficiency.md` and the plots; returns the Markdown.
+    """Writes `efficiency.json`, `efficiency.md` and the plots, and returns the Markdown.
 
     Args:
-        results: By part of the benchmark (`train`, `inference`, `scaling`, `ahead_of_time`,
-            `abstract`), then by backend or target, then by case, curve or table.
-        folder: Made if it does not exist.
+        results: Nested by part of the benchmark (`train`, `inference`, `scaling`,
+            `ahead_of_time`, `abstract`), by backend or target, and by case, curve or table.
+        folder: Where to write. It is made if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     blocks = ["# What DoRA costs", *_targets(results)]
@@ -85,20 +85,21 @@ _STEPS_NOTE = (
     "A step is forward, gradient of what is trained, clipping and AdamW. Steps of all methods are "
     "taken in turn in one process, in an order that changes from round to round. Times: median "
     "(first to third quartile). Ratios: median of the ratios of all rounds, to LoRA with as many "
-    "microbatches. Memory: arguments, results and temporaries of the compiled step, or the device "
-    "allocator's peak where it counts. Memory that is freed is kept by the process, for JAX and a "
-    "peer alike (`experiments/memory.py`), unless the command says `--no-keep-freed-memory`."
+    "microbatches. Memory: arguments, results and temporaries of the compiled step, or the peak of "
+    "the device's allocator, if it counts. The process keeps freed memory, for JAX and for PEFT "
+    "(`experiments/trainer/memory.py`), unless the command says `--no-keep-freed-memory`."
 )
 
 _SCALING_NOTE = (
     "DoRA over LoRA: measured (median and quartiles of the ratios), operations of the compiled "
-    "step, and the model 1 + r / N of an exact gradient, N the tokens of a step. The last panel is "
-    "compile time against depth."
+    "step, and the model 1 + r / N of an exact gradient, N being the tokens of a step. The "
+    "last panel shows compile time against depth."
 )
 
 _COMPILED_NOTE = (
-    "Per device. `bytes` counts what is read from and written to VMEM too, and slices prefetched "
-    "into it as reads of the whole; the table without VMEM prefetch counts every operand once."
+    "Per device. `bytes` also counts reads from and writes to VMEM, and each slice that is "
+    "prefetched into it as a read of the whole array. The table without VMEM prefetch counts every "
+    "operand once."
 )
 
 
@@ -170,7 +171,7 @@ def _curve(name: str, curve: Mapping[str, Any]) -> str:
 
 
 def _overhead_columns(variant: str, title: str) -> dict[str, Callable[[Row], str]]:
-    """Measured, counted by the compiler, and expected."""
+    """Returns columns for the measured, the counted and the expected overhead."""
     shown = {
         title: _ratio("over_lora"),
         f"{title}, operations": _number("flops_over_lora", ".3f"),
@@ -252,7 +253,7 @@ def _table(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], str]]) -> 
 
 
 def _processor() -> str:
-    """The processor's name, which `platform` does not know on Linux."""
+    """Returns the name of the processor. On Linux `platform` does not know it."""
     file = Path("/proc/cpuinfo")
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines():

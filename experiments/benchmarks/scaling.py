@@ -1,4 +1,4 @@
-"""How DoRA's cost over LoRA moves with tokens, rank, width, depth: curves, beside their model."""
+"""DoRA's cost over LoRA against tokens, rank, width and depth, and a model of it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def expected_overhead(tokens: int, rank: int, *, detached: bool = False) -> floa
     """Returns the model of DoRA's operations over LoRA's: `1 + r / N`, detached `1 + r / 2N`.
 
     For N tokens and a kernel of `in x out`, the frozen product and the gradient through it take
-    `2 N in out` operations each. The norm adds `A^T W`, `2 r in out`, and the exact gradient as
-    much again. Products without the kernel are left out, so r must be small beside in and out.
+    `2 N in out` operations each. The norm adds `A^T W` with `2 r in out` operations, and the exact
+    gradient adds as many. Products without the kernel are neglected, so r must be much smaller than
+    in and out.
 
     Example:
         >>> expected_overhead(512, 16)
@@ -54,7 +55,10 @@ CURVES: dict[str, tuple[str, Callable[[int], Case] | None, tuple[int, ...]]] = {
     "adapters": ("adapted layers", _adapters, (1, 2, 4, 8, 16, 32)),
     "compile": ("layers", None, (1, 2, 4, 8, 16)),
 }
-"""By name: the axis, the case at a point of it, and the points; `compile` times the compiler."""
+"""The curves by name: the axis, the case at a point, and the points.
+
+`compile` measures compile times instead of steps.
+"""
 
 
 def measure(curve: str, rounds: int, points: Sequence[int] = ()) -> dict[str, Any]:
@@ -63,7 +67,7 @@ def measure(curve: str, rounds: int, points: Sequence[int] = ()) -> dict[str, An
     Args:
         curve: A name in `CURVES`.
         rounds: Timed steps of each point.
-        points: Other ones than the curve's own.
+        points: Replace the points of the curve.
 
     Returns:
         The curve by its name: `axis` and `points`.
@@ -78,7 +82,7 @@ def measure(curve: str, rounds: int, points: Sequence[int] = ()) -> dict[str, An
 
 
 def _overhead_point(case: Case, rounds: int) -> dict[str, Any]:
-    """DoRA over LoRA: measured, counted by the compiler, and expected."""
+    """Returns DoRA over LoRA: measured, counted by the compiler, and expected."""
     rows = measure_training(case, VARIANTS, rounds=rounds)
     return {
         variant: {
@@ -93,7 +97,7 @@ def _overhead_point(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def _compile_point(depth: int, hidden: int = 128) -> dict[str, float]:
-    """Seconds to trace and compile a step of LoRA and DoRA, layers apart and in a scan."""
+    """Returns seconds to trace and compile a step of LoRA and DoRA, with and without a scan."""
     shape = LlamaConfig(
         vocab_size=512,
         hidden_size=hidden,

@@ -1,7 +1,7 @@
-"""Training steps that are compared: pure functions of their arrays, alike but for the method.
+"""Training steps of all methods, as pure functions of their arrays.
 
-Every step differentiates what its method trains and nothing else, clips the gradient and applies
-AdamW. The frozen parameters are an argument, not constants of the program, and nothing is donated.
+Every step takes the gradient of the arrays that its method trains, clips it and applies AdamW. The
+frozen parameters are an argument, not constants of the program. No argument is donated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from experiments.benchmarks.reference import DoRAMaterialized, LoRAByHand, repla
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-    # Pytrees of arrays, or of jax.ShapeDtypeStruct: what is trained, what is not, and so on.
+    # Pytrees of arrays or of jax.ShapeDtypeStruct.
     Tree = Any
     Loss = Callable[[nnx.Module, Tree], Float[Array, ""]]
     Step = Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree, Float[Array, ""]]]
@@ -32,10 +32,10 @@ LEARNING_RATE = 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Which layers are adapted, and how large the adapter is.
+    """The layers that are adapted, and the sizes of the adapters.
 
     Attributes:
-        targets: A regular expression that matches an adapted layer's whole dotted path.
+        targets: A regular expression for the whole dotted path of an adapted layer.
         rank: Rank r.
         alpha: The scaling is `alpha / rank`.
     """
@@ -50,11 +50,11 @@ class Method:
     """One way to train.
 
     Attributes:
-        title: As in tables and plots.
-        switches: Fields of `DoRAConfig` that differ from DoRA's.
-        by_hand: A layer of `reference` that is used in place of the library.
-        full: Whether everything is trained, and nothing adapted.
-        hoisted: Whether the scales are computed once for all microbatches.
+        title: The name in tables and plots.
+        switches: Fields of `DoRAConfig` that differ from their defaults.
+        by_hand: A layer of `reference` to use instead of the library.
+        full: Whether all parameters are trained and no layer is adapted.
+        precomputed: Whether the scales are computed once for all microbatches.
     """
 
     title: str
@@ -65,11 +65,11 @@ class Method:
 
     @property
     def trainable(self) -> type[nnx.Variable]:
-        """The type of the variables it trains."""
+        """The type of the variables that the method trains."""
         return nnx.Param if self.full else dora.DoRAParam
 
     def adapt(self, model: nnx.Module, adapter: Adapter, seed: int) -> nnx.Module:
-        """Returns the model as the method trains it."""
+        """Returns the model with the adapters of the method."""
         rngs = nnx.Rngs(seed)
         if self.full:
             return model
@@ -80,7 +80,7 @@ class Method:
         return dora.apply_dora(model, config, rngs=rngs)
 
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW, with gradients clipped to norm 1."""
+        """Returns AdamW, with gradients clipped to norm 1."""
         if self.full:
             return optax.chain(
                 optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=0.0)
@@ -101,13 +101,13 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step and the arrays it starts from, concrete or abstract.
+    """A training step, and the arrays at its start, which may be abstract.
 
     Attributes:
         step: `step(trainable, frozen, opt_state, batch) -> (trainable, opt_state, loss)`.
-        trainable: What the method trains.
-        frozen: Everything else of the model.
-        opt_state: Of the optimiser.
+        trainable: The arrays that the method trains.
+        frozen: All other arrays of the model.
+        opt_state: The state of the optimiser.
     """
 
     step: Step
@@ -117,8 +117,59 @@ class Program:
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loss:
+    """The loss of a model as a function of its arrays, and the split into microbatches."""
+
+    graphdef: Any
+    of_batch: Loss
+    microbatches: int
+    unroll: bool
+
+    def gradient(self, trainable: Tree, frozen: Tree, batch: Tree) -> tuple[Float[Array, ""], Tree]:
+        """Returns the loss, and its gradient with respect to `trainable`."""
+
+        def value_and_grad(batch: Tree) -> tuple[Float[Array, ""], Tree]:
+            def loss_of(trainable: Tree) -> Float[Array, ""]:
+                return self.of_batch(nnx.merge(self.graphdef, trainable, frozen, copy=True), batch)
+
+            return jax.value_and_grad(loss_of)(trainable)
+
+        if self.microbatches == 1:
+            return value_and_grad(batch)
+        # Each microbatch takes rows from the whole batch, and so from every device that holds it.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, self.microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+        total, _ = jax.lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, value_and_grad(part)), None),
+            zeros,
+            parts,
+            unroll=self.unroll,
+        )
+        return jax.tree.map(lambda x: x / self.microbatches, total)
+
+    def gradient_of_precomputed_scales(
+        self, trainable: Tree, frozen: Tree, batch: Tree
+    ) -> tuple[Float[Array, ""], Tree]:
+        """Like `gradient`, but computes and differentiates the scales once for all microbatches."""
+        static: dict[str, Any] = {}
+
+        def precompute_scales(trainable: Tree) -> tuple[Tree, Tree]:
+            model = nnx.merge(self.graphdef, trainable, frozen, copy=True)
+            parts: Any = nnx.split(dora.precompute_scales(model), dora.DoRAParam, ...)
+            static["graphdef"], scaled, rest = parts
+            return scaled, rest
+
+        scaled, pull_back, frozen = jax.vjp(precompute_scales, trainable, has_aux=True)
+        loss = dataclasses.replace(self, graphdef=static["graphdef"])
+        value, grads = loss.gradient(scaled, frozen, batch)
+        return value, pull_back(grads)[0]
 
 
 def make_program(
@@ -134,13 +185,13 @@ def make_program(
 
     Args:
         method: From `METHODS`.
-        model: The pretrained model; its arrays may be abstract (`nnx.eval_shape`).
-        adapter: What is adapted.
+        model: The pretrained model. Its arrays may be abstract (`nnx.eval_shape`).
+        adapter: The layers that are adapted, and the sizes of the adapters.
         loss: The mean loss of a batch.
-        microbatches: Into how many equal parts the leading axis of the batch is split; their
-            gradients are averaged.
-        unroll: Whether their loop is unrolled. XLA's cost analysis counts the body of one that is
-            not a single time.
+        microbatches: Number of equal parts of the batch along its leading axis. Their gradients are
+            averaged.
+        unroll: Whether the loop over microbatches is unrolled. XLA's cost analysis counts the body
+            of a loop once.
     """
     abstract = isinstance(jax.tree.leaves(nnx.state(model))[0], jax.ShapeDtypeStruct)
     adapt = functools.partial(method.adapt, adapter=adapter, seed=1)
@@ -148,67 +199,16 @@ def make_program(
     parts: Any = nnx.split(adapted, method.trainable, ...)
     graphdef, trainable, frozen = parts
     tx = method.optimizer()
-    gradient = _hoisted_gradient if method.precomputed else _gradient
+    of_arrays = _Loss(graphdef, loss, microbatches, unroll)
+    gradient = (
+        of_arrays.gradient_of_precomputed_scales if method.precomputed else of_arrays.gradient
+    )
 
     def step(
         trainable: Tree, frozen: Tree, opt_state: Tree, batch: Tree
     ) -> tuple[Tree, Tree, Float[Array, ""]]:
-        value, grads = gradient(graphdef, loss, trainable, frozen, batch, microbatches, unroll)
+        value, grads = gradient(trainable, frozen, batch)
         updates, opt_state = tx.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, value
 
     return Program(step, trainable, frozen, jax.eval_shape(tx.init, trainable))
-
-
-def _gradient(
-    graphdef: Any,
-    loss: Loss,
-    trainable: Tree,
-    frozen: Tree,
-    batch: Tree,
-    microbatches: int,
-    unroll: bool,
-) -> tuple[Float[Array, ""], Tree]:
-    """Returns the loss, and its gradient with respect to `trainable`."""
-
-    def value_and_grad(batch: Tree) -> tuple[Float[Array, ""], Tree]:
-        def loss_of(trainable: Tree) -> Float[Array, ""]:
-            return loss(nnx.merge(graphdef, trainable, frozen, copy=True), batch)
-
-        return jax.value_and_grad(loss_of)(trainable)
-
-    if microbatches == 1:
-        return value_and_grad(batch)
-    # Each microbatch takes rows from all over the batch, and so from every device it lies on.
-    parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-    total, _ = jax.lax.scan(
-        lambda total, part: (jax.tree.map(jnp.add, total, value_and_grad(part)), None),
-        zeros,
-        parts,
-        unroll=unroll,
-    )
-    return jax.tree.map(lambda x: x / microbatches, total)
-
-
-def _hoisted_gradient(
-    graphdef: Any,
-    loss: Loss,
-    trainable: Tree,
-    frozen: Tree,
-    batch: Tree,
-    microbatches: int,
-    unroll: bool,
-) -> tuple[Float[Array, ""], Tree]:
-    """Likewise; the scales are computed, and differentiated, once for all microbatches."""
-    static: dict[str, Any] = {}
-
-    def precompute_scales(trainable: Tree) -> tuple[Tree, Tree]:
-        hoisted = dora.precompute_scales(nnx.merge(graphdef, trainable, frozen, copy=True))
-        parts: Any = nnx.split(hoisted, dora.DoRAParam, ...)
-        static["graphdef"], scaled, rest = parts
-        return scaled, rest
-
-    scaled, pull_back, frozen = jax.vjp(precompute_scales, trainable, has_aux=True)
-    value, grads = _gradient(static["graphdef"], loss, scaled, frozen, batch, microbatches, unroll)
-    return value, pull_back(grads)[0]

@@ -1,4 +1,4 @@
-"""What the library promises to cost, as data, and where a run's results hold the figure."""
+"""Upper bounds on the cost of the library, and where the results of a run hold the figures."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Target:
     """An upper bound on one figure.
 
     Attributes:
-        name: As in the report.
-        definition: What is divided by what, or measured.
-        bound: The figure must not be above it.
-        path: Keys into the results; `"*"` stands for any key, and the largest figure counts.
+        name: The name in the report.
+        definition: The definition of the figure, in words.
+        bound: The largest value that meets the target.
+        path: Keys into the results. `"*"` matches any key, and the largest figure counts.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Target:
     path: tuple[str, ...]
 
     def measured(self, results: Mapping[str, Any]) -> float | None:
-        """Returns the figure; None if the run did not measure it.
+        """Returns the figure, or None if the run did not measure it.
 
         Example:
             >>> target = Target("", "", 1.0, ("train", "*", "seconds"))
@@ -43,72 +43,58 @@ def _find(results: Any, path: tuple[str, ...]) -> Iterator[float]:
                 yield from _find(results[key], path[1:])
 
 
-def _step(backend: str, case: str, variant: str, *ratio: str) -> tuple[str, ...]:
-    return ("train", backend, case, "rows", variant, *ratio, "median")
-
-
-def _compiled(table: str, variant: str, *figure: str) -> tuple[str, ...]:
-    return ("ahead_of_time", "*", table, "rows", variant, "over_lora", *figure)
-
-
 _MEDIAN = "median over rounds of the ratio of two steps of the same round"
+
+
+def _step(
+    name: str, bound: float, path: str, *ratio: str, work: str = "training step, exact gradient"
+) -> Target:
+    """A ratio of two training steps. `path` is `backend/case/variant`."""
+    backend, case, variant = path.split("/")
+    keys = ("train", backend, case, "rows", variant, *ratio, "median")
+    return Target(name, f"{work}; {_MEDIAN}", bound, keys)
+
+
+def _peer_step(name: str, bound: float, path: str) -> Target:
+    work = "training step on the same device in the same run"
+    return _step(name, bound, path, "over_peer", "peft-dora", work=work)
+
+
+def _compiled(name: str, bound: float, path: str, definition: str = "") -> Target:
+    """A ratio of two programs compiled for a TPU. `path` is `table/variant/figure`."""
+    table, variant, figure = path.split("/")
+    keys = ("ahead_of_time", "*", table, "rows", variant, "over_lora", figure)
+    return Target(name, definition or _BLOCK, bound, keys)
+
+
 _BLOCK = "one LLaMA-7B block and head, 2048 tokens a device, r 32, compiled for TPU: DoRA over LoRA"
-_INFERENCE = ("inference", "cpu", "*", "rows")
+_NO_PREFETCH = f"{_BLOCK}; without VMEM prefetch, which counts bytes several times"
+_PREFETCH = (
+    f"{_BLOCK}; as XLA compiles by default, each prefetched slice counted as its whole array"
+)
+_SCAN = "blocks in a scan, per device: DoRA over LoRA"
+_MICROBATCHES = "one LLaMA-7B block and head, 8 microbatches: DoRA over LoRA"
 
 TARGETS = (
-    Target(
-        "CPU, MLP of 512 tokens: DoRA over LoRA",
-        f"training step, exact gradient; {_MEDIAN}",
-        1.06,
-        _step("cpu", "mlp-512", "dora", "over_lora"),
-    ),
-    Target(
-        "CPU, MLP of 2048 tokens: DoRA over LoRA",
-        f"training step, exact gradient; {_MEDIAN}",
-        1.03,
-        _step("cpu", "mlp-2048", "dora", "over_lora"),
-    ),
-    Target(
-        "CPU, MiniLM: DoRA over LoRA",
-        f"training step, exact gradient; {_MEDIAN}",
-        1.05,
-        _step("cpu", "minilm", "dora", "over_lora"),
-    ),
-    Target(
+    _step("CPU, MLP of 512 tokens: DoRA over LoRA", 1.06, "cpu/mlp-512/dora", "over_lora"),
+    _step("CPU, MLP of 2048 tokens: DoRA over LoRA", 1.03, "cpu/mlp-2048/dora", "over_lora"),
+    _step("CPU, MiniLM: DoRA over LoRA", 1.05, "cpu/minilm/dora", "over_lora"),
+    _step(
         "CPU: LoRA over LoRA written by hand",
-        f"training step, the worst case; {_MEDIAN}",
         1.02,
-        _step("cpu", "*", "lora", "over_by_hand"),
+        "cpu/*/lora",
+        "over_by_hand",
+        work="training step, the worst case",
     ),
-    Target(
-        "CPU, MLP of 512 tokens: DoRA over PEFT's DoRA",
-        f"training step on the same device in the same run; {_MEDIAN}",
-        0.75,
-        _step("cpu", "mlp-512", "dora", "over_peer", "peft-dora"),
-    ),
-    Target(
-        "CPU, MiniLM: DoRA over PEFT's DoRA",
-        f"training step on the same device in the same run; {_MEDIAN}",
-        0.75,
-        _step("cpu", "minilm", "dora", "over_peer", "peft-dora"),
-    ),
-    Target(
-        "GPU, LLaMA-7B blocks: DoRA over LoRA",
-        f"training step, exact gradient; {_MEDIAN}",
-        1.03,
-        _step("gpu", "llama-7b", "dora", "over_lora"),
-    ),
-    Target(
-        "GPU, LLaMA-7B blocks: DoRA over PEFT's DoRA",
-        f"training step on the same device in the same run; {_MEDIAN}",
-        0.70,
-        _step("gpu", "llama-7b", "dora", "over_peer", "peft-dora"),
-    ),
+    _peer_step("CPU, MLP of 512 tokens: DoRA over PEFT's DoRA", 0.75, "cpu/mlp-512/dora"),
+    _peer_step("CPU, MiniLM: DoRA over PEFT's DoRA", 0.75, "cpu/minilm/dora"),
+    _step("GPU, LLaMA-7B blocks: DoRA over LoRA", 1.03, "gpu/llama-7b/dora", "over_lora"),
+    _peer_step("GPU, LLaMA-7B blocks: DoRA over PEFT's DoRA", 0.70, "gpu/llama-7b/dora"),
     Target(
         "CPU, inference: frozen scale over LoRA",
         f"forward pass of DoRA after `dora.precompute_scales`, the worst case; {_MEDIAN}",
         1.01,
-        (*_INFERENCE, "dora-frozen-scale", "over_lora", "median"),
+        ("inference", "cpu", "*", "rows", "dora-frozen-scale", "over_lora", "median"),
     ),
     Target(
         "inference: operations of merged over base",
@@ -116,41 +102,33 @@ TARGETS = (
         1.00,
         ("inference", "*", "*", "rows", "merged", "flops_over_base"),
     ),
-    Target(
-        "TPU, no rematerialisation: FLOPs",
-        _BLOCK,
-        1.003,
-        _compiled("no_remat", "dora", "flops"),
-    ),
-    Target(
+    _compiled("TPU, no rematerialisation: FLOPs", 1.003, "no_remat/dora/flops"),
+    _compiled(
         "TPU, no rematerialisation: bytes accessed",
-        f"{_BLOCK}; without VMEM prefetch, which counts bytes several times",
         1.05,
-        _compiled("no_remat_traffic", "dora", "bytes_accessed"),
+        "no_remat_traffic/dora/bytes_accessed",
+        _NO_PREFETCH,
     ),
-    Target(
+    _compiled(
         "TPU, no rematerialisation: bytes accessed, with VMEM prefetch",
-        f"{_BLOCK}; as XLA compiles by default, each prefetched slice counted as its whole array",
         1.05,
-        _compiled("no_remat", "dora", "bytes_accessed"),
+        "no_remat/dora/bytes_accessed",
+        _PREFETCH,
     ),
-    Target(
-        "TPU, full rematerialisation with `save_scaled`: FLOPs",
-        _BLOCK,
-        1.005,
-        _compiled("remat", "dora-policy", "flops"),
+    _compiled(
+        "TPU, full rematerialisation with `save_scaled`: FLOPs", 1.005, "remat/dora-policy/flops"
     ),
-    Target(
+    _compiled(
         "TPU, full rematerialisation with `save_scaled`: temporary memory",
-        "blocks in a scan, per device: DoRA over LoRA",
         1.10,
-        _compiled("scan", "dora-policy", "temporary_bytes"),
+        "scan/dora-policy/temporary_bytes",
+        _SCAN,
     ),
-    Target(
+    _compiled(
         "TPU, microbatches with `dora.precompute_scales`: FLOPs",
-        "one LLaMA-7B block and head, 8 microbatches: DoRA over LoRA",
         1.001,
-        _compiled("microbatches", "dora-hoisted", "flops"),
+        "microbatches/dora-hoisted/flops",
+        _MICROBATCHES,
     ),
     Target(
         "abstract LLaMA-7B: seconds",
@@ -165,3 +143,4 @@ TARGETS = (
         ("abstract", "host", "*", "peak_gb"),
     ),
 )
+"""The bounds, in the order of the report."""

@@ -1,4 +1,4 @@
-"""Times calls in turn, so that whatever else the machine does falls on all of them alike."""
+"""Times several calls in turn, so that other work on the machine slows all of them equally."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of each call; index i of two calls timed together is the same round."""
+    """Seconds of one call in each round. Two calls timed together have the same rounds."""
 
     seconds: tuple[float, ...]
 
@@ -39,8 +39,8 @@ class Times:
 class Ratio:
     """Median of the ratios of all rounds, and their first and third quartile.
 
-    Both calls of a round saw the same machine, so the median of the ratios moves less than the
-    ratio of the medians when the machine is not quiet.
+    Both calls of a round ran at about the same time. Therefore other work on the machine changes
+    the median of the ratios less than the ratio of the medians.
     """
 
     median: float
@@ -52,13 +52,13 @@ def time_in_turn(
 ) -> dict[str, Times]:
     """Times every call once in each round.
 
-    From round to round the order is rotated by one and reversed, so that no call always comes first
-    or always after the same one. The garbage collector runs between rounds only.
+    From round to round the order is rotated by one and reversed, so that no call is always first or
+    always after the same call. The garbage collector runs only between rounds.
 
     Args:
-        calls: By name; each returns when its work is done.
-        rounds: How many are timed.
-        warm_up: How many rounds go before, which compile and fill the caches.
+        calls: The calls by name. Each returns when its work is done.
+        rounds: Number of timed rounds.
+        warm_up: Number of rounds before these, which compile and fill the caches.
         pause: Seconds to sleep before each call.
 
     Example:

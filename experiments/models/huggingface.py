@@ -1,6 +1,6 @@
-"""Hugging Face checkpoint folders of the experiments' models: BERT, RoBERTa, LLaMA and its kin.
+"""Reads and writes the Hugging Face checkpoint folders of BERT, RoBERTa and LLaMA-like models.
 
-A folder holds `config.json` and safetensors, in one file or in several; pickles are refused.
+A folder holds `config.json` and safetensors, in one file or in several. Pickles are refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BERT_UNUSED = {
     r"qa_outputs\..*": "the head of a fine-tuned model",
     r"embeddings\.(position|token_type)_ids": "a constant, computed here",
 }
-"""Tensors that a checkpoint may hold and the encoder does without: a regular expression, why."""
+"""Tensors of a checkpoint that the encoder does not use: a regular expression, and the reason."""
 
 LLAMA_UNUSED = {r".*\.rotary_emb\.inv_freq": "a constant, computed here"}
 """The same for the decoder."""
@@ -52,7 +52,7 @@ def load_bert(
     dropout_rate: float | None = None,
     rngs: nnx.Rngs | None = None,
 ) -> BertEncoder:
-    """Reads a pretrained encoder, whichever head it was saved under.
+    """Reads a pretrained encoder from a checkpoint with any head, or with none.
 
     Example::
 
@@ -60,20 +60,20 @@ def load_bert(
         hidden = encoder(input_ids, attention_mask)
 
     Args:
-        folder: holds ``config.json`` and the weights (any float dtype).
-        dtype: compute dtype.
-        param_dtype: dtype of the parameters, to which the stored tensors are cast.
-        dropout_rate: replaces both dropout rates of ``config.json``.
-        rngs: stream ``dropout``, needed to run with dropout on (``encoder.train()``).
+        folder: Holds `config.json` and the weights, of any float dtype.
+        dtype: Compute dtype.
+        param_dtype: Dtype of the parameters. The stored tensors are cast to it.
+        dropout_rate: Replaces both dropout rates of `config.json`.
+        rngs: Stream `dropout`. It is needed to run with dropout (`encoder.train()`).
 
     Returns:
-        The encoder, dropout off.
+        The encoder, without dropout until `encoder.train()` is called.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        BertConfigError: ``config.json`` is incomplete or asks for what is not implemented.
-        CheckpointError: the weights are pickled or truncated; or tensors are missing, not known, of
-            another shape, or not finite: all of them are named at once.
+        FileNotFoundError: The folder or one of its files is missing.
+        ModelConfigError: `config.json` is incomplete, or names a variant that is not implemented.
+        CheckpointError: The weights are pickled or truncated, or some tensors are missing, unknown,
+            of another shape, or not finite. The message names all of them.
     """
     folder = _folder(folder)
     config = BertConfig.from_json(folder / "config.json")
@@ -81,7 +81,7 @@ def load_bert(
         config = dataclasses.replace(
             config, hidden_dropout_prob=dropout_rate, attention_probs_dropout_prob=dropout_rate
         )
-    # Shapes only: nothing is initialised at random to be thrown away.
+    # Shapes only: random initial values would be replaced.
     encoder = nnx.eval_shape(
         lambda: BertEncoder(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
@@ -101,15 +101,13 @@ def save_bert(
     source: str | os.PathLike[str],
     head: nnx.Linear | None = None,
 ) -> None:
-    """Writes an encoder as a checkpoint folder, which :func:`load_bert` reads.
-
-    Weights that are there already are replaced.
+    """Writes an encoder as a checkpoint folder for `load_bert`; replaces weights in the folder.
 
     Args:
-        encoder: the encoder, with plain layers (merge adapters first).
-        folder: where to write the configuration, the weights and the tokenizer.
-        source: the folder the encoder was read from, for its configuration and tokenizer.
-        head: a classification head, written as ``classifier.weight`` and ``classifier.bias``.
+        encoder: The encoder, with plain layers. Merge adapters first.
+        folder: Where to write the configuration, the weights and the tokenizer.
+        source: The folder of the pretrained encoder; its configuration and tokenizer are copied.
+        head: A classification head, written as `classifier.weight` and `classifier.bias`.
     """
     extra: dict[str, Any] = {}
     if head is not None:
@@ -137,31 +135,22 @@ def load_llama(
         logits = model(input_ids, attention_mask)
 
     Args:
-        folder: holds ``config.json`` and the weights (any float dtype).
-        scan_layers: whether the layers are stacked, see :class:`Llama`.
-        remat: see :class:`Llama`.
-        dtype: compute dtype.
-        param_dtype: dtype of the parameters, to which the stored tensors are cast.
-        shardings: where the parameters are to be, see :func:`dora_jax.huggingface.load_checkpoint`.
-        progress: whether to show a bar; by default where there is more than 1 GB to read.
+        folder: Holds `config.json` and the weights, of any float dtype.
+        scan_layers: Whether the layers are stacked, see `Llama`.
+        remat: Whether activations are recomputed, see `Llama`.
+        dtype: Compute dtype.
+        param_dtype: Dtype of the parameters. The stored tensors are cast to it.
+        shardings: Shardings of the parameters, see `dora_jax.huggingface.load_checkpoint`.
+        progress: Whether to show a progress bar. The default is to show it above 1 GB.
 
     Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        LlamaConfigError: ``config.json`` is incomplete or asks for what is not implemented.
-        CheckpointError: as for :func:`load_bert`.
+        FileNotFoundError, ModelConfigError, CheckpointError: As for `load_bert`.
     """
     folder = _folder(folder)
     config = LlamaConfig.from_json(folder / "config.json")
-    model = nnx.eval_shape(
-        lambda: Llama(
-            config,
-            scan_layers=scan_layers,
-            remat=remat,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=nnx.Rngs(0),
-        )
-    )
+    switches: dict[str, Any] = {"scan_layers": scan_layers, "remat": remat}
+    dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+    model = nnx.eval_shape(lambda: Llama(config, **switches, **dtypes, rngs=nnx.Rngs(0)))
     return huggingface.load_checkpoint(
         folder,
         model,
@@ -182,16 +171,16 @@ def save_llama(
     dtype: DTypeLike | None = None,
     max_file_bytes: int = 2 * 10**9,
 ) -> None:
-    """Writes a decoder as a checkpoint folder, which :func:`load_llama` and transformers read.
+    """Writes a decoder as a checkpoint folder for `load_llama` and transformers.
 
-    Weights that are there already are replaced.
+    Weights in the folder are replaced.
 
     Args:
-        model: the decoder, with plain layers (merge adapters first).
-        folder: where to write the configuration, the weights and the tokenizer.
-        source: the folder the decoder was read from, for its configuration and tokenizer.
-        dtype: of the tensors; by default the parameters' own.
-        max_file_bytes: more are written as several files.
+        model: The decoder, with plain layers. Merge adapters first.
+        folder: Where to write the configuration, the weights and the tokenizer.
+        source: The folder of the pretrained decoder; its configuration and tokenizer are copied.
+        dtype: Dtype of the tensors. The default is the dtype of the parameters.
+        max_file_bytes: The largest size of a file. Larger models are written as several files.
     """
     huggingface.save_checkpoint(
         folder,
@@ -212,7 +201,7 @@ def _folder(folder: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _bert_name(key: str) -> str:
-    """A stored name without the prefix of a head, and with today's names for its parameters."""
+    """Returns a stored name without the prefix of a head and with current parameter names."""
     key = re.sub(r"^(bert|roberta)\.", "", key)
     return re.sub(
         r"LayerNorm\.(gamma|beta)$",
@@ -222,5 +211,5 @@ def _bert_name(key: str) -> str:
 
 
 def _llama_name(key: str) -> str:
-    """A stored name with the prefix that a model saved without its head lacks."""
+    """Returns a stored name with its prefix, which is absent if the head was not saved."""
     return key if key.startswith(("model.", "lm_head.")) else f"model.{key}"

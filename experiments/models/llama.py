@@ -1,11 +1,10 @@
 """LLaMA-like decoders in Flax NNX: LLaMA 1 to 3, SmolLM2, Mistral, Qwen2 and Qwen3.
 
-One implementation serves all: see :class:`~experiments.models.llama_config.LlamaConfig` for what
-tells them apart. Sources: LLaMA, arXiv 2302.13971; rotary embeddings, arXiv 2104.09864;
-grouped-query attention, arXiv 2305.13245.
+One implementation serves all; `LlamaConfig` has the switches that differ. Sources: LLaMA, arXiv
+2302.13971; rotary embeddings, arXiv 2104.09864; grouped-query attention, arXiv 2305.13245.
 
-Every projection is a plain :class:`flax.nnx.Linear` with a kernel `(in, out)`, so that adapters
-select them by name. The paths inside :class:`Llama` are Hugging Face's without `model.`::
+Every projection is a plain `flax.nnx.Linear` with a kernel `(in, out)`, so that adapters can select
+it by name. The paths inside `Llama` are those of Hugging Face without `model.`::
 
     embed_tokens
     layers.{i}.input_layernorm
@@ -18,10 +17,10 @@ select them by name. The paths inside :class:`Llama` are Hugging Face's without 
     layers.{i}.mlp.gate_proj, layers.{i}.mlp.up_proj      hidden -> intermediate
     layers.{i}.mlp.down_proj      intermediate -> hidden
     norm
-    lm_head      hidden -> vocab (absent where the embeddings are tied)
+    lm_head      hidden -> vocab (absent if the embeddings are tied)
 
-With `scan_layers=True` the layers are one module whose parameters have a leading axis for the
-layer: `layers.self_attn.q_proj` with a kernel `(layer, in, out)`, and so on.
+With `scan_layers=True` the layers are one module. Its parameters have a leading axis for the layer:
+`layers.self_attn.q_proj` has a kernel `(layer, in, out)`, and so on.
 
 Letters in names of arrays: B batch, T position, D hidden features, N heads, K key and value heads,
 H features of a head, V vocabulary.
@@ -29,7 +28,6 @@ H features of a head, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -38,28 +36,27 @@ import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models.activations import ACTIVATIONS
+from experiments.models.inputs import check_shapes
+from experiments.models.layers import LayerFactory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     from jax.typing import DTypeLike
-    from jaxtyping import Array, Float, Int, Shaped
+    from jaxtyping import Array, Float
 
+    from experiments.models.inputs import Ids, Mask
     from experiments.models.llama_config import LlamaConfig
 
-    # Batches come from NumPy as well; a mask may be of integers, booleans or floats.
-    Ids = Int[Array | np.ndarray, "batch seq"]
-    Mask = Shaped[Array | np.ndarray, "batch seq"]
-
-# One initialiser for one scale: jit compiles a model again when its layers hold another function.
-_normal = functools.cache(nnx.initializers.normal)
+    Hidden = Float[Array, "batch seq hidden"]
+    Angles = Float[Array, "batch_or_1 seq half_features"]
 
 
 def rotary_frequencies(config: LlamaConfig) -> Float[Array, " half_head"]:
-    """The angle, in radians, by which each pair of a head's features turns from token to token.
+    """Returns the rotation of each pair of a head's features from token to token, in radians.
 
-    `theta^(-2i / head_dim)` (arXiv 2104.09864, section 3.2.2), stretched by `config.rope_scaling`.
+    It is `theta^(-2i / head_dim)` (arXiv 2104.09864, section 3.2.2), changed by
+    `config.rope_scaling`.
     """
     exponents = jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size
     frequencies = 1.0 / config.rope_theta**exponents
@@ -71,20 +68,19 @@ def rotary_frequencies(config: LlamaConfig) -> Float[Array, " half_head"]:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     original = scaling.original_max_position_embeddings
     assert low is not None and high is not None and original is not None  # checked by RopeScaling
-    # How often a pair turns within a sequence of the pretraining: up to `low` times its frequency
-    # is divided, from `high` times on it is left.
+    # Full turns of each pair within a sequence of the pretraining. A frequency with at most `low`
+    # turns is divided, and one with at least `high` turns is kept.
     turns = original * frequencies / (2 * math.pi)
     kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
 def rotate(
-    x_BxTxNxH: Float[Array, "batch seq heads features"],
-    angles_BxTxF: Float[Array, "batch_or_1 seq half_features"],
+    x_BxTxNxH: Float[Array, "batch seq heads features"], angles_BxTxF: Angles
 ) -> Float[Array, "batch seq heads features"]:
-    """Turns the pairs (i, i + head_dim / 2) of every head's features, in float32.
+    """Rotates the pairs (i, i + head_dim / 2) of the features of every head, in float32.
 
-    This is the order of Hugging Face's checkpoints; the original LLaMA's pairs are (2i, 2i + 1).
+    These are the pairs of Hugging Face's checkpoints. Those of the original LLaMA are (2i, 2i + 1).
 
     Example:
         >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
@@ -97,32 +93,20 @@ def rotate(
     return turned.astype(x_BxTxNxH.dtype)
 
 
-class _LayerFactory:
-    """Makes the layers of one decoder: its initialisation and dtypes, once."""
+class LlamaLayerFactory(LayerFactory):
+    """Makes the layers of one decoder."""
 
-    def __init__(
-        self, config: LlamaConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        self.config = config
-        self.common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-
-    def linear(self, in_features: int, out_features: int, *, bias: bool = False) -> nnx.Linear:
-        init = _normal(self.config.initializer_range)
-        return nnx.Linear(in_features, out_features, use_bias=bias, kernel_init=init, **self.common)
-
-    def embed(self) -> nnx.Embed:
-        config = self.config
-        init = _normal(config.initializer_range)
-        return nnx.Embed(config.vocab_size, config.hidden_size, embedding_init=init, **self.common)
+    config: LlamaConfig
 
     def norm(self, features: int) -> nnx.RMSNorm:
+        """Returns a normalisation over the last axis."""
         return nnx.RMSNorm(features, epsilon=self.config.rms_norm_eps, **self.common)
 
 
 class LlamaAttention(nnx.Module):
     """Causal grouped-query attention with rotary embeddings."""
 
-    def __init__(self, make: _LayerFactory) -> None:
+    def __init__(self, make: LlamaLayerFactory) -> None:
         config = make.config
         hidden, queries = config.hidden_size, config.num_attention_heads * config.head_size
         keys = config.key_value_heads * config.head_size
@@ -135,13 +119,8 @@ class LlamaAttention(nnx.Module):
             self.q_norm = make.norm(config.head_size)
             self.k_norm = make.norm(config.head_size)
 
-    def __call__(
-        self,
-        x_BxTxD: Float[Array, "batch seq hidden"],
-        angles_BxTxF: Float[Array, "batch_or_1 seq half_features"],
-        mask: Mask | None,
-    ) -> Float[Array, "batch seq hidden"]:
-        """Attends from every position to itself and those before it where `mask` is not zero."""
+    def __call__(self, x_BxTxD: Hidden, angles_BxTxF: Angles, mask: Mask | None) -> Hidden:
+        """Attends from every position to itself and to earlier ones where `mask` is not zero."""
 
         def heads(x: Array) -> Array:
             return x.reshape(*x.shape[:2], -1, self.config.head_size)
@@ -165,7 +144,7 @@ class LlamaAttention(nnx.Module):
 class LlamaMLP(nnx.Module):
     """The gated feed-forward network (arXiv 2002.05202)."""
 
-    def __init__(self, make: _LayerFactory) -> None:
+    def __init__(self, make: LlamaLayerFactory) -> None:
         config = make.config
         sizes = config.hidden_size, config.intermediate_size
         self.gate_proj = make.linear(*sizes, bias=config.mlp_bias)
@@ -173,28 +152,23 @@ class LlamaMLP(nnx.Module):
         self.down_proj = make.linear(*reversed(sizes), bias=config.mlp_bias)
         self.hidden_act = config.hidden_act
 
-    def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
-        """Transforms every position by itself."""
+    def __call__(self, x: Hidden) -> Hidden:
+        """Transforms every position separately."""
         return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
 
 
 class LlamaLayer(nnx.Module):
-    """One decoder layer: attention, then the feed-forward network, each with its residual."""
+    """One decoder layer: attention and the feed-forward network, each with its residual."""
 
-    def __init__(self, make: _LayerFactory) -> None:
+    def __init__(self, make: LlamaLayerFactory) -> None:
         hidden = make.config.hidden_size
         self.input_layernorm = make.norm(hidden)
         self.self_attn = LlamaAttention(make)
         self.post_attention_layernorm = make.norm(hidden)
         self.mlp = LlamaMLP(make)
 
-    def __call__(
-        self,
-        x: Float[Array, "batch seq hidden"],
-        angles_BxTxF: Float[Array, "batch_or_1 seq half_features"],
-        mask: Mask | None,
-    ) -> Float[Array, "batch seq hidden"]:
-        """Transforms hidden states; `mask` is zero at padding."""
+    def __call__(self, x: Hidden, angles_BxTxF: Angles, mask: Mask | None) -> Hidden:
+        """Transforms hidden states. `mask` is zero at padding."""
         x = x + self.self_attn(self.input_layernorm(x), angles_BxTxF, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -204,29 +178,25 @@ class Llama(nnx.Module):
 
     Example:
         >>> from experiments.models.llama_config import LlamaConfig
+        >>> sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64}
         >>> config = LlamaConfig(
-        ...     vocab_size=100,
-        ...     hidden_size=32,
-        ...     num_hidden_layers=2,
-        ...     num_attention_heads=4,
-        ...     num_key_value_heads=2,
-        ...     intermediate_size=64,
+        ...     **sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
         ... )
-        >>> model = Llama(config, scan_layers=True, rngs=nnx.Rngs(0))
+        >>> model = nnx.eval_shape(lambda: Llama(config, scan_layers=True, rngs=nnx.Rngs(0)))
         >>> model.layers.self_attn.k_proj.kernel.shape
         (2, 32, 16)
-        >>> model(jnp.array([[2, 41, 7, 3]])).shape
+        >>> nnx.eval_shape(lambda model: model(jnp.array([[2, 41, 7, 3]])), model).shape
         (1, 4, 100)
 
     Args:
-        config: The shapes.
-        scan_layers: Whether the layers are stacked, and run by a scan: one layer is compiled
-            instead of all.
-        remat: Whether the backward pass computes each layer's activations again instead of keeping
-            them; or a policy of `jax.checkpoint` that says which ones to keep.
-        dtype: Compute dtype, and that of the logits. Attention weights, rotary embeddings and the
+        config: The sizes and switches.
+        dtype: Compute dtype, and dtype of the logits. Attention weights, rotary embeddings and the
             statistics of the normalisations are computed in float32.
-        param_dtype: Dtype in which parameters are stored.
+        param_dtype: Dtype of the stored parameters.
+        scan_layers: Whether the layers are stacked and run by a scan. Then one layer is compiled
+            instead of all.
+        remat: Whether the backward pass recomputes the activations of each layer instead of storing
+            them. A policy of `jax.checkpoint` selects the activations to store.
         rngs: Stream `params`.
     """
 
@@ -234,46 +204,43 @@ class Llama(nnx.Module):
         self,
         config: LlamaConfig,
         *,
-        scan_layers: bool = False,
-        remat: bool | Callable[..., bool] = False,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        scan_layers: bool = False,
+        remat: bool | Callable[..., bool] = False,
         rngs: nnx.Rngs,
     ) -> None:
-        make = _LayerFactory(config, dtype, param_dtype, rngs)
+        make = LlamaLayerFactory(config, dtype, param_dtype, rngs)
         self.config = config
         self.scan_layers = scan_layers
         self.remat = remat
-        self.embed_tokens = make.embed()
+        self.embed_tokens = make.embed(config.vocab_size)
         self.layers: Any
         if scan_layers:
 
             def stacked(rngs: nnx.Rngs) -> LlamaLayer:
-                return LlamaLayer(_LayerFactory(config, dtype, param_dtype, rngs))
+                return LlamaLayer(LlamaLayerFactory(config, dtype, param_dtype, rngs))
 
             self.layers = nnx.vmap(stacked)(rngs.split(config.num_hidden_layers))
         else:
             self.layers = nnx.List([LlamaLayer(make) for _ in range(config.num_hidden_layers)])
         self.norm = make.norm(config.hidden_size)
         if not config.tie_word_embeddings:
-            self.lm_head = make.linear(config.hidden_size, config.vocab_size)
+            self.lm_head = make.linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(
-        self,
-        input_ids: Ids,
-        attention_mask: Mask | None = None,
-        position_ids: Ids | None = None,
+        self, input_ids: Ids, attention_mask: Mask | None = None, position_ids: Ids | None = None
     ) -> Float[Array, "batch seq vocab"]:
-        """The logits of the token after each position, in `dtype`.
+        """Returns the logits of the token after each position, in `dtype`.
 
         Args:
-            input_ids: Token ids. One outside the vocabulary gives NaN.
-            attention_mask: Zero at padding, on either side; by default nothing is padding.
-            position_ids: The number of each token in its text; by default 0, 1, 2, ... Only
-                differences matter.
+            input_ids: Token ids. An id outside the vocabulary gives NaN.
+            attention_mask: Zero at padding, on either side. Without it nothing is padding.
+            position_ids: The number of each token in its text. The default is 0, 1, 2, and so on.
+                Only differences matter.
 
         Raises:
-            ValueError: The arrays' shapes differ.
+            ValueError: The shapes differ.
         """
         hidden = self.hidden_states(input_ids, attention_mask, position_ids)
         if self.config.tie_word_embeddings:
@@ -281,21 +248,18 @@ class Llama(nnx.Module):
         return self.lm_head(hidden)
 
     def hidden_states(
-        self,
-        input_ids: Ids,
-        attention_mask: Mask | None = None,
-        position_ids: Ids | None = None,
-    ) -> Float[Array, "batch seq hidden"]:
-        """What the output projection sees. Arguments and errors are those of calling the model."""
-        _check_shapes(input_ids, attention_mask, position_ids)
+        self, input_ids: Ids, attention_mask: Mask | None = None, position_ids: Ids | None = None
+    ) -> Hidden:
+        """Returns the inputs of the output projection. Arguments and errors: see `__call__`."""
+        check_shapes(input_ids, attention_mask=attention_mask, position_ids=position_ids)
         positions = jnp.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
         angles_BxTxF = jnp.asarray(positions)[..., None] * rotary_frequencies(self.config)
         x = self.embed_tokens(jnp.asarray(input_ids))
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
         return self.norm(self._run_layers(x, angles_BxTxF, mask))
 
-    def _run_layers(self, x: Array, angles: Array, mask: Array | None) -> Array:
-        def run(x: Array, layer: LlamaLayer, angles: Array, mask: Array | None) -> Array:
+    def _run_layers(self, x: Hidden, angles: Angles, mask: Array | None) -> Hidden:
+        def run(x: Hidden, layer: LlamaLayer, angles: Angles, mask: Array | None) -> Hidden:
             return layer(x, angles, mask)
 
         if self.remat:
@@ -306,14 +270,3 @@ class Llama(nnx.Module):
         for layer in self.layers:
             x = run(x, layer, angles, mask)
         return x
-
-
-def _check_shapes(input_ids: Any, attention_mask: Any, position_ids: Any) -> None:
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be (batch, seq), not of shape {input_ids.shape}.")
-    named = {"attention_mask": attention_mask, "position_ids": position_ids}
-    for name, array in named.items():
-        if array is not None and array.shape != input_ids.shape:
-            raise ValueError(
-                f"{name} has shape {array.shape}; give it input_ids' shape {input_ids.shape}."
-            )

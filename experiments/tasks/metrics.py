@@ -1,7 +1,8 @@
-"""Metrics of a run: JSON lines for programs, TensorBoard event files for people."""
+"""Metrics of a run, written as JSON lines and as TensorBoard event files."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import operator
@@ -11,8 +12,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -21,25 +21,25 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsError(ValueError):
-    """A metrics file or a metric that cannot be used as it is."""
+    """A metrics file is malformed, or a metric is not a number."""
 
 
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager):
     r"""Writes metrics to `folder/metrics.jsonl` and to TensorBoard event files in `folder`.
 
-    Every line of `metrics.jsonl` is an object with `step` (int), `split` (str) and the metrics, and
-    survives the end of the process once `write` has returned. JSON has no NaN or infinity: both are
-    written as null, with one warning per metric; the event files hold the value itself.
+    Every line of `metrics.jsonl` is an object with `step` (int), `split` (str) and the metrics.
+    When `write` returns, the line is in the file. JSON has no NaN or infinity: both are written as
+    null, with one warning per metric. The event files hold the value itself.
 
     Args:
-        folder: Where to write; made if it does not exist.
-        resume_step: The first step that will be written again after an interruption. Lines of this
-            and later steps are dropped, earlier ones kept. None: a new run.
+        folder: Where to write. It is made if it does not exist.
+        resume_step: The first step that a resumed run writes. Lines of this step and of later ones
+            are removed, and earlier lines are kept. None starts a new run.
 
     Raises:
         FileExistsError: A new run in a folder that already has metrics.
-        MetricsError: Resuming from a file with a malformed line. (An unfinished last line, as an
-            interruption leaves it, is dropped.)
+        MetricsError: The file of a resumed run has a malformed line. An unfinished last line, which
+            an interruption can leave, is no error and is removed.
 
     Example:
         >>> import tempfile
@@ -62,8 +62,8 @@ class MetricsWriter:
                 "resume that run (resume_step=...)"
             )
         self._stream = path.open("a", encoding="utf-8")
-        # purge_step makes TensorBoard hide what it has of this and later steps. The suffix keeps
-        # two runs that start in the same second from writing to the same file.
+        # purge_step makes TensorBoard hide older values of this step and of later ones. The
+        # suffix gives two runs that start in the same second different files.
         self._tensorboard = SummaryWriter(
             os.fspath(self._folder), purge_step=resume_step, filename_suffix=f".{time.time_ns()}"
         )
@@ -74,17 +74,17 @@ class MetricsWriter:
 
         Args:
             step: Number of optimiser steps taken: a Python, NumPy or JAX integer.
-            split: What was measured: "train", "validation", "test", ...
+            split: The data of the metrics: "train", "validation", "test" and so on.
             values: Scalars by name: Python, NumPy or JAX numbers of any dtype.
 
         Raises:
-            MetricsError: A value that is not one number, or a name that is taken.
+            MetricsError: A value is not one number, or a metric is named `step` or `split`.
         """
         numbers = {name: _number(name, value) for name, value in values.items()}
         step = operator.index(step)
         line: dict[str, Any] = {"step": step, "split": split}
         if clash := line.keys() & numbers.keys():
-            raise MetricsError(f"{sorted(clash)} cannot be metrics' names: every line has them")
+            raise MetricsError(f"{sorted(clash)} cannot be names of metrics: every line has them")
         for name, number in numbers.items():
             line[name] = number if math.isfinite(number) else None
             if line[name] is None and name not in self._warned:
@@ -100,31 +100,23 @@ class MetricsWriter:
             self._tensorboard.add_scalar(f"{split}/{name}", number, step)
 
     def close(self) -> None:
-        """Closes both files; nothing can be written afterwards."""
+        """Closes both files. Nothing can be written afterwards."""
         self._stream.close()
         self._tensorboard.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of `folder/metrics.jsonl`, in order; an unfinished last line is left out.
+    """Returns the lines of `folder/metrics.jsonl`, in order, without an unfinished last line.
 
     Raises:
         FileNotFoundError: The folder has no metrics.
-        MetricsError: A malformed line, named by its number.
+        MetricsError: A line is malformed. The message has its number.
     """
     path = Path(folder) / METRICS_FILE
-    # A process killed while writing leaves a last line without its end.
+    # If a process is killed while it writes, the last line has no end.
     *complete, _ = path.read_text(encoding="utf-8").split("\n")
     lines = []
     for number, text in enumerate(complete, start=1):
@@ -141,14 +133,14 @@ def read_metrics(folder: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def interval_95(accuracy: float, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of an accuracy measured on `n` independent examples.
+    """Returns the 95 % Wilson score interval of an accuracy on `n` independent examples.
 
-    Unlike accuracy +- 1.96 standard errors, it stays within [0, 1] and is right near both ends.
+    Unlike accuracy +- 1.96 standard errors, it stays within [0, 1] and holds near both ends.
     Source: Wilson, "Probable inference, the law of succession, and statistical inference", Journal
     of the American Statistical Association 22 (1927), 209-212.
 
     Raises:
-        ValueError: accuracy outside [0, 1], or n below 1.
+        ValueError: `accuracy` is outside [0, 1], or `n` is below 1.
 
     Example:
         >>> low, high = interval_95(0.87, 2000)
@@ -171,7 +163,7 @@ def _number(name: str, value: Any) -> int | float:
     number = array.item()
     if not isinstance(number, int | float):
         raise MetricsError(f"metric {name!r} must be a number, got {value!r}")
-    return number if isinstance(number, float) else int(number)  # bool, too
+    return number if isinstance(number, float) else int(number)  # bool as well
 
 
 def _drop_from(path: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""The baseline that trains nothing of the encoder: logistic regression on its features."""
+"""A baseline without fine-tuning: logistic regression on the features of the frozen encoder."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.tasks.text import EVAL_BATCH, eval_batches
-from experiments.models.bert import BertClassifier
+from experiments.models.bert_classifier import BertClassifier
 from experiments.tasks.task import Examples, Task
+from experiments.tasks.text import EVAL_BATCH, eval_batches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-# Inverse weights of the L2 penalty, chosen between on the validation texts.
+# Weights of the L2 penalty. The validation texts choose among them.
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
 def probe_accuracy(model: BertClassifier, task: Task) -> float:
     """Returns the test accuracy of a logistic regression on the frozen encoder's pooled features.
 
-    Features are standardised by the training texts' mean and deviation; the penalty is the best on
-    the validation texts.
+    Features are standardised with the mean and the standard deviation of the training texts. The
+    penalty is the one with the best accuracy on the validation texts.
     """
     train, validation, test = (
         _features(model, e) for e in (task.train, task.validation, task.test)
@@ -40,7 +40,7 @@ def probe_accuracy(model: BertClassifier, task: Task) -> float:
 def logistic_regression(
     features: Float[np.ndarray, "text feature"], labels: np.ndarray, penalty: float
 ) -> dict[str, Array]:
-    """Fits weights (feature, class) and bias (class,) with L-BFGS, an L2 penalty on the weights.
+    """Fits weights (feature, class) and bias (class,) by L-BFGS, with an L2 penalty on the weights.
 
     Example:
         >>> x = np.array([[-1.0], [-2.0], [1.0], [2.0]], np.float32)

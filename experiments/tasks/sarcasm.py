@@ -1,8 +1,8 @@
-"""Headlines labelled for sarcasm: reading, deduplication, and a fixed split.
+"""Headlines labelled for sarcasm: reads them, removes duplicates and splits them.
 
 The file holds 28,614 headlines of a satirical and of an ordinary news site, 28,498 distinct.
 Source: Misra and Arora, "Sarcasm detection using news headlines dataset", AI Open 4 (2023), in the
-form of chat samples. It has no split of its own: the split made here is this project's.
+form of chat samples. The data set has no split. The split made here is specific to this project.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CLASS_NAMES = ("not sarcastic", "sarcastic")
 
 
 class DatasetError(ValueError):
-    """A data file is malformed, or holds too little for the split that was asked for."""
+    """A data file is malformed, or has too few texts for the requested split."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Split:
         return len(self.texts)
 
     def majority_accuracy(self) -> float:
-        """Accuracy of the constant answer that is right most often on these labels."""
+        """Returns the accuracy of always answering the most frequent label."""
         return float(np.bincount(self.labels).max() / len(self.labels))
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Three disjoint splits, and what was left out when they were made.
+    """Three disjoint splits, and the number of rows that were left out.
 
     Attributes:
-        class_names: Name of each label.
+        class_names: The name of each label.
         rows: Rows in the file.
-        duplicates: Rows dropped as repetitions of an earlier text with the same label.
-        conflicts: Rows dropped because the same text occurs with both labels.
+        duplicates: Rows left out because an earlier row has the same text and label.
+        conflicts: Rows left out because their text occurs with both labels.
     """
 
     train: Split
@@ -59,22 +59,24 @@ class Splits:
 def load_sarcasm(
     path: Path, *, train: int = 4000, validation: int = 500, test: int = 2000, seed: int = 0
 ) -> Splits:
-    r"""Reads the samples and splits them at random; no text is in two splits.
+    r"""Reads the samples and splits them at random. No text is in two splits.
 
-    Texts that differ only in case or white space count as the same; a text that occurs with both
-    labels is left out. The splits are consecutive pieces of one seeded permutation, so other sizes
-    give another test split: to compare training sizes, train on a beginning of one training split.
+    Texts that differ only in case or white space count as the same. A text that occurs with both
+    labels is left out. The splits are consecutive parts of one seeded permutation, so other sizes
+    give another test split. To compare training sizes, train on the first part of one training
+    split.
 
     Args:
-        path: JSON lines, each `{"input": [chat turns], "ideal": "0" or "1"}`, the text being the
-            last turn's `content`.
+        path: JSON lines of the form `{"input": [chat turns], "ideal": "0" or "1"}`. The text is
+            the `content` of the last turn.
         train: Number of training texts.
         validation: Number of validation texts.
         test: Number of test texts.
         seed: Seed of the permutation.
 
     Raises:
-        DatasetError: A malformed line (named by its number), or too few distinct texts.
+        DatasetError: A line is malformed (the message has its number), or there are too few
+            distinct texts.
 
     Example:
         >>> import tempfile
@@ -136,7 +138,7 @@ def _read(path: Path) -> tuple[list[str], list[int]]:
 
 
 def _distinct(texts: Sequence[str], labels: Sequence[int]) -> tuple[list[int], int]:
-    """Index of the first occurrence of every text, and the number of rows in conflict."""
+    """Returns the index of the first occurrence of every text, and the number of conflicts."""
     occurrences: dict[str, list[int]] = {}
     for index, text in enumerate(texts):
         occurrences.setdefault(" ".join(text.casefold().split()), []).append(index)

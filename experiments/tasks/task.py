@@ -1,4 +1,4 @@
-"""The task that quickstart and compare share: sarcasm in headlines, on a pretrained MiniLM."""
+"""The task of quickstart and compare: sarcasm in headlines, with a pretrained MiniLM."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from experiments.models.bert_classifier import BertClassifier
+from experiments.models.huggingface import load_bert
 from experiments.tasks.download import minilm_folder, sarcasm_file
 from experiments.tasks.sarcasm import Split, load_sarcasm
 from experiments.tasks.text import TokenizedText, tokenize
-from experiments.models.bert import BertClassifier
-from experiments.models.huggingface import load_bert
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The tokenised texts of one split, and their labels int32 (text,)."""
+    """The tokenised texts of one split, and their labels, int32 (text,)."""
 
     tokens: TokenizedText
     labels: np.ndarray
@@ -27,7 +27,7 @@ class Examples:
         return len(self.labels)
 
     def first(self, count: int) -> Examples:
-        """The first `count` examples; all of them if there are fewer."""
+        """Returns the first `count` examples, or all if there are fewer."""
         tokens = TokenizedText(
             self.tokens.input_ids[:count], self.tokens.attention_mask[:count], truncated=0
         )
@@ -39,12 +39,12 @@ class Task:
     """A pretrained encoder and the texts to adapt it to.
 
     Attributes:
-        checkpoint: The encoder's Hugging Face folder.
-        train: What is trained on.
-        validation: What choices are made on.
-        test: What is looked at once, at the end.
-        class_names: By label.
-        majority: Test accuracy of always answering the most frequent class.
+        checkpoint: The Hugging Face folder of the encoder.
+        train: Examples for training.
+        validation: Examples for choices, such as that of the learning rate.
+        test: Examples for the final figures, used once.
+        class_names: The name of each label.
+        majority: Test accuracy of the constant answer that is most often right.
     """
 
     checkpoint: Path
@@ -55,10 +55,10 @@ class Task:
     majority: float
 
     def model(self, seed: int) -> BertClassifier:
-        """The pretrained encoder with a new head, drawn from the seed.
+        """Returns the pretrained encoder with a new head, drawn with the seed.
 
-        Without dropout: a run of a few hundred steps does not overfit, and drawing the masks makes
-        a step on a CPU 1.4 times as long.
+        It has no dropout. A run of a few hundred steps does not overfit, and on a CPU a step with
+        dropout takes 1.4 times as long.
         """
         rngs = nnx.Rngs(seed)
         encoder = load_bert(self.checkpoint, dropout_rate=0.0, rngs=rngs)
@@ -68,16 +68,16 @@ class Task:
 def load_task(
     *, max_length: int, train: int = 4000, checkpoint: str | os.PathLike[str] | None = None
 ) -> Task:
-    """Loads weights and texts, downloading them if they are not in the user's cache.
+    """Loads the task. Downloads the weights and the texts if they are not in the user's cache.
 
     Args:
         max_length: Tokens per text.
-        train: How many of the 4,000 training texts to use. Validation (500) and test (2,000) are
-            always the same texts.
-        checkpoint: Another BERT or RoBERTa checkpoint folder; by default MiniLM.
+        train: Number of training texts, up to 4,000. The validation texts (500) and the test texts
+            (2,000) are always the same.
+        checkpoint: Another BERT or RoBERTa checkpoint folder. The default is MiniLM.
 
     Raises:
-        DownloadError: Without network, and not in the cache.
+        DownloadError: The files are not in the cache, and there is no network.
     """
     folder = Path(checkpoint) if checkpoint is not None else minilm_folder()
     splits = load_sarcasm(sarcasm_file())

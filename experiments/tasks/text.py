@@ -1,4 +1,4 @@
-"""From texts to batches of token ids: tokenising with `tokenizers`, batching with `grain`."""
+"""Tokenises texts with `tokenizers`, and makes batches of token ids with `grain`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TokenizedText:
     Attributes:
         input_ids: Token ids, padded on the right with the tokenizer's padding token.
         attention_mask: 1 where there is a token of the text, 0 where there is padding.
-        truncated: How many texts lost tokens because they were longer.
+        truncated: Number of texts that were longer and were cut off.
     """
 
     input_ids: Int32[np.ndarray, "text token"]
@@ -42,10 +42,11 @@ def tokenize(
     """Tokenises `texts` to exactly `max_length` tokens each, special tokens included.
 
     Args:
-        texts: What to tokenise.
-        tokenizer_file: A `tokenizer.json` of the `tokenizers` package. The padding and the
-            truncation that such a file may carry are not used.
-        max_length: Tokens per text; a longer text loses its end (not its final special token).
+        texts: The texts.
+        tokenizer_file: A `tokenizer.json` of the `tokenizers` package. Its settings for padding
+            and truncation are not used.
+        max_length: Tokens per text. The end of a longer text is cut off, except for its final
+            special token.
 
     Raises:
         ValueError: There are no texts, or `max_length` leaves no room for a token of the text, or
@@ -95,27 +96,27 @@ def train_batches(
     seed: int,
     num_epochs: int | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Shuffled batches for training, of one fixed shape, in a new order every epoch.
+    """Returns shuffled batches for training, of one fixed shape, in a new order every epoch.
 
-    The order depends on `seed` and the number of texts alone. An epoch has
-    `len(labels) // batch_size` batches; the texts left over are others in every epoch. The
-    iterator's position is saved by `get_state()`, a small JSON-serialisable dictionary, and
-    restored by `set_state(state)` on an iterator made with the same arguments; the batches that
-    follow are those of an uninterrupted run.
+    The order depends only on `seed` and the number of texts. An epoch has
+    `len(labels) // batch_size` batches. The texts that do not fill a batch are left out; every
+    epoch leaves out others. `get_state()` returns the position of the iterator as a small
+    dictionary for JSON. `set_state(state)` restores it on an iterator made with the same arguments,
+    and the following batches are those of an uninterrupted run.
 
     Args:
-        tokens: What to batch.
+        tokens: The texts.
         labels: One label per text.
         batch_size: Texts per batch.
         seed: Seed of the shuffling, 0 <= seed < 2**32.
-        num_epochs: How often to go through the texts; None: without end.
+        num_epochs: Number of passes over the texts. None repeats them without end.
 
     Returns:
         An iterator of `{"input_ids": int32 (batch, token), "attention_mask": int32 (batch, token),
         "label": int32 (batch,), "weight": float32 (batch,)}`, with weight 1 throughout.
 
     Raises:
-        ValueError: The labels do not fit the texts, or there are fewer texts than `batch_size`.
+        ValueError: The labels do not match the texts, or there are fewer texts than `batch_size`.
 
     Example:
         >>> tokens = TokenizedText(
@@ -133,7 +134,7 @@ def train_batches(
             f"{len(labels)} texts do not fill a batch of {batch_size}: choose a smaller batch_size"
         )
     dataset = grain.MapDataset.range(len(labels)).seed(seed).shuffle()
-    # Batch before repeating: a batch then never mixes two epochs.
+    # Batches are made before repeating, so that no batch mixes two epochs.
     dataset = dataset.batch(batch_size, drop_remainder=True).repeat(num_epochs)
     return _iterator(dataset, tokens, labels)
 
@@ -141,13 +142,13 @@ def train_batches(
 def eval_batches(
     tokens: TokenizedText, labels: Int32[np.ndarray, " text"], batch_size: int
 ) -> grain.DatasetIterator[Batch]:
-    """Batches for evaluation, in order, every text once, all of one fixed shape.
+    """Returns batches for evaluation, of one fixed shape, with every text once and in order.
 
-    The last batch is filled up with copies of the first text at weight 0, so a mean over all texts
-    is `sum(weight * value) / sum(weight)`. Otherwise as `train_batches`.
+    The last batch is filled up with copies of the first text that have weight 0, so the mean over
+    all texts is `sum(weight * value) / sum(weight)`. The arrays are those of `train_batches`.
 
     Raises:
-        ValueError: The labels do not fit the texts, or `batch_size` is below 1.
+        ValueError: The labels do not match the texts, or `batch_size` is below 1.
 
     Example:
         >>> tokens = TokenizedText(
@@ -174,7 +175,7 @@ def _check(tokens: TokenizedText, labels: np.ndarray, batch_size: int) -> None:
 def _iterator(
     indices: grain.MapDataset[np.ndarray], tokens: TokenizedText, labels: np.ndarray
 ) -> grain.DatasetIterator[Batch]:
-    """Looks up batches of indices; an index past the last text is padding."""
+    """Looks up batches of indices. An index past the last text is padding."""
 
     def look_up(index: np.ndarray) -> Batch:
         is_text = index < len(labels)
@@ -186,6 +187,6 @@ def _iterator(
             "weight": is_text.astype(np.float32),
         }
 
-    # No reading threads: the arrays are in memory and a batch is one look-up.
+    # No reading threads are needed: the arrays are in memory and a batch is one look-up.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(indices.map(look_up).to_iter_dataset(options))

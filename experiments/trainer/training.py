@@ -15,9 +15,9 @@ from flax import nnx
 from tqdm import tqdm
 
 import dora_jax as dora
-from experiments.tasks.text import EVAL_BATCH, eval_batches, train_batches
 from experiments.tasks.metrics import MetricsWriter
 from experiments.tasks.task import Examples, Task
+from experiments.tasks.text import EVAL_BATCH, eval_batches, train_batches
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -161,8 +161,7 @@ def fit(
 
 def _print_validation(bar: Any, epoch: str, values: dict[str, float]) -> None:
     bar.write(
-        f"epoch {epoch}: validation "
-        f"loss {values['loss']:.4f}, accuracy {values['accuracy']:.4f}",
+        f"epoch {epoch}: validation loss {values['loss']:.4f}, accuracy {values['accuracy']:.4f}",
         file=sys.stdout,
     )
 

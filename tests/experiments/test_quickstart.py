@@ -13,8 +13,8 @@ from flax import nnx
 
 import dora_jax as dora
 from experiments import quickstart
-from experiments.tasks.metrics import read_metrics
 from experiments.models.huggingface import load_bert
+from experiments.tasks.metrics import read_metrics
 
 
 def _adapter(folder: Path) -> dict[str, np.ndarray]:

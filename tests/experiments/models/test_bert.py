@@ -12,14 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.models.bert import (
-    BertClassifier,
-    BertConfig,
-    BertConfigError,
-    BertEncoder,
-    masked_mean,
-    position_ids,
-)
+from experiments.models.bert import BertConfig, BertEncoder, position_ids
+from experiments.models.bert_classifier import BertClassifier, masked_mean
+from experiments.models.config_file import ModelConfigError
 
 BERT = BertConfig(
     vocab_size=50,
@@ -231,8 +226,8 @@ def test_config_survives_json_and_optional_fields_fall_back(tmp_path):
     ("changes", "message"),
     [
         ({"model_type": ..., "hidden_size": ...}, "missing model_type, hidden_size"),
-        ({"model_type": "deberta"}, "model_type 'deberta' is not known"),
-        ({"hidden_act": "swish"}, "hidden_act 'swish' is not known"),
+        ({"model_type": "deberta"}, "model_type 'deberta' is not implemented"),
+        ({"hidden_act": "swish"}, "hidden_act 'swish' is not implemented"),
         ({"position_embedding_type": "relative_key"}, "only 'absolute' is implemented"),
         ({"is_decoder": True}, "is_decoder is True"),
         ({"num_attention_heads": 5}, "hidden_size 16 is not a multiple"),
@@ -246,7 +241,7 @@ def test_config_survives_json_and_optional_fields_fall_back(tmp_path):
 )
 def test_config_that_cannot_be_served_is_refused_with_its_file(tmp_path, changes, message):
     path = stored_config(tmp_path, **changes)
-    with pytest.raises(BertConfigError, match=message) as caught:
+    with pytest.raises(ModelConfigError, match=message) as caught:
         BertConfig.from_json(path)
     assert str(path) in str(caught.value)
 
@@ -256,8 +251,8 @@ def test_config_file_that_is_missing_or_not_json_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="a Hugging Face checkpoint folder holds"):
         BertConfig.from_json(path)
     path.write_text('{"model_type": "bert", ')
-    with pytest.raises(BertConfigError, match="not valid JSON"):
+    with pytest.raises(ModelConfigError, match="not valid JSON"):
         BertConfig.from_json(path)
     path.write_text("[1, 2]")
-    with pytest.raises(BertConfigError, match="one JSON object"):
+    with pytest.raises(ModelConfigError, match="one JSON object"):
         BertConfig.from_json(path)

@@ -19,8 +19,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import dora_jax as dora
-from experiments.tasks.download import DownloadError, minilm_folder
-from experiments.models.bert import BertEncoder, masked_mean
+from experiments.models.bert import BertEncoder
+from experiments.models.bert_classifier import masked_mean
 from experiments.models.huggingface import (
     CheckpointError,
     load_bert,
@@ -28,6 +28,7 @@ from experiments.models.huggingface import (
     save_bert,
     save_llama,
 )
+from experiments.tasks.download import DownloadError, minilm_folder
 
 FIXTURES = pathlib.Path(__file__).parents[2] / "fixtures" / "bert"
 MODELS = pytest.mark.parametrize("name", ["bert_tiny", "roberta_tiny"])

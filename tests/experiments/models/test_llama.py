@@ -15,8 +15,9 @@ import pytest
 from flax import nnx
 
 import dora_jax as dora
+from experiments.models.config_file import ModelConfigError
 from experiments.models.llama import Llama, rotary_frequencies, rotate
-from experiments.models.llama_config import LlamaConfig, LlamaConfigError, RopeScaling
+from experiments.models.llama_config import LlamaConfig, RopeScaling
 
 CONFIG = LlamaConfig(
     vocab_size=40,
@@ -282,7 +283,7 @@ def test_rotary_fields_are_read_where_older_and_newer_transformers_write_them(tm
 )
 def test_what_is_not_implemented_is_refused_by_name(tmp_path, changes, message):
     path = stored_config(tmp_path, **changes)
-    with pytest.raises(LlamaConfigError, match=message) as caught:
+    with pytest.raises(ModelConfigError, match=message) as caught:
         LlamaConfig.from_json(path)
     assert str(path) in str(caught.value)
 
@@ -293,5 +294,5 @@ def test_a_file_that_is_no_config_is_named(tmp_path):
         LlamaConfig.from_json(path)
     for text, message in {"{": "not valid JSON", "[]": "one JSON object"}.items():
         path.write_text(text)
-        with pytest.raises(LlamaConfigError, match=message):
+        with pytest.raises(ModelConfigError, match=message):
             LlamaConfig.from_json(path)

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer
 
-from experiments.tasks.download import DownloadError
 from experiments.models.huggingface import load_llama
 from experiments.models.smollm import half_rotated, smollm2_folder
+from experiments.tasks.download import DownloadError
 
 SENTENCE = (
     "The capital of France is Paris, which lies on the river Seine. It is one of the most visited "

@@ -1,0 +1,43 @@
+"""Layers that the models have in common, made with one initialisation and one pair of dtypes."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from flax import nnx
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+# Cached, because some Flax layers keep their initialiser as an attribute, and jit compiles a model
+# again when that is another function.
+_normal = functools.cache(nnx.initializers.normal)
+
+
+class LayerFactory:
+    """Makes the layers of one model.
+
+    Args:
+        config: Has `hidden_size` and `initializer_range`, the standard deviation of kernels.
+        dtype: Compute dtype of the layers.
+        param_dtype: Dtype of their parameters.
+        rngs: Stream `params`, and `dropout` for training.
+    """
+
+    def __init__(
+        self, config: Any, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.config = config
+        self.init = _normal(config.initializer_range)
+        self.common: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+    def linear(self, in_features: int, out_features: int, *, bias: bool = True) -> nnx.Linear:
+        """Returns a linear layer with a normally distributed kernel."""
+        return nnx.Linear(
+            in_features, out_features, use_bias=bias, kernel_init=self.init, **self.common
+        )
+
+    def embed(self, count: int) -> nnx.Embed:
+        """Returns a table of `count` embeddings of `hidden_size` features."""
+        return nnx.Embed(count, self.config.hidden_size, embedding_init=self.init, **self.common)
