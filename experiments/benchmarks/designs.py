@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from experiments.benchmarks.timing import Times, time_in_turn
@@ -134,20 +135,23 @@ TRAINED = ("a", "b", "m")
 
 def make_layers(width: int, rank: int, depth: int) -> list[Layer]:
     """Returns random layers whose B is not zero and whose magnitude is not the norm."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int, spread: float) -> np.ndarray:
+        return spread * rng.standard_normal(shape, np.float32)
+
     layers = []
-    for key in jax.random.split(jax.random.key(0), depth):
-        keys = jax.random.split(key, 4)
-        kernel = jax.random.normal(keys[0], (width, width)) / width**0.5
-        norm = jnp.linalg.norm(kernel, axis=0)
-        layers.append(
-            {
-                "kernel": kernel,
-                "a": jax.random.normal(keys[1], (width, rank)) / width**0.5,
-                "b": 0.1 * jax.random.normal(keys[2], (rank, width)),
-                "m": norm * (1 + 0.1 * jax.random.normal(keys[3], (width,))),
-                "square": jnp.square(norm),
-            }
-        )
+    for _ in range(depth):
+        kernel = normal(width, width, spread=width**-0.5)
+        norm = np.linalg.norm(kernel, axis=0)
+        arrays = {
+            "kernel": kernel,
+            "a": normal(width, rank, spread=width**-0.5),
+            "b": normal(rank, width, spread=0.1),
+            "m": norm * (1 + normal(width, spread=0.1)),
+            "square": np.square(norm),
+        }
+        layers.append(jax.tree.map(jnp.asarray, arrays))
     return layers
 
 
@@ -199,7 +203,7 @@ class Measurement:
 def measure(width: int, rank: int, depth: int, tokens: int, rounds: int) -> dict[str, Measurement]:
     """Times the gradients of all designs in turn."""
     trained, frozen = split(make_layers(width, rank, depth))
-    x = jax.random.normal(jax.random.key(1), (tokens, width))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((tokens, width), np.float32))
     compiled = {d: jax.jit(gradient(d)).lower(trained, frozen, x).compile() for d in DESIGNS}
     grads = {design: run(trained, frozen, x) for design, run in compiled.items()}
     times = time_in_turn(

@@ -1,14 +1,16 @@
 """Checkpoints and data that several tests of the experiments use."""
 
+import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
+from experiments.models.smollm import smollm2_folder
 from experiments.tasks.download import DownloadError, minilm_folder, sarcasm_file
 from experiments.tasks.sarcasm import load_sarcasm
 
@@ -22,10 +24,13 @@ def sarcasm() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(sarcasm, tmp_path_factory) -> Path:
-    """A random BERT of two layers, with a tokenizer for its 100 tokens."""
+    """A random BERT of one layer, with a tokenizer for its 100 tokens."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(TINY_BERT / name, folder)
+    config = json.loads((TINY_BERT / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    tensors = load_file(TINY_BERT / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if ".layer.1." not in name}
+    save_file(kept, folder / "model.safetensors")
     tokenizer = BertWordPieceTokenizer()
     texts = load_sarcasm(sarcasm).train.texts
     tokenizer.train_from_iterator(texts, vocab_size=100, limit_alphabet=40, show_progress=False)
@@ -38,6 +43,13 @@ def tiny_checkpoint(sarcasm, tmp_path_factory) -> Path:
 def minilm(sarcasm) -> Path:
     """The pretrained MiniLM's folder; the texts are there too."""
     return _downloaded(minilm_folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The pretrained SmolLM2's folder."""
+    pytest.importorskip("gguf")
+    return _downloaded(smollm2_folder)
 
 
 def _downloaded(download: Callable[[], Path]) -> Path:

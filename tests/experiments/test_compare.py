@@ -48,7 +48,7 @@ def test_the_table_has_mean_and_deviation_over_the_seeds_of_the_chosen_rate(conf
         method = "full" if row["title"].startswith("full") else "dora"
         accuracies = []
         for seed in range(config.seeds):
-            run = compare.Run(config, method, row["learning_rate"], seed)
+            run = config.run_of(method, row["learning_rate"], seed)
             logits = np.load(run.folder / "test_logits.npy")
             accuracies.append(np.mean(logits.argmax(-1) == task.test.labels))
         assert row["test_accuracies"] == pytest.approx(accuracies)

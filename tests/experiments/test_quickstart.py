@@ -23,47 +23,73 @@ def _adapter(folder: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def test_it_adapts_the_real_encoder_and_leaves_what_it_says(minilm, tmp_path, capsys):
-    config = quickstart.Config(
-        run_folder=tmp_path / "run", train_examples=64, epochs=1, max_length=16
-    )
-    summary = quickstart.run(config)
+def check_run(folder, summary, printed):
+    """Checks a run's files and messages, and that its adapter did what the summary says."""
     assert summary["step_0_max_difference"] == 0.0
     assert summary["merge_max_difference"] <= 1e-5
-    # 6 layers; 4 attention and 2 feed-forward projections; rank 8; a head of two classes
-    factors = 6 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
-    magnitudes = 6 * (4 * 384 + 1536 + 384)
-    assert summary["trainable_parameters"]["lora_a"] + summary["trainable_parameters"][
-        "lora_b"
-    ] == pytest.approx(factors)
-    assert summary["trainable_parameters"]["magnitude"] == magnitudes
-    assert summary["trainable_parameters"]["saved"] == 2 * 384 + 2
     low, high = summary["test_accuracy_95"]
     assert low < summary["test_accuracy"] < high
-    folder = tmp_path / "run"
     assert json.loads((folder / "summary.json").read_text())["jax"] == jax.__version__
     for picture in ("curves.png", "layers.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     assert list(folder.glob("events.*"))
     assert [m["split"] for m in read_metrics(folder)] == ["train", "train", "validation", "test"]
-    printed = capsys.readouterr().out
     for text in ("Test accuracy", "95 %", "trainable parameters", str(folder), "Next:"):
         assert text in printed
     saved = dora.checkpoint.read_adapters(folder / "adapter").config
     assert saved.modules_to_save == ("classifier",)
-    before, after = (
-        dict(nnx.to_flat_state(nnx.state(load_bert(f)))) for f in (minilm, folder / "merged")
-    )
-    changed = {
-        path for path, leaf in before.items() if not np.array_equal(leaf[...], after[path][...])
-    }
-    assert len(changed) == 36
+
+
+def changed_kernels(folder, checkpoint):
+    """How many parameters of the encoder the run changed, all of them kernels."""
+    before, after = (dict(nnx.to_flat_state(nnx.state(load_bert(f)))) for f in (checkpoint, folder))
+    changed = [p for p, x in before.items() if not np.array_equal(x[...], after[p][...])]
     assert all(path[-1] == "kernel" for path in changed)
+    return len(changed)
 
 
-def test_an_interrupted_and_resumed_run_ends_bit_for_bit_like_an_unbroken_one(
-    tiny_checkpoint, tmp_path
-):
+def trainable(layers, hidden, intermediate, rank):
+    """Parameters of the adapters of an encoder, and of a head of two classes."""
+    factors = layers * rank * (4 * (hidden + hidden) + 2 * (hidden + intermediate))
+    magnitudes = layers * (4 * hidden + intermediate + hidden)
+    return {"factors": factors, "magnitude": magnitudes, "saved": 2 * hidden + 2}
+
+
+def check_trainable(summary, **expected):
+    counts = summary["trainable_parameters"]
+    assert counts["lora_a"] + counts["lora_b"] == expected["factors"]
+    assert (counts["magnitude"], counts["saved"]) == (expected["magnitude"], expected["saved"])
+
+
+def test_it_adapts_an_encoder_and_leaves_what_it_says(tiny_checkpoint, tmp_path, capsys):
+    folder = tmp_path / "run"
+    config = quickstart.Config(
+        run_folder=folder,
+        checkpoint=tiny_checkpoint,
+        train_examples=64,
+        epochs=1,
+        max_length=16,
+    )
+    summary = quickstart.run(config)
+    check_run(folder, summary, capsys.readouterr().out)
+    check_trainable(summary, **trainable(layers=1, hidden=32, intermediate=64, rank=8))
+    assert changed_kernels(folder / "merged", tiny_checkpoint) == 6
+    with pytest.raises(SystemExit, match="finished run"):
+        quickstart.run(config)
+
+
+@pytest.mark.full
+def test_it_adapts_the_real_encoder(minilm, tmp_path, capsys):
+    folder = tmp_path / "run"
+    config = quickstart.Config(run_folder=folder, train_examples=64, epochs=1, max_length=16)
+    summary = quickstart.run(config)
+    check_run(folder, summary, capsys.readouterr().out)
+    check_trainable(summary, **trainable(layers=6, hidden=384, intermediate=1536, rank=8))
+    assert changed_kernels(folder / "merged", minilm) == 36
+
+
+@pytest.mark.full
+def test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tiny_checkpoint, tmp_path):
     settings = {
         "checkpoint": tiny_checkpoint,
         "train_examples": 320,
@@ -103,10 +129,7 @@ def _steps_written(folder: Path) -> int:
     return file.read_text().count('"train"') if file.exists() else 0
 
 
-def test_a_finished_run_and_one_of_other_settings_are_not_overwritten(tmp_path):
+def test_a_run_of_other_settings_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="other settings"):
-        quickstart.run(quickstart.Config(run_folder=tmp_path))
-    (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(SystemExit, match="finished run"):
         quickstart.run(quickstart.Config(run_folder=tmp_path))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +10,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from experiments.models.huggingface import load_llama
-from experiments.models.smollm import half_rotated, smollm2_folder
-from experiments.tasks.download import DownloadError
+from experiments.models.smollm import half_rotated
 
 SENTENCE = (
     "The capital of France is Paris, which lies on the river Seine. It is one of the most visited "
@@ -21,29 +18,18 @@ SENTENCE = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder():
-    pytest.importorskip("gguf")
-    try:
-        return smollm2_folder()
-    except DownloadError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"needs a download: {error}")
-
-
 def nats_per_token(model, tokens):
     log_p = jax.nn.log_softmax(nnx.jit(lambda model, x: model(x))(model, tokens)[0, :-1])
     return float(-np.mean(np.asarray(log_p)[np.arange(len(tokens[0]) - 1), tokens[0, 1:]]))
 
 
-@pytest.mark.slow
-def test_a_sentence_costs_two_nats_a_token_and_more_in_the_wrong_rotary_order(folder):
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+@pytest.mark.full
+def test_a_sentence_costs_two_nats_a_token_and_more_in_the_wrong_rotary_order(smollm2):
+    tokenizer = Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
     encoding = tokenizer.encode(SENTENCE)
     assert tokenizer.decode(encoding.ids) == SENTENCE
     tokens = np.array([encoding.ids])
-    model = load_llama(folder, scan_layers=True)
+    model = load_llama(smollm2, scan_layers=True)
     assert nats_per_token(model, tokens) == pytest.approx(2.00, abs=0.005)
     assert len({leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))}) == 1
     for module in (model.layers.self_attn.q_proj, model.layers.self_attn.k_proj):

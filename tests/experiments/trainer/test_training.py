@@ -1,0 +1,110 @@
+"""The training loop: an interrupted run that is resumed ends like an unbroken one."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import dora_jax as dora
+from experiments.models.bert import BertEncoder
+from experiments.models.bert_classifier import BertClassifier
+from experiments.tasks.metrics import MetricsWriter, read_metrics
+from experiments.tasks.task import Examples
+from experiments.tasks.text import TokenizedText
+from experiments.trainer.training import Schedule, evaluate, fit, logits_of
+from tests.experiments.tiny_models import BERT, filled
+
+SCHEDULE = Schedule(1e-2, epochs=2, batch_size=4, checkpoint_every=3)
+CONFIG = dora.DoRAConfig(rank=2, modules_to_save=["classifier"])
+# One optimiser for all runs: a step of a new one is compiled again.
+TX = dora.dora_optimizer(SCHEDULE.over(10))
+
+
+def examples(count, seed):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 50, (count, 8), dtype=np.int32)
+    text = TokenizedText(tokens, np.ones_like(tokens), truncated=0)
+    return Examples(text, rng.integers(0, 2, count, dtype=np.int32))
+
+
+TASK = types.SimpleNamespace(train=examples(21, 0), validation=examples(7, 1))
+
+
+def adapted():
+    def make():
+        encoder = BertEncoder(BERT, rngs=nnx.Rngs(0))
+        model = BertClassifier(encoder, 2, rngs=nnx.Rngs(1))
+        return dora.apply_dora(model, CONFIG, rngs=nnx.Rngs(2))
+
+    model = filled(make)
+    return model, nnx.Optimizer(model, TX, wrt=dora.DoRAParam)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class StoppingWriter(MetricsWriter):
+    def write(self, step, split, values):
+        if step == 8:
+            raise Interrupted
+        super().write(step, split, values)
+
+
+def run(folder, writer=MetricsWriter):
+    """Trains in a folder, from its newest checkpoint on if it has one."""
+    model, optimizer = adapted()
+    with dora.Checkpoints(folder / "checkpoints", CONFIG) as checkpoints:
+        first = checkpoints.latest_step()
+        with writer(folder, resume_step=first and first + 1) as metrics:
+            fit(model, optimizer, TASK, SCHEDULE, metrics, checkpoints=checkpoints)
+    return model, first
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder)[0]
+
+
+def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(whole, tmp_path):
+    folder, expected = whole
+    with pytest.raises(Interrupted):
+        run(tmp_path, StoppingWriter)
+    model, first = run(tmp_path)
+    assert first == 6
+    jax.tree.map(
+        np.testing.assert_array_equal, dora.get_adapters(model), dora.get_adapters(expected)
+    )
+    assert read_metrics(tmp_path) == read_metrics(folder)
+
+
+def test_every_step_and_every_epoch_has_its_metrics(whole):
+    lines = read_metrics(whole[0])
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(1, 11))
+    validation = [line for line in lines if line["split"] == "validation"]
+    assert [line["step"] for line in validation] == [5, 10]
+    values = evaluate(whole[1], TASK.validation)
+    assert {name: validation[-1][name] for name in values} == pytest.approx(values)
+
+
+def test_evaluation_is_that_of_all_examples_without_dropout(whole):
+    _, model = whole
+    few = TASK.validation
+    logits = logits_of(model, few)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    values = evaluate(model, few)
+    assert logits.shape == (len(few), 2)
+    assert values["loss"] == pytest.approx(-log_p[np.arange(len(few)), few.labels].mean(), rel=1e-5)
+    assert values["accuracy"] == pytest.approx((logits.argmax(-1) == few.labels).mean())
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    rates = [float(SCHEDULE.over(100)(step)) for step in range(101)]
+    assert rates[0] == 0 and rates[100] == pytest.approx(0, abs=1e-9)
+    assert max(rates) == rates[10] == pytest.approx(1e-2)
+    assert (np.diff(rates[:11]) > 0).all() and (np.diff(rates[10:]) < 0).all()
