@@ -131,6 +131,8 @@ def time_steps(config: Config, task: Task) -> dict[str, dict[str, float]]:
     """
     rate = config.learning_rates[0]
     built = {m: config.run_of(m, rate, seed=0).build(task) for m in config.methods}
+    for model, _ in built.values():
+        model.train()  # as in `fit`, so that it is the same program
     tokens, labels = task.train.tokens, task.train.labels
     batches = train_batches(tokens, labels, config.batch_size, seed=0)
     seconds: dict[str, list[float]] = {method: [] for method in built}

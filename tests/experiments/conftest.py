@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
@@ -15,6 +16,15 @@ from experiments.tasks.download import DownloadError, minilm_folder, sarcasm_fil
 from experiments.tasks.sarcasm import load_sarcasm
 
 TINY_BERT = Path(__file__).parents[1] / "fixtures" / "bert" / "bert_tiny"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    """The models are tiny: compiling them well takes longer than running them as they are."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

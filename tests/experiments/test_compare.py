@@ -9,10 +9,14 @@ from experiments import compare
 from experiments.tasks.task import load_task
 
 
-@pytest.fixture(scope="module")
-def config(tiny_checkpoint, tmp_path_factory):
+@pytest.fixture(
+    scope="module",
+    params=[("dora",), pytest.param(("full", "dora"), marks=pytest.mark.full)],
+    ids=" and ".join,
+)
+def config(request, tiny_checkpoint, tmp_path_factory):
     return compare.Config(
-        methods=("full", "dora"),
+        methods=request.param,
         seeds=2,
         learning_rates=(1e-3, 1e-2),
         checkpoint=tiny_checkpoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import jax
@@ -19,6 +20,7 @@ from experiments.trainer.training import Schedule, evaluate, fit, logits_of
 from tests.experiments.tiny_models import BERT, filled
 
 SCHEDULE = Schedule(1e-2, epochs=2, batch_size=4, checkpoint_every=3)
+SHAPE = dataclasses.replace(BERT, attention_probs_dropout_prob=0.0)
 CONFIG = dora.DoRAConfig(rank=2, modules_to_save=["classifier"])
 # One optimiser for all runs: a step of a new one is compiled again.
 TX = dora.dora_optimizer(SCHEDULE.over(10))
@@ -35,23 +37,19 @@ TASK = types.SimpleNamespace(train=examples(21, 0), validation=examples(7, 1))
 
 
 def adapted():
-    def make():
-        encoder = BertEncoder(BERT, rngs=nnx.Rngs(0))
-        model = BertClassifier(encoder, 2, rngs=nnx.Rngs(1))
-        return dora.apply_dora(model, CONFIG, rngs=nnx.Rngs(2))
-
-    model = filled(make)
+    base = filled(lambda: BertClassifier(BertEncoder(SHAPE, rngs=nnx.Rngs(0)), 2, rngs=nnx.Rngs(1)))
+    model = dora.apply_dora(base, CONFIG, rngs=nnx.Rngs(2))
     return model, nnx.Optimizer(model, TX, wrt=dora.DoRAParam)
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     pass
 
 
 class StoppingWriter(MetricsWriter):
     def write(self, step, split, values):
         if step == 8:
-            raise Interrupted
+            raise InterruptionError
         super().write(step, split, values)
 
 
@@ -73,7 +71,7 @@ def whole(tmp_path_factory):
 
 def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(whole, tmp_path):
     folder, expected = whole
-    with pytest.raises(Interrupted):
+    with pytest.raises(InterruptionError):
         run(tmp_path, StoppingWriter)
     model, first = run(tmp_path)
     assert first == 6
