@@ -7,19 +7,32 @@ import pytest
 
 from experiments import compare
 from experiments.tasks.task import load_task
+from tests.experiments.tiny_task import tiny_task
 
 
 @pytest.fixture(
     scope="module",
-    params=[("dora",), pytest.param(("full", "dora"), marks=pytest.mark.full)],
-    ids=" and ".join,
+    params=["tiny task", pytest.param("headlines", marks=pytest.mark.full)],
 )
-def config(request, tiny_checkpoint, tmp_path_factory):
+def task(request):
+    """A function like `load_task`."""
+    if request.param == "headlines":
+        yield load_task
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "load_task", lambda **_: tiny_task(train=32))
+        yield compare.load_task
+
+
+@pytest.fixture(scope="module")
+def config(request, task, tmp_path_factory):
+    checkpoint = request.getfixturevalue("tiny_checkpoint") if task is load_task else None
     return compare.Config(
-        methods=request.param,
+        methods=("full", "dora"),
         seeds=2,
         learning_rates=(1e-3, 1e-2),
-        checkpoint=tiny_checkpoint,
+        rank=2,
+        checkpoint=checkpoint,
         train_examples=32,
         batch_size=16,
         max_length=12,
@@ -46,15 +59,15 @@ def test_every_method_has_each_rate_with_the_first_seed_and_all_seeds_at_the_bes
         }
 
 
-def test_the_table_has_mean_and_deviation_over_the_seeds_of_the_chosen_rate(config, printed):
-    task = load_task(max_length=12, train=32, checkpoint=config.checkpoint)
+def test_the_table_has_mean_and_deviation_over_the_seeds_of_the_chosen_rate(task, config, printed):
+    examples = task(max_length=12, train=32, checkpoint=config.checkpoint).test
     for row in json.loads((config.run_folder / "compare.json").read_text())["results"].values():
         method = "full" if row["title"].startswith("full") else "dora"
         accuracies = []
         for seed in range(config.seeds):
             run = config.run_of(method, row["learning_rate"], seed)
             logits = np.load(run.folder / "test_logits.npy")
-            accuracies.append(np.mean(logits.argmax(-1) == task.test.labels))
+            accuracies.append(np.mean(logits.argmax(-1) == examples.labels))
         assert row["test_accuracies"] == pytest.approx(accuracies)
         mean, std = 100 * np.mean(accuracies), 100 * np.std(accuracies, ddof=1)
         assert f"{row['title']} | {mean:.2f} ± {std:.2f}" in printed
@@ -73,7 +86,7 @@ def test_finished_runs_are_not_trained_again(config, printed):
 
 
 def test_runs_of_other_settings_are_not_taken_for_these(config, printed):
-    other = compare.dataclasses.replace(config, rank=4)
+    other = compare.dataclasses.replace(config, rank=1)
     with pytest.raises(SystemExit, match="other settings"):
         compare.run(other)
 

@@ -24,7 +24,7 @@ def printed(results_folder):
         case = mlp(tokens=16, rank=1, shape=MLPShape(16, 1))
         patch.setattr(scaling, "CURVES", {"rank": ("rank", lambda r: case, (1,))})
         common = ["--rounds", "2", "--results-folder", str(results_folder)]
-        steps = ["--microbatches", "2", "--methods", "lora"]
+        steps = ["--microbatches", "0", "--methods", "lora", "dora"]
         efficiency.main(["--parts", "train", "--cases", "mlp-512", *steps, *common])
         config = efficiency.Config(
             parts=("inference", "scaling"),
@@ -39,7 +39,7 @@ def test_the_report_has_what_two_commands_measured(printed, results_folder):
     results = json.loads((results_folder / "efficiency.json").read_text())
     assert set(results) == {"train", "inference", "scaling"}
     case = results["train"]["cpu"]["mlp-512"]
-    assert set(case["rows"]) == {"lora", "lora/2", "dora/2", "dora-hoisted/2"}
+    assert set(case["rows"]) == {"lora", "dora"}
     assert case["stamp"]["versions"]["jax"] == jax.__version__
     for row in case["rows"].values():
         low, high = row["seconds_quartiles"]
@@ -49,6 +49,16 @@ def test_the_report_has_what_two_commands_measured(printed, results_folder):
     for part in ("steps", "scaling"):
         picture = (results_folder / f"efficiency_{part}_cpu.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
+
+
+def test_frozen_scale_and_merged_inference_repeat_bit_for_bit_at_the_bases_cost(
+    printed, results_folder
+):
+    results = json.loads((results_folder / "efficiency.json").read_text())
+    rows = results["inference"]["cpu"]["mlp-2048"]["rows"]
+    assert all(row["repeats_bit_for_bit"] for row in rows.values())
+    assert rows["merged"]["flops_over_base"] == 1.0
+    assert rows["dora"]["flops"] > rows["dora-frozen-scale"]["flops"] > rows["base"]["flops"]
 
 
 def test_the_report_has_the_points_of_each_curve_beside_their_model(printed):

@@ -1,11 +1,19 @@
-"""Inference on this machine."""
+"""A step of several microbatches is compared with LoRA's of as many."""
+
+import pytest
 
 from experiments.benchmarks import device_runs
 from tests.experiments.tiny_models import tiny_mlp
 
 
-def test_frozen_scale_and_merged_inference_repeat_bit_for_bit_at_the_bases_cost():
-    rows = device_runs.measure_inference(tiny_mlp(), rounds=2)
-    assert all(row["repeats_bit_for_bit"] for row in rows.values())
-    assert rows["merged"]["flops_over_base"] == 1.0
-    assert rows["dora"]["flops"] > rows["dora-frozen-scale"]["flops"] > rows["base"]["flops"]
+@pytest.mark.full
+def test_each_variant_is_compared_with_lora_on_as_many_microbatches():
+    variants = ["lora-by-hand", "lora", "dora", "lora/2", "dora/2", "dora-hoisted/2"]
+    rows = device_runs.measure_training(tiny_mlp(), variants, rounds=2)
+    assert list(rows) == variants
+    assert {name for name, row in rows.items() if row["over_lora"]["median"] == 1.0} >= {
+        "lora",
+        "lora/2",
+    }
+    assert {name for name, row in rows.items() if "over_by_hand" in row} == {"lora", "dora"}
+    assert rows["dora/2"]["title"].endswith(", 2 microbatches")

@@ -70,8 +70,11 @@ def test_without_a_mask_and_types_nothing_is_padding_and_every_type_is_0():
 
 
 @MODELS
-@pytest.mark.parametrize("prefix", ["", "bert.", "roberta."])
-@pytest.mark.parametrize("old", [False, True], ids=["weight", "gamma"])
+@pytest.mark.parametrize(
+    ("prefix", "old"),
+    [("", True), ("bert.", False), ("roberta.", True)],
+    ids=["gamma", "bert.weight", "roberta.gamma"],
+)
 def test_names_with_and_without_prefix_old_and_new_give_one_model(tmp_path, name, prefix, old):
     def rename(key):
         for new_name, old_name in OLD_NAMES.items() if old else ():

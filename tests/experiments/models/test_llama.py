@@ -181,9 +181,8 @@ def test_llama_3_frequencies_are_those_of_its_description():
 )
 def test_an_adapted_model_starts_as_its_base_and_trains(scan_layers):
     base = made(LLAMA, scan_layers)
-    config = dora.DoRAConfig(rank=2, dropout=0.1, target_modules=["k_proj"])
-    rngs = nnx.Rngs(jax.random.key(1, impl="unsafe_rbg"))  # its programs compile fastest
-    model = dora.apply_dora(base, config, rngs=rngs)
+    config = dora.DoRAConfig(rank=2, target_modules=["k_proj"])
+    model = dora.apply_dora(base, config, rngs=nnx.Rngs(1))
     expected = apply(base, TOKENS)
     np.testing.assert_array_equal(apply(model, TOKENS), expected)
     diff = nnx.DiffState(0, dora.DoRAParam)
@@ -192,8 +191,6 @@ def test_an_adapted_model_starts_as_its_base_and_trains(scan_layers):
     assert len(magnitudes) == (1 if scan_layers else 2)
     assert all((np.abs(g[...]).max(-1) > 0).all() for g in magnitudes)
     dora.set_adapters(model, jax.tree.map(lambda x: x + np.float32(0.05), dora.get_adapters(model)))
-    assert not np.array_equal(apply(model, TOKENS), apply(model, TOKENS))  # dropout
-    model.eval()
     merged, adapted = apply(dora.merge(model), TOKENS), apply(model, TOKENS)
     np.testing.assert_allclose(merged, adapted, atol=1e-4)
     assert np.abs(adapted - expected).max() > 1e-2

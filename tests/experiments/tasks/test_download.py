@@ -157,7 +157,13 @@ def fetch_in_child(prelude: str = "") -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
 
 
-@pytest.mark.parametrize("prelude", KILL_POINTS.values(), ids=KILL_POINTS.keys())
+@pytest.mark.parametrize(
+    "prelude",
+    [
+        pytest.param(prelude, id=point, marks=[] if "one file" in point else [pytest.mark.full])
+        for point, prelude in KILL_POINTS.items()
+    ],
+)
 def test_killed_while_extracting_leaves_no_partial_file_and_is_redone(index, prelude):
     child = fetch_in_child(prelude)
     assert child.wait(60) == -signal.SIGKILL

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import types
-
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import dora_jax as dora
-from experiments.models.bert import BertEncoder
-from experiments.models.bert_classifier import BertClassifier
 from experiments.tasks.metrics import MetricsWriter, read_metrics
-from experiments.tasks.task import Examples
-from experiments.tasks.text import TokenizedText
 from experiments.trainer.training import Schedule, evaluate, fit, logits_of
-from tests.experiments.tiny_models import BERT, filled
+from tests.experiments.tiny_task import tiny_task
 
 SCHEDULE = Schedule(1e-2, epochs=2, batch_size=4, checkpoint_every=3)
-SHAPE = dataclasses.replace(BERT, attention_probs_dropout_prob=0.0)
 CONFIG = dora.DoRAConfig(rank=2, modules_to_save=["classifier"])
 # One optimiser for all runs: a step of a new one is compiled again.
 TX = dora.dora_optimizer(SCHEDULE.over(10))
-
-
-def examples(count, seed):
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(1, 50, (count, 8), dtype=np.int32)
-    text = TokenizedText(tokens, np.ones_like(tokens), truncated=0)
-    return Examples(text, rng.integers(0, 2, count, dtype=np.int32))
-
-
-TASK = types.SimpleNamespace(train=examples(21, 0), validation=examples(7, 1))
+TASK = tiny_task()
 
 
 def adapted():
-    base = filled(lambda: BertClassifier(BertEncoder(SHAPE, rngs=nnx.Rngs(0)), 2, rngs=nnx.Rngs(1)))
-    model = dora.apply_dora(base, CONFIG, rngs=nnx.Rngs(2))
+    model = dora.apply_dora(TASK.model(0), CONFIG, rngs=nnx.Rngs(2))
     return model, nnx.Optimizer(model, TX, wrt=dora.DoRAParam)
 
 
