@@ -23,11 +23,11 @@ from dora_jax.adapters.trees import Tree, flatten, nest, tree_shapes
 from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
-from dora_jax.errors import Path
+from dora_jax.errors import AdapterError, Path
 from dora_jax.layers.layout import Layout
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx.layers import BASE_PREFIX, base_of, plain_class
-from dora_jax.nnx.model import copy_model
+from dora_jax.nnx.model import copy_model, named_modules
 from dora_jax.nnx.variables import BaseParam, DoRAParam, nnx_values, set_nnx_values
 
 M = TypeVar("M")
@@ -264,6 +264,44 @@ def base_parameters(model: Any, params: Any = None) -> dict[Path, Any]:
     if params is None:
         raise TypeError("a Linen model needs params too: the collection, as for apply_dora")
     return flatten(meta.unbox(params))
+
+
+def parameter_tree(model: Any) -> Any:
+    """Returns the tree of a plain model's parameters, its boxes included.
+
+    Args:
+      model: an NNX model, whose `nnx.Param` and `nnx.BatchStat` are returned; or, of a Linen model,
+        the tree itself.
+
+    Raises:
+      AdapterError: the model is adapted.
+      TypeError: a Linen module is given in place of its parameters.
+    """
+    if isinstance(model, linen.Module):
+        raise TypeError("a Linen module holds no parameters: give its params collection")
+    if isinstance(model, DoRAModel):
+        raise AdapterError("this is a DoRAModel: give the parameters, merged to be saved")
+    if not isinstance(model, nnx.Module):
+        return model
+    if is_adapted(model):
+        raise AdapterError(
+            "the model is adapted: load the base before apply_dora; save it after merge"
+        )
+    return nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+
+
+def with_parameter_tree(model: M, tree: Any) -> M:
+    """Returns a copy of what `parameter_tree` was given, with other parameters."""
+    if not isinstance(model, nnx.Module):
+        return tree
+    copy = copy_model(model)
+    nnx.update(copy, tree)
+    return copy
+
+
+def modules_of(model: Any) -> dict[Path, Any]:
+    """Returns the modules of an NNX model by path; a Linen model has them in a call only."""
+    return dict(named_modules(model)) if isinstance(model, nnx.Module) else {}
 
 
 def abstract(tree: Any) -> Any:

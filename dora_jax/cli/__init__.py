@@ -1,4 +1,4 @@
-"""The command `dora-jax`, also `python -m dora_jax`: adapters on disk, without a model."""
+"""The command `dora-jax`, also `python -m dora_jax`: works on adapter folders, without a model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from dora_jax.errors import DoRAError
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status.
-
-    0: done; for `diff`: the same. 1: an error, in one line on stderr; for `diff`: different. 2: the
-    command line is wrong; for `diff` any error, as for diff(1).
+    """Runs the command.
 
     Args:
-      args: the words of the command line; those of this process by default.
+      args: the words of the command line; by default those of this process.
+
+    Returns:
+      The exit status. 0: done; for `diff`: equal. 1: an error, in one line on stderr; for `diff`:
+      different. 2: the command line is wrong; for `diff` any error, as for diff(1).
 
     Example:
       >>> main(["inspect", "no_such_folder"])
@@ -31,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
     from dora_jax.cli.commands import Command, Diff
 
     command = tyro.cli(Command, prog="dora-jax", description=DESCRIPTION, args=args)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # says again what is raised
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it repeats exceptions that are raised
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -49,11 +50,11 @@ def main(args: Sequence[str] | None = None) -> int:
     return 2 if isinstance(command, Diff) else 1
 
 
-DESCRIPTION = """DoRA adapters on disk: folders that dora_jax wrote (Orbax) and those of Hugging
-Face PEFT.
+DESCRIPTION = """Work on folders of DoRA adapters: those of dora_jax (Orbax) and of Hugging Face
+PEFT.
 
-Exit status: 0 if done, 1 if not, 2 if the command line is wrong. For diff: 0 if the two are the
-same, 1 if they differ, 2 if something went wrong."""
+Exit status: 0 if done, 1 if not, 2 if the command line is wrong. For diff: 0 if the adapters are
+equal, 1 if they differ, 2 if there was an error."""
 
 
 def _one_line(message: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,35 +16,33 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 
-class Base:
-    """The weights of a Hugging Face folder, read one by one, whatever stands before their names.
+class BaseWeights:
+    """The weights of a Hugging Face folder, read one by one.
 
-    A checkpoint of a model without a head names its modules without the part (`bert.`) that the
-    model with one puts before them.
+    A checkpoint of a model without a head names its modules without the prefix (`bert.`) that they
+    have in a model with one. Such a prefix is left out here.
 
     Args:
       folder: with safetensors files.
-      modules: the names of the modules that are looked for.
+      modules: names of the modules whose weights will be read.
+
+    Raises:
+      CheckpointError: a file is damaged or missing.
     """
 
-    def __init__(self, folder: pathlib.Path, modules: list[str]) -> None:
+    def __init__(self, folder: pathlib.Path, modules: Iterable[str]) -> None:
         opened = open_folder(folder)
         if opened.problems:
             raise CheckpointError(f"{folder}: {opened.problems[0]}")
         self.folder, self.tensors = folder, opened.tensors
-        self._strip = ""
-        if modules and not any(f"{m}.weight" in self.tensors for m in modules):
-            first = {m.partition(".")[0] for m in modules}
-            bare = [m.partition(".")[2] for m in modules]
-            if len(first) == 1 and any(f"{m}.weight" in self.tensors for m in bare):
-                self._strip = first.pop() + "."
+        self._prefix = _absent_prefix(set(modules), self.tensors)
 
     def name(self, tensor: str) -> str:
-        """Returns the name in the folder of a tensor."""
-        return tensor.removeprefix(self._strip)
+        """Returns the name that a tensor has in the folder."""
+        return tensor.removeprefix(self._prefix)
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor; raises `CheckpointError` if it is not there."""
+        """Returns the shape of a tensor; raises `CheckpointError` if there is none of that name."""
         if self.name(tensor) not in self.tensors:
             raise CheckpointError(
                 f"{self.folder} has no tensor {self.name(tensor)}, for which there is an adapter: "
@@ -58,7 +57,12 @@ class Base:
 
 
 def torch_axes(ndim: int, *, embedding: bool = False, transposed: bool = False) -> KernelAxes:
-    """Returns the axes of a torch weight: `(out, in, *window)`, of a table `(vocab, dim)`.
+    """Returns the axes of a torch weight.
+
+    Args:
+      ndim: number of its axes.
+      embedding: whether it is an embedding, `(vocab, dim)`, and not `(out, in, *window)`.
+      transposed: whether it is `(in, out)`.
 
     Example:
       >>> torch_axes(2)
@@ -67,3 +71,11 @@ def torch_axes(ndim: int, *, embedding: bool = False, transposed: bool = False) 
     if embedding or transposed:
         return KernelAxes((), (0,), (1,))
     return KernelAxes((), tuple(range(1, ndim)), (0,))
+
+
+def _absent_prefix(modules: set[str], tensors: Iterable[str]) -> str:
+    """Returns the first part of all modules' names, with a dot, if only the tensors lack it."""
+    stored = {tensor.removesuffix(".weight") for tensor in tensors if tensor.endswith(".weight")}
+    first = {module.partition(".")[0] for module in modules}
+    rest = {module.partition(".")[2] for module in modules}
+    return f"{first.pop()}." if len(first) == 1 and not modules & stored and rest & stored else ""

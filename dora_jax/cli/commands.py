@@ -11,9 +11,8 @@ import tyro
 
 from dora_jax.cli.convert import convert
 from dora_jax.cli.diff import diff
-from dora_jax.cli.inspect import inspect
+from dora_jax.cli.inspect import inspect, percent
 from dora_jax.cli.merge import merge
-from dora_jax.cli.tables import percent
 from dora_jax.names.architectures import NAME_MAPS
 from dora_jax.names.name_map import NameMap
 from dora_jax.names.torch_layout import NameMapError
@@ -29,13 +28,13 @@ Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Show what an adapter folder holds: layers, ranks, how far the magnitudes moved.
+    """Show an adapter folder: its layers, their ranks, and how far the magnitudes moved.
 
-    The drift of a magnitude is |m - ||W0||| / ||W0||, its mean and its largest over a layer.
+    The drift of a magnitude is |m - ||W0||| / ||W0||; shown are its mean and maximum over a layer.
     """
 
     folder: Folder
-    """An adapter that dora_jax or PEFT wrote, or one step of a training run's checkpoints."""
+    """An adapter folder of dora_jax or PEFT, or one step of a training run's checkpoints."""
     json: Flag = False
     """Print JSON."""
 
@@ -47,16 +46,16 @@ class Inspect:
 
 @dataclasses.dataclass(frozen=True)
 class Diff:
-    """Compare two adapters, layer by layer. Exit status as that of diff: 0 same, 1 different.
+    """Compare two adapters, layer by layer. The exit status is 0 if they are equal, else 1.
 
-    Changes are relative: of the direction ||s A B - s' A' B'||, of the magnitude ||m - m'||, over
-    the larger of the two norms.
+    Differences are relative to the larger of the two norms: ||s A B - s' A' B'|| for the direction,
+    ||m - m'|| for the magnitude.
     """
 
     first: Folder
     """An adapter folder."""
     second: Folder
-    """Another of the same format."""
+    """Another one of the same format."""
     json: Flag = False
     """Print JSON."""
 
@@ -76,20 +75,20 @@ class Convert:
     target: Target
     """The folder to write."""
     names: Names
-    """Which Hugging Face module each Flax module is; "identity" if paths are the same."""
+    """Which Hugging Face module each Flax module is; "identity" if their paths are the same."""
     flax_prefix: str = ""
-    """Path of the part of the Flax model that the names are of, such as encoder."""
+    """Path of the submodule of the Flax model that has these names, such as encoder."""
     hf_prefix: str = ""
-    """Path of that part of the Hugging Face model, such as bert."""
+    """Path of that submodule in the Hugging Face model, such as bert."""
     extra_names: tuple[str, ...] = ()
-    """Modules that the map does not have, such as classifier=classifier (Flax, Hugging Face)."""
+    """Further modules, as pairs of a Flax and a Hugging Face path, such as classifier=score."""
     base: Path | None = None
-    """Hugging Face folder of the base. An Orbax adapter is checked against it; one that is made
-    keeps its mark, and can be loaded without a warning."""
+    """Hugging Face folder of the base. An Orbax adapter is checked against it. A PEFT adapter is
+    saved with its fingerprint, so that it loads without a warning."""
     allow_base_mismatch: Flag = False
-    """Convert although the base is not the one that the adapter was trained for."""
+    """Convert an adapter that was trained for another base, too."""
     overwrite: Flag = False
-    """Exchange what is in the target."""
+    """Replace the contents of the target."""
     json: Flag = False
     """Print JSON."""
 
@@ -111,9 +110,9 @@ class Convert:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Fold an adapter into the weights of its base: a Hugging Face folder to a Hugging Face folder.
+    """Merge an adapter into the weights of its base, from one Hugging Face folder to another.
 
-    Needs no model. Weights are read, merged and written one after another.
+    No model is needed. Weights are read, merged and written one by one.
     """
 
     base: BaseFolder
@@ -125,17 +124,17 @@ class Merge:
     names: Names | None = None
     """Which Hugging Face module each Flax module is; needed for an Orbax adapter."""
     flax_prefix: str = ""
-    """Path of the part of the Flax model that the names are of, such as encoder."""
+    """Path of the submodule of the Flax model that has these names, such as encoder."""
     hf_prefix: str = ""
-    """Path of that part of the Hugging Face model, such as bert."""
+    """Path of that submodule in the Hugging Face model, such as bert."""
     extra_names: tuple[str, ...] = ()
-    """Modules that the map does not have, such as classifier=classifier (Flax, Hugging Face)."""
+    """Further modules, as pairs of a Flax and a Hugging Face path, such as classifier=score."""
     allow_base_mismatch: Flag = False
-    """Merge although the base is not the one that the adapter was trained for."""
+    """Merge an adapter that was trained for another base, too."""
     max_file_bytes: int = 2 * 10**9
-    """Size of one file of weights."""
+    """Largest size of a file of weights, in bytes."""
     overwrite: Flag = False
-    """Exchange the weights in the target."""
+    """Replace the weights in the target."""
     json: Flag = False
     """Print JSON."""
 

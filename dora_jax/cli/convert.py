@@ -6,27 +6,31 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from dora_jax import nnx as dora_nnx
 from dora_jax.checkpoint.adapters import SavedAdapters, read_adapters, save
 from dora_jax.checkpoint.fingerprint import reconcile
-from dora_jax.cli.base_weights import Base, torch_axes
+from dora_jax.cli.base_weights import BaseWeights, torch_axes
 from dora_jax.cli.folders import folder_format
-from dora_jax.cli.placeholder_model import of_peft, of_saved
+from dora_jax.cli.placeholder import adapted_placeholder, plain_placeholder
 from dora_jax.decomposition.base import FrozenBase, describe_base
-from dora_jax.errors import AdapterError, CheckpointError
+from dora_jax.errors import AdapterError, CheckpointError, Path
+from dora_jax.model import Plain
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft import folder as files
 from dora_jax.peft.config import PeftConfig
-from dora_jax.peft.keys import by_module
+from dora_jax.peft.keys import ModuleTensors, group_tensors
+from dora_jax.peft.layers import Layer, adapted_layers
+from dora_jax.peft.loading import adapt_with
 from dora_jax.peft.loading import read_adapters as read_peft
 from dora_jax.peft.saving import save_pretrained
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
+
+_describe_base = jax.jit(describe_base, static_argnames=("axes", "eps"))
 
 
 def convert(
@@ -44,84 +48,116 @@ def convert(
       source: in either format.
       target: a new folder.
       names: which Hugging Face module each Flax module is.
-      base: the Hugging Face folder of the base: an Orbax adapter is checked against it, and one
-        made from PEFT keeps its mark.
-      allow_base_mismatch: convert although the base is not the one that the adapter was trained for.
-      overwrite: exchange what is in `target`.
+      base: the Hugging Face folder of the base. An Orbax adapter is checked against it. An adapter
+        from PEFT is saved with its fingerprint.
+      allow_base_mismatch: whether to convert an adapter that was trained for another base.
+      overwrite: whether to replace the contents of `target`.
 
     Returns:
-      What was done, as JSON types.
+      A report, as JSON types.
 
     Raises:
-      DoRAError: the adapter has no form in the other format, or does not fit; names the layer.
+      DoRAError: the other format cannot represent the adapter, or the parts do not belong together;
+        names the layer.
     """
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise CheckpointError(f"{target} exists: pass --overwrite, or choose another folder")
     if folder_format(source) == "orbax":
-        saved = read_adapters(source)
-        opened = None
-        if base is not None:
-            opened = Base(base, _modules_of(saved, names))
-            _check_base(saved, names, opened, allow_base_mismatch=allow_base_mismatch)
-        save_pretrained(of_saved(saved, names, opened), target, names, adapters=saved.adapters)
+        _to_peft(source, target, names, base, allow_base_mismatch=allow_base_mismatch)
         return {"from": "orbax", "to": "peft", "path": str(target)}
-    peft_config, tensors = files.read(source)
-    _check_orientation(peft_config, tensors, names)
-    opened = None if base is None else Base(base, _peft_modules(tensors))
-    model = of_peft(tensors, names, opened)
-    tree, config = read_peft(model, source, names)
-    if base is None:
-        save(target, config, tree, overwrite=overwrite)
-    else:
-        adapted = dora_nnx.apply_dora(model, config, rngs=nnx.Rngs(0))
-        dora_nnx.set_adapters(adapted, tree)
-        save(target, adapted, config, overwrite=overwrite)
+    _to_orbax(source, target, names, base, overwrite=overwrite)
     return {"from": "peft", "to": "orbax", "path": str(target)}
 
 
-def _modules_of(saved: SavedAdapters, names: NameMap) -> list[str]:
+def _to_peft(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    names: NameMap,
+    base: pathlib.Path | None,
+    *,
+    allow_base_mismatch: bool,
+) -> None:
+    """Writes an Orbax folder as a PEFT folder."""
+    saved = read_adapters(source)
+    weights = None if base is None else BaseWeights(base, _hf_modules(saved, names))
+    model = adapted_placeholder(saved, names, weights)
+    if weights is not None:
+        layers = adapted_layers(model, names)
+        _check_base(saved, layers, weights, allow_base_mismatch=allow_base_mismatch)
+    save_pretrained(model, target, names, adapters=saved.adapters)
+
+
+def _to_orbax(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    names: NameMap,
+    base: pathlib.Path | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Writes a PEFT folder as an Orbax folder."""
+    config, tensors = files.read(source)
+    adapters, others = group_tensors(config, tensors)
+    _check_orientation(config, adapters, names)
+    weights = None if base is None else BaseWeights(base, adapters)
+    model = plain_placeholder(adapters, others, names, weights)
+    tree, own_config = read_peft(model, source, names)
+    if weights is None:
+        save(target, own_config, tree, overwrite=overwrite)
+    else:
+        adapted = adapt_with(model, tree, own_config, Plain())
+        save(target, adapted, own_config, overwrite=overwrite)
+
+
+def _hf_modules(saved: SavedAdapters, names: NameMap) -> list[str]:
+    """Returns the names of the Hugging Face modules that an Orbax folder has adapters of."""
     found = []
-    for path in saved.base:
+    for path, record in saved.base.items():
         module = names.find(".".join(path))
-        stack = np.shape(saved.base[path].norm)[: len(module.stacked)]
-        found += module.names(stack)
+        found += module.names(np.shape(record.norm)[: len(module.stacked)])
     return found
 
 
 def _check_base(
-    saved: SavedAdapters, names: NameMap, base: Base, *, allow_base_mismatch: bool
+    saved: SavedAdapters,
+    layers: Mapping[Path, Layer],
+    base: BaseWeights,
+    *,
+    allow_base_mismatch: bool,
 ) -> None:
     """Raises `AdapterError` unless the weights are those that an adapter was trained for."""
-    for path, kept in saved.base.items():
-        module = names.find(".".join(path))
-        norm, row = np.asarray(kept.norm), np.asarray(kept.first_row)
-        stack = norm.shape[: len(module.stacked)]
-        for index, name in zip(np.ndindex(*stack), module.names(stack), strict=True):
+    for path, record in saved.base.items():
+        layer = layers[path]
+        kept = [np.asarray(x) for x in (record.norm, record.first_row)]
+        for index, name in zip(
+            np.ndindex(*layer.stack), layer.module.names(layer.stack), strict=True
+        ):
             weight = base.read(f"{name}.weight")
-            table = weight.shape[-1] == norm[index].size and weight.shape[0] != norm[index].size
-            axes = torch_axes(weight.ndim, embedding=table, transposed=module.transposed)
-            own = describe_base(jnp.asarray(weight), axes, saved.config.eps)
+            axes = torch_axes(
+                weight.ndim,
+                embedding=layer.kind == "embedding",
+                transposed=layer.module.transposed,
+            )
+            own = _describe_base(jnp.asarray(weight), axes, saved.config.eps)
             in_order = FrozenBase(
-                *(jnp.asarray(module.to_hf_order(x[index].reshape(-1))) for x in (norm, row))
+                *(jnp.asarray(layer.module.to_hf_order(x[index].reshape(-1))) for x in kept)
             )
             reconcile({(name,): in_order}, {(name,): own}, allow_base_mismatch=allow_base_mismatch)
 
 
-def _check_orientation(config: PeftConfig, tensors: Mapping[str, Array], names: NameMap) -> None:
-    """Raises `AdapterError` if the name map takes GPT-2's weights for those of `nn.Linear`.
+def _check_orientation(
+    config: PeftConfig, adapters: Mapping[str, ModuleTensors], names: NameMap
+) -> None:
+    """Raises `AdapterError` if the base stores a weight as `(in, out)` and the name map does not.
 
-    The adapter's own tensors do not tell, and in a square weight nothing would tell later.
+    The adapter's own tensors do not tell the two apart, nor does a square weight.
     """
     if not config.fan_in_fan_out:
         return
-    for module, parts in by_module(tensors)[0].items():
+    for module, adapter in adapters.items():
         path = names.path(module)
-        if "A" in parts and path is not None and not names.find(path).transposed:
+        if adapter.kind != "embedding" and path is not None and not names.find(path).transposed:
             raise AdapterError(
                 f"the base stores {module}.weight as (in, out) (fan_in_fan_out), and the name map "
                 "does not say so: convert it in Python, with HFModule(..., transposed=True)"
             )
-
-
-def _peft_modules(tensors: Mapping[str, Array]) -> list[str]:
-    return list(by_module(tensors)[0])

@@ -1,4 +1,4 @@
-"""`dora-jax diff`: how two adapters of one format differ."""
+"""`dora-jax diff`: the differences between two adapters of one format."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 import numpy as np
 
 from dora_jax.cli.folders import AdapterFolder, LayerAdapter, norm_of, read_folder
-from dora_jax.cli.tables import number, percent, table
+from dora_jax.cli.inspect import number, percent, table
 from dora_jax.errors import AdapterError
 
-# What an adapter computes does not depend on these fields of a configuration.
-_NOT_ACTING = {
+# Fields of a configuration that do not change what a trained adapter computes.
+_WITHOUT_EFFECT = {
     *("dropout", "norm_gradient", "init", "target_modules", "exclude_modules", "adapter_dtype"),
     *("lora_dropout", "base_model_name_or_path", "task_type", "inference_mode"),
 }
 
 
 def diff(one: pathlib.Path, other: pathlib.Path) -> tuple[dict[str, Any], str]:
-    """Returns how two adapters differ, as JSON types and as text.
+    """Returns the differences between two adapters, as JSON types and as text.
 
     Raises:
-      AdapterError: they are of two formats.
+      AdapterError: they are in different formats.
     """
     a, b = read_folder(one), read_folder(other)
     if a.format != b.format:
         raise AdapterError(
-            f"{one} is of the format {a.format} and {other} of {b.format}: convert one of them "
+            f"{one} is in the format {a.format} and {other} in {b.format}: convert one of them "
             "first (dora-jax convert)"
         )
     layers = _compare_layers(a, b)
@@ -37,21 +37,22 @@ def diff(one: pathlib.Path, other: pathlib.Path) -> tuple[dict[str, Any], str]:
         for name in sorted({*a.config, *b.config})
         if a.config.get(name) != b.config.get(name)
     }
-    saved = {name: _change(a.saved.get(name), b.saved.get(name)) for name in {*a.saved, *b.saved}}
+    names = sorted({*a.saved, *b.saved})
+    saved = {name: _change(a.saved.get(name), b.saved.get(name)) for name in names}
+    in_first, in_second = _only(a, b), _only(b, a)
     equal = (
         all(row["equal"] for row in layers)
         and all(change == 0 for change in saved.values())
-        and not fields.keys() - _NOT_ACTING
+        and not (in_first or in_second or fields.keys() - _WITHOUT_EFFECT)
     )
     report = {
         "equal": equal,
-        "only_in_first": _only(a, b),
-        "only_in_second": _only(b, a),
+        "only_in_first": in_first,
+        "only_in_second": in_second,
         "config": fields,
         "layers": layers,
-        "saved": dict(sorted(saved.items())),
+        "saved": saved,
     }
-    report["equal"] = equal and not report["only_in_first"] and not report["only_in_second"]
     return report, _text(report)
 
 
@@ -82,7 +83,7 @@ def _row(one: LayerAdapter, other: LayerAdapter) -> dict[str, Any]:
 
 
 def _same_product(one: LayerAdapter, other: LayerAdapter) -> bool:
-    """Whether the factors as they act are the same, what they started from included."""
+    """Whether the factors of the change are equal: those trained, and those they started from."""
     pairs = ((one.a, other.a), (one.b, other.b))
     return all(
         x is y or (x is not None and y is not None and np.array_equal(x, y)) for x, y in pairs
@@ -102,7 +103,7 @@ def _direction(one: LayerAdapter, other: LayerAdapter) -> float | None:
 
 
 def _change(one: Any, other: Any) -> float | None:
-    """Returns `||x - y||` over the larger norm; None if one is missing or of another shape."""
+    """Returns `||x - y||` over the larger norm; None if one is missing or their shapes differ."""
     if one is None or other is None or np.shape(one) != np.shape(other):
         return None
     x, y = np.asarray(one, np.float64), np.asarray(other, np.float64)

@@ -10,43 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dora_jax.adapters.groups import count_parameters
-from dora_jax.adapters.trees import flatten, get_in
+from dora_jax.adapters.groups import ADAPTER_ARRAYS, count_parameters
+from dora_jax.adapters.trees import flatten
 from dora_jax.checkpoint.adapters import SavedAdapters, read_adapters
+from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
-from dora_jax.errors import CheckpointError, Path
+from dora_jax.errors import AdapterError, CheckpointError, Path, layer_name
 from dora_jax.peft import folder as files
 from dora_jax.peft.config import FILE as PEFT_CONFIG
 from dora_jax.peft.config import PeftConfig
-from dora_jax.peft.keys import PREFIX
+from dora_jax.peft.keys import ModuleTensors, group_tensors
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-# PEFT's tensors of one adapted module, and ours.
-_PARTS = {
-    "lora_A.weight": "lora_a",
-    "lora_B.weight": "lora_b",
-    "lora_embedding_A": "lora_a",
-    "lora_embedding_B": "lora_b",
-    "lora_magnitude_vector.weight": "magnitude",
-    "lora_magnitude_vector": "magnitude",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class LayerAdapter:
-    """One layer's adapter, in float64, its axes joined to one of each kind.
+    """One layer's adapter, its axes of each kind flattened into one.
 
     Attributes:
-      path: dotted; of the Hugging Face module in a PEFT folder.
+      path: dotted; in a PEFT folder, of the Hugging Face module.
       rank, alpha, scaling: of the low-rank product.
-      a, b: `(stack, in, r)` and `(stack, r, out)`; None for a magnitude alone, or where the shapes
-        do not tell stack from rank.
-      magnitude: in the shape it has in the file.
-      norm: of the frozen kernel, where it is known.
-      parameters: how many are trained.
-      arrays: as they are in the file.
+      a, b: float64, `(stack, in, r)` and `(stack, r, out)`; None for a magnitude alone.
+      magnitude: float64, in the shape it has in the file.
+      norm: of the frozen kernel, float64; None where it is not known.
+      arrays: as they are in the file, by name.
     """
 
     path: str
@@ -57,8 +46,12 @@ class LayerAdapter:
     b: Array | None
     magnitude: Array | None
     norm: Array | None
-    parameters: int
     arrays: Mapping[str, Array]
+
+    @property
+    def parameters(self) -> int:
+        """The number of trained parameters."""
+        return sum(x.size for x in self.arrays.values())
 
     def product_norm(self) -> float | None:
         """Returns the Frobenius norm of `s A B`."""
@@ -74,12 +67,12 @@ class LayerAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFolder:
-    """What a folder holds.
+    """The contents of an adapter folder.
 
     Attributes:
       path: of the folder.
       format: "orbax" or "peft".
-      version: of the dora_jax that wrote it, if one did.
+      version: of the dora_jax that wrote it; None if PEFT did.
       config: the configuration as plain JSON types.
       layers: the adapted layers, in order of their paths.
       saved: arrays of modules trained in full, by dotted path.
@@ -110,7 +103,7 @@ def folder_format(folder: str | pathlib.Path) -> str:
     """
     path = pathlib.Path(folder)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder")
+        raise CheckpointError(f"{path} is not a folder")
     return "peft" if (path / PEFT_CONFIG).is_file() else "orbax"
 
 
@@ -137,104 +130,96 @@ def norm_of(a: Array, b: Array) -> float:
     return float(np.linalg.norm(np.linalg.qr(a, mode="r") @ b))
 
 
-def _from_orbax(path: pathlib.Path, saved: SavedAdapters, size: int) -> AdapterFolder:
+def layer_arrays(saved: SavedAdapters) -> tuple[dict[Path, dict[str, Array]], dict[Path, Array]]:
+    """Returns the arrays of every adapted layer by path and name, and all others by path."""
     flat = flatten(saved.adapters)
-    names = ("lora_a", "lora_b", "magnitude")
     layers: dict[Path, dict[str, Array]] = {}
-    for p, x in flat.items():
-        if p[-1] in names:
-            layers.setdefault(p[:-1], {})[p[-1]] = x
-    rest = {".".join(p): x for p, x in flat.items() if p[:-1] not in layers}
+    for path, x in sorted(flat.items()):
+        if path[-1] in ADAPTER_ARRAYS:
+            layers.setdefault(path[:-1], {})[path[-1]] = x
+    return layers, {path: x for path, x in flat.items() if path[:-1] not in layers}
+
+
+def kernel_axes(saved: SavedAdapters, path: Path, arrays: Mapping[str, Array]) -> KernelAxes:
+    """Returns the axes of a layer's kernel.
+
+    Adapters that were saved without their model do not tell them, unless there are only two.
+
+    Raises:
+      AdapterError: the axes are not known; names the layer.
+    """
+    if path in saved.axes:
+        return saved.axes[path]
+    if arrays["lora_a"].ndim == arrays["lora_b"].ndim == 2:
+        return KernelAxes((), (0,), (1,))
+    raise AdapterError(
+        f"{layer_name(path)}: the adapters were saved without their model, so it is not known "
+        "which of its axes are stack, in or out axes: save them with it, save(path, model, ...)"
+    )
+
+
+def _from_orbax(path: pathlib.Path, saved: SavedAdapters, size: int) -> AdapterFolder:
+    layers, rest = layer_arrays(saved)
     rows = []
-    for p, arrays in sorted(layers.items()):
-        settings, base = saved.config.layer_settings(p), saved.base.get(p)
-        a, b = _joined(arrays, base, stack_axes(saved, p))
+    for layer_path, arrays in layers.items():
+        settings, base = saved.config.layer_settings(layer_path), saved.base.get(layer_path)
+        a, b = _factors(saved, layer_path, arrays, base)
         rows.append(
             LayerAdapter(
-                ".".join(p),
-                settings.rank,
-                settings.alpha,
-                settings.scaling,
-                a,
-                b,
-                _float64(arrays.get("magnitude")),
-                _float64(None if base is None else base.norm),
-                sum(x.size for x in arrays.values()),
-                arrays,
+                path=".".join(layer_path),
+                rank=settings.rank,
+                alpha=settings.alpha,
+                scaling=settings.scaling,
+                a=a,
+                b=b,
+                magnitude=_float64(arrays.get("magnitude")),
+                norm=_float64(None if base is None else base.norm),
+                arrays=arrays,
             )
         )
+    others = {".".join(name): x for name, x in rest.items()}
     config = saved.config.to_dict()
-    return AdapterFolder(str(path), "orbax", saved.version, config, rows, rest, size)
+    return AdapterFolder(str(path), "orbax", saved.version, config, rows, others, size)
 
 
 def _from_peft(path: pathlib.Path, size: int) -> AdapterFolder:
     config, tensors = files.read(path)
-    layers: dict[str, dict[str, Array]] = {}
-    rest = {}
-    for key, x in tensors.items():
-        name = key.removeprefix(PREFIX)
-        part = next((p for p in _PARTS if name.endswith(f".{p}")), None)
-        if part is None:
-            rest[name] = x
-        else:
-            layers.setdefault(name.removesuffix(f".{part}"), {})[_PARTS[part]] = x
-    rows = [_peft_layer(config, name, arrays) for name, arrays in sorted(layers.items())]
+    adapters, others = group_tensors(config, tensors)
+    rows = [_peft_layer(config, adapter) for _, adapter in sorted(adapters.items())]
     fields = dataclasses.asdict(config)
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-    return AdapterFolder(str(path), "peft", None, fields, rows, rest, size)
+    return AdapterFolder(str(path), "peft", None, fields, rows, others, size)
 
 
-def _peft_layer(config: PeftConfig, name: str, arrays: dict[str, Array]) -> LayerAdapter:
-    if not {"lora_a", "lora_b"} <= arrays.keys():
-        raise CheckpointError(f"{PREFIX}{name}: lora_A or lora_B is missing: fetch the file again")
-    rank, alpha = config.rank(name), config.alpha(name)
-    a, b = (_float64(arrays[key]) for key in ("lora_a", "lora_b"))
-    assert a is not None and b is not None
-    if a.shape[0] != rank or b.size % rank or b.shape[1] != rank:
-        raise CheckpointError(
-            f"{PREFIX}{name}: lora_A is {a.shape} and lora_B {b.shape}, but {PEFT_CONFIG} makes "
-            f"the rank {rank}: the two files do not belong together"
-        )
+def _peft_layer(config: PeftConfig, adapter: ModuleTensors) -> LayerAdapter:
+    rank, alpha = config.rank(adapter.module), config.alpha(adapter.module)
+    arrays = adapter.arrays
     return LayerAdapter(
-        name,
-        rank,
-        alpha,
-        alpha / (math.sqrt(rank) if config.use_rslora else rank),
-        a.reshape(rank, -1).T[None],
-        b.reshape(-1, rank).T[None],
-        _float64(arrays.get("magnitude")),
-        None,
-        sum(x.size for x in arrays.values()),
-        arrays,
+        path=adapter.module,
+        rank=rank,
+        alpha=alpha,
+        scaling=alpha / (math.sqrt(rank) if config.use_rslora else rank),
+        a=arrays["lora_a"].astype(np.float64).reshape(rank, -1).T[None],
+        b=arrays["lora_b"].astype(np.float64).reshape(-1, rank).T[None],
+        magnitude=_float64(arrays.get("magnitude")),
+        norm=None,
+        arrays=arrays,
     )
 
 
-def _joined(
-    arrays: Mapping[str, Array], base: FrozenBase | None, axis: int | None
+def _factors(
+    saved: SavedAdapters, path: Path, arrays: Mapping[str, Array], base: FrozenBase | None
 ) -> tuple[Array | None, Array | None]:
-    """Returns the factors as they act, `(stack, in, r)` and `(stack, r, out)`."""
+    """Returns the factors of the change `A B - A0 B0`: `(stack, in, r)` and `(stack, r, out)`."""
     if "lora_a" not in arrays:
         return None, None
-    a, b = (_float64(arrays[name]) for name in ("lora_a", "lora_b"))
-    assert a is not None and b is not None
-    if axis is None:
-        return None, None
+    stack = len(kernel_axes(saved, path, arrays).stack)
+    a, b = (arrays[name].astype(np.float64) for name in ("lora_a", "lora_b"))
     if base is not None and base.init_a is not None:
         a = np.concatenate([a, np.float64(base.init_a)], axis=-1)
-        b = np.concatenate([b, -np.float64(base.init_b)], axis=axis)
-    stack = math.prod(a.shape[:axis])
-    return a.reshape(stack, -1, a.shape[-1]), b.reshape(stack, b.shape[axis], -1)
-
-
-def stack_axes(saved: SavedAdapters, path: Path) -> int | None:
-    """Returns how many stack axes lead a layer's arrays; None if nothing in the folder says so.
-
-    A folder that was saved with its model says it. Without, two axes of `lora_a` leave no stack.
-    """
-    if path in saved.axes:
-        return len(saved.axes[path].stack)
-    arrays = get_in(saved.adapters, path, "the adapters")
-    return 0 if all(np.ndim(arrays[n]) == 2 for n in ("lora_a", "lora_b") if n in arrays) else None
+        b = np.concatenate([b, -np.float64(base.init_b)], axis=stack)
+    slices = math.prod(a.shape[:stack])
+    return a.reshape(slices, -1, a.shape[-1]), b.reshape(slices, b.shape[stack], -1)
 
 
 def _float64(x: Any) -> Array | None:

@@ -1,16 +1,16 @@
-"""`dora-jax inspect`: what an adapter folder holds."""
+"""`dora-jax inspect`: a summary of an adapter folder; and the tables that commands print."""
 
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from dora_jax.cli.folders import AdapterFolder, LayerAdapter, read_folder
-from dora_jax.cli.tables import number, percent, size, table
 
 
 def inspect(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
-    """Returns what a folder holds, as JSON types and as text."""
+    """Returns a summary of an adapter folder, as JSON types and as text."""
     found = read_folder(folder)
     report = {
         "path": found.path,
@@ -23,6 +23,49 @@ def inspect(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
         "saved": {name: list(x.shape) for name, x in sorted(found.saved.items())},
     }
     return report, _text(found, report)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a text table, its first column aligned to the left and the others to the right.
+
+    Example:
+      >>> print(table(("layer", "rank"), [("q_proj", "8")]))
+      layer   rank
+      q_proj     8
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    )
+
+
+def number(x: float | None) -> str:
+    """Returns a number with four digits; a dash for None."""
+    return "-" if x is None else f"{x:.4g}"
+
+
+def percent(x: float | None) -> str:
+    """Returns a share in per cent; a dash for None."""
+    return "-" if x is None else f"{x:.2%}"
+
+
+def size(count: int) -> str:
+    """Returns a number of bytes, in units of a power of 1000.
+
+    Example:
+      >>> size(1_380_000)
+      '1.38 MB'
+    """
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}"
 
 
 def _row(layer: LayerAdapter) -> dict[str, Any]:
@@ -64,6 +107,6 @@ def _text(found: AdapterFolder, report: dict[str, Any]) -> str:
     lines += ["", f"{counts['total']:,} trained parameters in {len(rows)} layers"]
     if found.layers and all(layer.norm is None for layer in found.layers):
         lines.append(
-            "The drift of the magnitudes is not known: the folder has no norms of its base."
+            "The drift of the magnitudes is not known: the folder does not hold its base's norms."
         )
     return "\n".join(lines)

@@ -1,40 +1,37 @@
-"""`dora-jax merge`: an adapter folded into the weights of its base, folder to folder."""
+"""`dora-jax merge`: an adapter merged into the weights of its base, folder to folder."""
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import tempfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dora_jax.cli.base_weights import Base, torch_axes
+from dora_jax.cli.base_weights import BaseWeights, torch_axes
 from dora_jax.cli.convert import convert
 from dora_jax.cli.folders import folder_format
-from dora_jax.config import DoRAConfig
+from dora_jax.config import DoRAConfig, LayerSettings
+from dora_jax.decomposition.axes import Adapter, KernelAxes
 from dora_jax.decomposition.base import describe_base
 from dora_jax.decomposition.merge import merge_kernel
 from dora_jax.errors import AdapterError, CheckpointError
 from dora_jax.huggingface.files import save_tensors, weight_files
-from dora_jax.huggingface.safetensors import FLOATS, StoredTensor
-from dora_jax.huggingface.saving import copy_companions, whole_folder
+from dora_jax.huggingface.safetensors import DTYPES
+from dora_jax.huggingface.saving import complete_folder, copy_companions
 from dora_jax.names.architectures import NAME_MAPS
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft import folder as files
 from dora_jax.peft.config import PeftConfig
-from dora_jax.peft.keys import by_module
+from dora_jax.peft.keys import ModuleTensors, group_tensors
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
-
-_INTEGERS = {
-    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
-    "BOOL": np.dtype(bool),
-}
 
 
 def merge(
@@ -47,22 +44,22 @@ def merge(
     allow_base_mismatch: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes a Hugging Face folder of the base with the adapter folded into its weights.
+    """Writes a Hugging Face folder of the base with the adapter merged into its weights.
 
-    Weights are read, merged and written one after another, each in the base's dtype: the host holds
-    those of one file.
+    Weights are read, merged and written one by one, each in the base's dtype. The host holds those
+    of one file.
 
     Args:
       base: a Hugging Face folder with safetensors files.
       adapter: in either format.
       target: a new folder.
       names: which Hugging Face module each Flax module is; needed for an Orbax adapter.
-      max_file_bytes: of one file that is written.
-      allow_base_mismatch: merge although the base is not the one that the adapter was trained for.
-      overwrite: exchange the weights in `target`.
+      max_file_bytes: the largest size of a file.
+      allow_base_mismatch: whether to merge an adapter that was trained for another base.
+      overwrite: whether to replace the weights in `target`.
 
     Returns:
-      What was done, as JSON types.
+      A report, as JSON types.
 
     Raises:
       DoRAError: the adapter does not fit the base; names the layer or tensor.
@@ -72,41 +69,24 @@ def merge(
     if weight_files(target) and not overwrite:
         raise CheckpointError(f"{target} holds weights: pass --overwrite, or another folder")
     config, tensors = _as_peft(base, adapter, names, allow_base_mismatch=allow_base_mismatch)
-    layers, extra = by_module(tensors)
-    opened = Base(base, list(layers))
-    extra = _without_tables(opened, extra)
-    _check_merge(opened, config, layers, extra)
-    replaced = {opened.name(name): x for name, x in extra.items()}
-    merging = {opened.name(f"{module}.weight"): module for module in layers}
-    sizes = {name: tensor.nbytes for name, tensor in opened.tensors.items()}
-    for name, x in replaced.items():
-        dtype = FLOATS[opened.tensors[name].dtype] if name in opened.tensors else x.dtype
-        replaced[name] = x.astype(dtype)
-        sizes[name] = replaced[name].nbytes
-    lost: dict[str, float] = {}
-
-    def make(name: str) -> Array:
-        if name in replaced:
-            return replaced[name]
-        if name not in merging:
-            return _read_any(opened, name)
-        module = merging[name]
-        weight, lost[module] = _merge_weight(
-            opened.read(f"{module}.weight"), layers[module], config, module
-        )
-        if not np.isfinite(weight).all():
-            raise AdapterError(f"{name} is not finite as {weight.dtype} once it is merged")
-        return weight
-
-    with whole_folder(target) as partial:
+    adapters, others = group_tensors(config, tensors)
+    weights = BaseWeights(base, adapters)
+    replaced = _replaced_tensors(weights, others)
+    _check_fits(weights, adapters)
+    merged = {weights.name(f"{module}.weight"): adapter for module, adapter in adapters.items()}
+    sizes = {name: tensor.nbytes for name, tensor in weights.tensors.items()}
+    sizes |= {name: x.nbytes for name, x in replaced.items()}
+    rounding_loss: dict[str, float] = {}
+    make = functools.partial(_make_tensor, weights, config, merged, replaced, rounding_loss)
+    with complete_folder(target) as partial:
         save_tensors(partial, sizes, make, max_file_bytes)
         copy_companions(base, partial, set())
     return {
         "path": str(target),
-        "merged": sorted(merging),
+        "merged": sorted(merged),
         "replaced": sorted(replaced),
-        "copied": len(sizes) - len(merging) - len(replaced),
-        "rounded_away": {module: lost[module] for module in sorted(lost)},
+        "copied": len(sizes) - len(merged) - len(replaced),
+        "rounded_away": dict(sorted(rounding_loss.items())),
     }
 
 
@@ -127,76 +107,60 @@ def _as_peft(
         return files.read(converted)
 
 
-def _check_merge(
-    base: Base,
-    config: PeftConfig,
-    layers: Mapping[str, Mapping[str, Array]],
-    extra: Mapping[str, Array],
-) -> None:
-    """Raises before anything is written if a layer or its shape is not the base's."""
-    for module, parts in layers.items():
-        shape = base.shape(f"{module}.weight")
-        a, b = (parts.get(n, parts.get(f"embedding_{n}")) for n in ("A", "B"))
-        if a is None or b is None:
-            raise AdapterError(f"{module}: lora_A or lora_B is missing: fetch the adapter again")
-        if ("magnitude_vector" in parts) != config.use_dora:
-            raise AdapterError(
-                f"{module}: use_dora is {config.use_dora}, the magnitude is "
-                f"{'missing' if config.use_dora else 'there'}: the two files do not belong together"
-            )
-        if (a.shape[0], b.shape[1]) != 2 * (rank := config.rank(module),):
-            raise AdapterError(
-                f"{module}: the configuration says rank {rank}, lora_A has {a.shape[0]} and lora_B "
-                f"{b.shape[1]}: the two files do not belong together"
-            )
-        magnitude = parts.get("magnitude_vector")
-        if magnitude is not None and magnitude.size != b.shape[0]:
-            raise AdapterError(
-                f"{module}: the magnitude has {magnitude.size} features, lora_B {b.shape[0]}"
-            )
-        sizes = a.shape[1:], b.shape[0]
-        embedding = "embedding_A" in parts
-        if embedding and _is_tied(base):
-            raise AdapterError(
-                f"{module} is adapted, and the base's head uses the same table, which would change "
-                "where PEFT leaves it: this adapter cannot be merged"
-            )
-        wanted = {(sizes[0][0], sizes[1])} if embedding or a.ndim == 2 else set()
-        wanted |= set() if embedding else {(sizes[1], *sizes[0])}
-        fits = shape in wanted
-        if not fits:
-            raise AdapterError(
-                f"{module}: the adapter is of {sizes[0]} in and {sizes[1]} out features, the "
-                f"base's weight has shape {shape}: is it the base it was trained for?"
-            )
-    for name, x in extra.items():
-        tensor = base.tensors.get(base.name(name))
-        if tensor is not None and tensor.shape != x.shape:
-            raise AdapterError(f"{name} has shape {x.shape}, in the base {tensor.shape}")
+def _replaced_tensors(base: BaseWeights, others: Mapping[str, Array]) -> dict[str, Array]:
+    """Returns the tensors of modules trained in full, by their names in the base's folder.
 
-
-def _without_tables(base: Base, extra: Mapping[str, Array]) -> dict[str, Array]:
-    """Leaves out the frozen weights that PEFT saves with adapted tables and heads.
+    PEFT also saves the frozen weights of adapted embeddings and heads. They are left out.
 
     Raises:
-      AdapterError: one is not the base's: the vocabulary was resized, or it was trained.
+      AdapterError: a tensor does not have the base's shape; or a frozen weight is not the base's,
+        because the vocabulary was resized, or it was trained.
     """
-    rest = {}
-    for name, x in extra.items():
-        if ".base_layer." not in name:
-            rest[name] = x
+    replaced = {}
+    for tensor, x in others.items():
+        if ".base_layer." in tensor:
+            own = tensor.replace(".base_layer.", ".")
+            weight = base.read(own)
+            if not np.array_equal(x.astype(weight.dtype), weight):
+                raise AdapterError(
+                    f"{tensor} in the adapter is not {own} of the base: the vocabulary was "
+                    "resized, or the table was trained. Merge it in PEFT (merge_and_unload)"
+                )
             continue
-        own = name.replace(".base_layer.", ".")
-        weight = base.read(own)
-        if not np.array_equal(x.astype(weight.dtype), weight):
+        stored = base.tensors.get(name := base.name(tensor))
+        if stored is not None and stored.shape != x.shape:
             raise AdapterError(
-                f"{name} in the adapter is not {own} of the base: the vocabulary was resized, or "
-                "the table was trained. Merge it in PEFT (merge_and_unload)"
+                f"{tensor} has shape {x.shape}, in the base {stored.shape}: is it the base that "
+                "the adapter was trained for?"
             )
-    return rest
+        replaced[name] = x if stored is None else x.astype(DTYPES[stored.dtype])
+    return replaced
 
 
-def _is_tied(base: Base) -> bool:
+def _check_fits(base: BaseWeights, adapters: Mapping[str, ModuleTensors]) -> None:
+    """Raises before anything is written if an adapter is not of one of the base's weights."""
+    for module, adapter in adapters.items():
+        shape, arrays = base.shape(f"{module}.weight"), adapter.arrays
+        inputs, outputs = arrays["lora_a"].shape[1:], len(arrays["lora_b"])
+        if adapter.kind == "embedding":
+            possible = {(*inputs, outputs)}
+            if _is_tied(base):
+                raise AdapterError(
+                    f"{module} is adapted, and the base's head uses the same table, which would "
+                    "change with it, but not in PEFT: this adapter cannot be merged"
+                )
+        else:
+            possible = {(outputs, *inputs)}
+            if adapter.kind == "linear":  # its weight may be transposed, as GPT-2's
+                possible.add((*inputs, outputs))
+        if shape not in possible:
+            raise AdapterError(
+                f"{module}: the adapter has {inputs} in and {outputs} out features, the base's "
+                f"weight has shape {shape}: is it the base that the adapter was trained for?"
+            )
+
+
+def _is_tied(base: BaseWeights) -> bool:
     """Whether a language model's head uses the table of its embeddings."""
     if any(name.endswith(("lm_head.weight", "decoder.weight")) for name in base.tensors):
         return False
@@ -206,41 +170,50 @@ def _is_tied(base: Base) -> bool:
     return bool(config.get("tie_word_embeddings")) or "LM" in classes or "Generation" in classes
 
 
-def _merge_weight(
-    weight: Array, parts: Mapping[str, Array], config: PeftConfig, module: str
-) -> tuple[Array, float]:
+def _make_tensor(
+    base: BaseWeights,
+    config: PeftConfig,
+    merged: Mapping[str, ModuleTensors],
+    replaced: Mapping[str, Array],
+    rounding_loss: dict[str, float],
+    name: str,
+) -> Array:
+    """Returns a tensor of the merged folder, and notes its module's rounding loss."""
+    if name in replaced:
+        return replaced[name]
+    weight = base.tensors[name].read()
+    if name not in merged:
+        return weight
+    module = merged[name].module
+    weight, rounding_loss[module] = _merge_weight(weight, merged[name], config)
+    if not np.isfinite(weight).all():
+        raise AdapterError(
+            f"{name} is not finite as {weight.dtype} once it is merged: use a base in a wider dtype"
+        )
+    return weight
+
+
+def _merge_weight(weight: Array, adapter: ModuleTensors, config: PeftConfig) -> tuple[Array, float]:
     """Returns a merged weight, and the share of the change that its dtype rounds away."""
-    embedding = "embedding_A" in parts
-    a, b = (parts.get(n, parts.get(f"embedding_{n}")) for n in ("A", "B"))
-    assert a is not None and b is not None
-    rank, alpha = config.rank(module), config.alpha(module)
+    rank, alpha = config.rank(adapter.module), config.alpha(adapter.module)
+    a, b = adapter.arrays["lora_a"], adapter.arrays["lora_b"]
     transposed = config.fan_in_fan_out
-    if weight.ndim == 2 and weight.shape[0] != weight.shape[1]:  # some of a model's layers may be
+    if weight.ndim == 2 and weight.shape[0] != weight.shape[1]:
+        # PEFT's field is one for all layers, of which only some may be transposed.
         transposed = weight.shape == (a.shape[1], b.shape[0])
-    axes = torch_axes(weight.ndim, embedding=embedding, transposed=transposed)
-    own = DoRAConfig(
+    axes = torch_axes(weight.ndim, embedding=adapter.kind == "embedding", transposed=transposed)
+    settings = DoRAConfig(
         rank=rank, alpha=alpha, use_rslora=config.use_rslora, decompose=config.use_dora
     ).layer_settings(())
-    adapter = {"lora_a": jnp.moveaxis(jnp.asarray(a), 0, -1), "lora_b": b.reshape(-1, rank).T}
+    arrays = {"lora_a": np.moveaxis(a, 0, -1), "lora_b": b.reshape(-1, rank).T}
     if config.use_dora:
-        adapter["magnitude"] = parts["magnitude_vector"].reshape(-1)
-    kernel = jnp.asarray(weight)
-    merged, lost = merge_kernel(own, kernel, adapter, describe_base(kernel, axes, own.eps), axes)
-    return np.asarray(merged), float(lost)
+        arrays["magnitude"] = adapter.arrays["magnitude"].reshape(-1)
+    merged, loss = _merge_kernel(settings, jnp.asarray(weight), arrays, axes)
+    return np.asarray(merged), float(loss)
 
 
-def _read_any(base: Base, name: str) -> Array:
-    """Reads a tensor that is copied as it is; it may be of integers."""
-    stored = base.tensors[name]
-    if stored.dtype in FLOATS:
-        return stored.read()
-    if stored.dtype not in _INTEGERS:
-        raise CheckpointError(f"{name} is of {stored.dtype}, which cannot be copied")
-    data = np.fromfile(
-        stored.file, _INTEGERS[stored.dtype], offset=stored.start, count=_count(stored)
-    )
-    return data.reshape(stored.shape)
-
-
-def _count(stored: StoredTensor) -> int:
-    return int(np.prod(stored.shape))
+@functools.partial(jax.jit, static_argnames=("settings", "axes"))
+def _merge_kernel(
+    settings: LayerSettings, kernel: jax.Array, adapter: Adapter, axes: KernelAxes
+) -> tuple[jax.Array, jax.Array]:
+    return merge_kernel(settings, kernel, adapter, describe_base(kernel, axes, settings.eps), axes)

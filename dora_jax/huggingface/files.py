@@ -1,7 +1,7 @@
 """The tensors of a Hugging Face checkpoint folder: safetensors, in one file or in several.
 
-A folder holds `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with an index
-that says which tensor is in which file. Nothing is unpickled.
+A folder holds `model.safetensors`; or `model-00001-of-00003.safetensors` and so on, with an index
+of the file that each tensor is in. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ INDEX = "model.safetensors.index.json"
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """What the headers of a checkpoint folder's files say.
+    """The headers of a checkpoint folder's files.
 
     Attributes:
       weights: the file that holds the tensors, or the index.
       tensors: by name.
-      lost: names of tensors in files that cannot be read.
-      problems: a line for everything that is wrong.
+      unreadable: names of tensors in files that cannot be read.
+      problems: a line for every problem.
     """
 
     weights: pathlib.Path
     tensors: dict[str, StoredTensor]
-    lost: set[str]
+    unreadable: set[str]
     problems: list[str]
 
 
@@ -47,23 +47,23 @@ def open_folder(path: pathlib.Path) -> Folder:
 
     Raises:
       FileNotFoundError: there is no folder, or no weights in it.
-      CheckpointError: the weights are pickled, or the only file, or the index, cannot be read.
+      CheckpointError: the weights are pickled; or the only file, or the index, cannot be read.
     """
     files = _files(path)
     if isinstance(files, str):
         try:
-            return Folder(path / files, read_header(path / files), set(), [])
+            return Folder(path / files, read_header(path / files).tensors, set(), [])
         except CheckpointError as error:
             raise CheckpointError(f"{path / files} is {error}") from error
     tensors: dict[str, StoredTensor] = {}
-    lost: set[str] = set()
+    unreadable: set[str] = set()
     problems: list[str] = []
     for file, listed in sorted(files.items()):
         try:
-            found = read_header(path / file)
+            found = read_header(path / file).tensors
         except CheckpointError as error:
             problems.append(f"{file}: {error} It has {len(listed)} of the tensors.")
-            lost |= listed
+            unreadable |= listed
             continue
         absent = listed - found.keys()
         problems += [f"{name}: not in {file}, where {INDEX} has it." for name in sorted(absent)]
@@ -71,9 +71,9 @@ def open_folder(path: pathlib.Path) -> Folder:
             f"{name}: in {tensors[name].file.name} and in {file}. Delete one of them."
             for name in sorted(found.keys() & tensors.keys())
         ]
-        lost |= absent
+        unreadable |= absent
         tensors |= found
-    return Folder(path / INDEX, tensors, lost, problems)
+    return Folder(path / INDEX, tensors, unreadable, problems)
 
 
 def save_tensors(
@@ -85,10 +85,10 @@ def save_tensors(
     """Writes tensors into an empty folder, with an index if they take several files.
 
     Args:
-      folder: where.
-      sizes: the bytes of each tensor, by name.
-      make: returns a tensor by name; those of one file are held at once.
-      max_file_bytes: of a file, unless a single tensor is larger.
+      folder: where to write.
+      sizes: the number of bytes of each tensor, by name.
+      make: returns a tensor by name. Those of one file are held at once.
+      max_file_bytes: the largest size of a file, unless a single tensor is larger.
     """
     files = _distribute(sizes, max_file_bytes)
     weight_map: dict[str, str] = {}
@@ -96,7 +96,8 @@ def save_tensors(
         file = FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
         tensors = {name: _contiguous(make(name)) for name in names}
         safetensors().numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # it would be its writer's alone
+        # save_file lets only the file's owner read it.
+        (folder / file).chmod(folder.stat().st_mode & 0o666)
         weight_map |= dict.fromkeys(names, file)
         del tensors  # before the next file's are made
     if len(files) > 1:
@@ -119,13 +120,13 @@ def assign(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."])
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files of a folder that hold weights, or say where they are."""
+    """Returns the files of a folder that hold weights, and their index."""
     patterns = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def _files(folder: pathlib.Path) -> str | dict[str, set[str]]:
-    """Returns the only file of a folder, or the tensors that the index has for each of several."""
+    """Returns the folder's only file; or the names of the tensors in each of several files."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give a Hugging Face checkpoint folder.")
     if (folder / FILE).is_file():
@@ -145,6 +146,7 @@ def _files(folder: pathlib.Path) -> str | dict[str, set[str]]:
 
 
 def _read_index(path: pathlib.Path) -> dict[str, set[str]]:
+    """Returns the names of the tensors in each file of an index."""
     damaged = f"{path} is damaged: it must be a JSON object with a weight_map from tensors to files"
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -153,9 +155,9 @@ def _read_index(path: pathlib.Path) -> dict[str, set[str]]:
         raise CheckpointError(f"{damaged} ({error!r}). Fetch it again.") from error
     files: dict[str, set[str]] = {}
     for name, file in entries:
-        # A path out of the folder is none that Hugging Face writes.
+        # Hugging Face writes no path that leads out of the folder.
         if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-            raise CheckpointError(f"{damaged}; {name} is said to be in {file!r}. Fetch it again.")
+            raise CheckpointError(f"{damaged}; it has {name} in {file!r}. Fetch it again.")
         files.setdefault(file, set()).add(name)
     if not files:
         raise CheckpointError(f"{damaged}; it is empty. Fetch it again.")

@@ -1,11 +1,12 @@
 """Reading a Hugging Face checkpoint folder into the parameters of a Flax model.
 
-Parameters are filled one by one, a stacked one slice by slice, each in its own dtype and sharding.
+Parameters are filled one by one, in their own dtype and sharding; a stacked one slice by slice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import re
@@ -29,7 +30,26 @@ if TYPE_CHECKING:
 
 M = TypeVar("M")
 logger = logging.getLogger(__name__)
-_LONG = 2**30  # bytes; what takes longer to read shows its progress
+_LONG = 2**30  # bytes, above which a progress bar is shown
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorRules:
+    r"""How the tensors of a folder differ from those that a model's name map expects.
+
+    Attributes:
+      rename: gives a tensor of the folder the name that the name map has for it.
+      unused: tensors that are not read: a regular expression for the whole name, and the reason.
+      tied: tensors that equal another one, by name. Each may be missing. One that is there and no
+        parameter must be equal.
+
+    Example:
+      >>> rules = TensorRules(unused={r"pooler\..*": "hidden states are pooled in another way"})
+    """
+
+    rename: Callable[[str], str] = str
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def load_checkpoint(
@@ -37,106 +57,87 @@ def load_checkpoint(
     model: M,
     names: NameMap,
     *,
+    rules: TensorRules | None = None,
     shardings: Any = None,
     axes: Mapping[str, KernelAxes] | None = None,
-    rename: Callable[[str], str] | None = None,
-    unused: Mapping[str, str] | None = None,
-    tied: Mapping[str, str] | None = None,
     progress: bool | None = None,
 ) -> M:
     """Returns a model, or a tree of parameters, filled from a Hugging Face checkpoint folder.
 
-    Give a model of shapes (`nnx.eval_shape`, `jax.eval_shape`), so that nothing is initialised to
-    be thrown away. Beside the parameters themselves, the host holds one of them at a time, and one
-    tensor; each process reads what its own devices need.
+    Give an abstract model (`nnx.eval_shape`), so that no array is initialised in vain. Besides the
+    parameters read so far, the host holds one more and one tensor. Each process reads what its own
+    devices need.
 
     Args:
       folder: holds `model.safetensors`, or several files and `model.safetensors.index.json`, of any
         float dtype.
       model: an NNX model that is not adapted (its `nnx.Param` and `nnx.BatchStat` are filled), or
-        the parameters of a Linen one. Each parameter keeps its dtype, and the sharding that its
-        array or `jax.ShapeDtypeStruct` has.
-      names: which tensor is which parameter.
-      shardings: one `jax.sharding.Sharding` for all parameters, or a tree of them as that of the
-        parameters (`nnx.get_named_sharding`), in place of the parameters' own.
-      axes: of kernels by dotted path, as one layer has them, where in or out axes are several. An
-        NNX model's are known.
-      rename: gives a tensor of the folder the name that `names` has for it.
-      unused: tensors that are not read: a regular expression for the whole name, and why.
-      tied: names of tensors that are the same as another one: each may be missing, and must be
-        equal if it is there and no parameter.
-      progress: whether to show a bar; by default on a terminal, for more than 1 GB, if tqdm is
-        installed.
+        the parameters of a Linen one. Each parameter keeps its dtype, and the sharding of its array
+        or `jax.ShapeDtypeStruct`.
+      names: which tensor each parameter is.
+      rules: how the folder's tensors differ from those of `names`.
+      shardings: one `jax.sharding.Sharding` for all parameters, or a tree of them in the structure
+        of the parameters (`nnx.get_named_sharding`). Replaces the parameters' own.
+      axes: the axes of kernels with several in or out axes, without stack axes, by dotted path.
+        Those of an NNX model are known.
+      progress: whether to show a bar. By default it is shown on a terminal, for more than 1 GB, if
+        tqdm is installed.
 
     Raises:
       FileNotFoundError: there is no such folder, or no weights in it.
       CheckpointError: tensors are missing, unknown, of another shape, not of floating point, or not
-        finite in the parameter's dtype; files are missing or truncated: names all of them. Or
-        the weights are pickled.
+        finite in the parameter's dtype; or files are missing or truncated. Names all of them. Also
+        if the weights are pickled.
       NameMapError: the map lacks a module.
       AdapterError: the model is adapted.
 
     Example:
       >>> import tempfile
       >>> from dora_jax.huggingface import save_checkpoint
-      >>> from flax import nnx
       >>> names = NameMap({"up": "mlp.up_proj"})
-      >>> class Model(nnx.Module):
-      ...     def __init__(self, rngs):
-      ...         self.up = nnx.Linear(4, 3, rngs=rngs)
+      >>> params = {"up": {"kernel": np.ones((4, 3), np.float32)}}
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     save_checkpoint(f"{folder}/mlp", Model(nnx.Rngs(0)), names)
-      ...     abstract = nnx.eval_shape(lambda: Model(nnx.Rngs(0)))
-      ...     load_checkpoint(f"{folder}/mlp", abstract, names).up.kernel.shape
+      ...     save_checkpoint(f"{folder}/mlp", params, names)
+      ...     load_checkpoint(f"{folder}/mlp", params, names)["up"]["kernel"].shape
       (4, 3)
     """
-    folder = pathlib.Path(folder)
     parameters = parameters_of(model, shardings=shardings, axes=axes)
-    stored = open_folder(folder)
+    stored = open_folder(pathlib.Path(folder))
     wanted = {name for parameter in parameters for name in parameter.tensors(names)}
-    found, problems = _match(stored, wanted, rename, unused or {}, tied or {})
+    found, problems = _match(stored, wanted, rules or TensorRules())
     with _bar(found, progress) as advance:
-        values = []
-        for parameter in parameters:
-            values.append(_fill(parameter, names, found, problems, advance))
+        values = [_fill(parameter, names, found, problems, advance) for parameter in parameters]
     if problems:
-        listing = "\n  ".join(problems)
-        raise CheckpointError(
-            f"{stored.weights} does not hold the parameters of this model:\n  {listing}"
-        )
+        listing = "\n  ".join(("", *problems))
+        raise CheckpointError(f"{stored.weights} does not hold this model's parameters:{listing}")
     return replace_parameters(model, values)
 
 
 def _match(
-    stored: Folder,
-    wanted: set[str],
-    rename: Callable[[str], str] | None,
-    unused: Mapping[str, str],
-    tied: Mapping[str, str],
+    stored: Folder, wanted: set[str], rules: TensorRules
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """Finds the stored tensor of every wanted name.
 
     Returns:
-      The tensors by name, and a line for every name without a tensor and tensor without a use.
+      The tensors by name, and a line for every name without a tensor and every unknown tensor.
     """
-    rename = rename or (lambda key: key)
     found: dict[str, StoredTensor] = {}
     keys: dict[str, str] = {}
     problems = list(stored.problems)
     for key, tensor in stored.tensors.items():
-        name = rename(key)
+        name = rules.rename(key)
         if name in keys:
             problems.append(f"{key}: holds the same parameter as {keys[name]}. Delete one of them.")
-        elif name in wanted or name in tied:
+        elif name in wanted or name in rules.tied:
             keys[name], found[name] = key, tensor
-        elif why := next((why for part, why in unused.items() if re.fullmatch(part, name)), None):
-            logger.info("%s is not used: %s", key, why)
+        elif reason := _reason_unused(name, rules):
+            logger.info("%s is not used: %s", key, reason)
         else:
             problems.append(
                 f"{key}: no parameter of the model. Correct its configuration (the number of "
                 "layers?), or delete the tensor."
             )
-    for name, other in tied.items():
+    for name, other in rules.tied.items():
         if name in wanted and other in found:
             found.setdefault(name, found[other])
         elif name in found and not (other in found and _equal(found.pop(name), found[other])):
@@ -146,9 +147,14 @@ def _match(
             )
     problems += [
         f"{name}: missing. Fetch the file again, or correct the model's configuration."
-        for name in sorted(wanted - found.keys() - set(map(rename, stored.lost)))
+        for name in sorted(wanted - found.keys() - set(map(rules.rename, stored.unreadable)))
     ]
     return found, problems
+
+
+def _reason_unused(name: str, rules: TensorRules) -> str | None:
+    matching = (reason for part, reason in rules.unused.items() if re.fullmatch(part, name))
+    return next(matching, None)
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
@@ -164,7 +170,7 @@ def _fill(
     problems: list[str],
     advance: Callable[[int], None],
 ) -> jax.Array | None:
-    """Reads a parameter; None if something is wrong, which is added to `problems`."""
+    """Reads a parameter. Returns None if there is a problem, which is added to `problems`."""
     regions = parameter.regions()
     buffers = {key: aligned_empty(region.shape, parameter.dtype) for key, region in regions.items()}
     wrong = []
@@ -172,7 +178,7 @@ def _fill(
         places = {key: region.slice_of(one.index) for key, region in regions.items()}
         tensor = found.get(one.tensor)
         if tensor is None:
-            wrong.append("")  # named by _match
+            wrong.append("")  # _match has named it
         elif tensor.dtype not in FLOATS:
             wrong.append(
                 f"{one.tensor}: dtype {tensor.dtype}; only floating point is read. Save the model "
@@ -198,7 +204,7 @@ def _fill(
 
 
 def _assign(buffer: Any, where: tuple[Any, ...], value: Any) -> bool:
-    """Casts a value into a part of a buffer; returns whether it is finite there."""
+    """Casts a value into a part of a buffer. Returns whether the result is finite."""
     part = buffer[(*where, ...)]
     with np.errstate(over="ignore", invalid="ignore"):
         assign(part, value)
@@ -206,7 +212,7 @@ def _assign(buffer: Any, where: tuple[Any, ...], value: Any) -> bool:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
-    """Returns an empty array that JAX on a CPU takes over without a copy."""
+    """Returns an empty array that JAX on a CPU uses without a copy, for its alignment."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
@@ -217,7 +223,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:
 def _bar(
     found: Mapping[str, StoredTensor], progress: bool | None
 ) -> Iterator[Callable[[int], None]]:
-    """Gives a function that moves a progress bar on by some bytes."""
+    """Yields a function that advances a progress bar by a number of bytes."""
     total = sum(tensor.nbytes for tensor in found.values())
     if not (total > _LONG if progress is None else progress):
         yield lambda count: None
@@ -231,7 +237,7 @@ def _bar(
             ) from error
         yield lambda count: None
         return
-    # Of itself the bar is shown on a terminal only, so that logs stay readable.
+    # tqdm's None shows the bar on a terminal only, so that logs stay readable.
     shown = None if progress is None else not progress
     with tqdm(total=total, unit="B", unit_scale=True, desc="Reading", disable=shown) as bar:
 

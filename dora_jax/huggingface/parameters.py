@@ -1,4 +1,4 @@
-"""The parameters of a model of either front end as slices that stand for Hugging Face tensors."""
+"""The parameters of a model, and the Hugging Face tensors that hold them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
-from dora_jax import linen as dora_linen
-from dora_jax import nnx as dora_nnx
+from dora_jax.adapters.trees import flatten_tree
 from dora_jax.decomposition.axes import KernelAxes
-from dora_jax.errors import AdapterError, CheckpointError, LayoutError
+from dora_jax.errors import CheckpointError, LayoutError
 from dora_jax.layers.conv import ConvLayout
 from dora_jax.layers.dense import EmbedLayout
 from dora_jax.layers.registry import find_layout
+from dora_jax.model import modules_of, parameter_tree, with_parameter_tree
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -25,20 +25,17 @@ if TYPE_CHECKING:
     from dora_jax.names.name_map import NameMap
 
 
-_NNX_PARAMETERS = (nnx.Param, nnx.BatchStat)
-
-
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A part of a parameter that is one tensor: all of it, or one index of its stack axes.
+    """The part of a parameter that one tensor holds: all of it, or one index of its stack axes.
 
     Attributes:
       tensor: the tensor's name.
       tensor_shape: its shape.
-      path: of the parameter of that layer alone, dotted.
+      path: the dotted path that the parameter of this one layer has where layers are numbered.
       shape: of that parameter.
-      index: where it stands in the stack.
-      axes: of a kernel with several in or out axes.
+      index: the position in the stack.
+      axes: of a kernel with several in or out axes; else None.
     """
 
     tensor: str
@@ -74,9 +71,14 @@ class Region:
         return tuple(stop - start for start, stop in self.bounds)
 
     def slice_of(self, index: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[slice, ...]] | None:
-        """Returns where a slice's part stands in the region, and which part of the slice it is.
+        """Returns where the region holds a slice of the stack.
 
-        None if the region holds nothing of the slice.
+        Args:
+          index: of the slice, in the parameter's stack.
+
+        Returns:
+          The slice's index in the region, and the part of the slice that is there. None if the
+          region holds nothing of the slice.
         """
         stack = self.bounds[: len(index)]
         if any(not start <= i < stop for i, (start, stop) in zip(index, stack, strict=True)):
@@ -91,9 +93,9 @@ class Parameter:
 
     Attributes:
       path: dotted.
-      value: an array or its shape and dtype.
-      sharding: where it is to be.
-      axes: of a kernel with several in or out axes, as one layer has it.
+      value: an array, or its shape and dtype.
+      sharding: the sharding that its new array gets; None for the default device.
+      axes: of a kernel with several in or out axes, without its stack axes; else None.
     """
 
     path: str
@@ -112,7 +114,7 @@ class Parameter:
         return self.value.dtype
 
     def tensors(self, names: NameMap) -> list[str]:
-        """Returns the names of the tensors that make it up."""
+        """Returns the names of the tensors that hold it."""
         return names.tensor_names(self.path, self._stack(names))
 
     def slices(self, names: NameMap) -> Iterator[Slice]:
@@ -123,10 +125,9 @@ class Parameter:
         numbered = names.find(module).names(stack)
         for index, theirs in zip(np.ndindex(*stack), numbered, strict=True):
             path = f"{names.path(theirs)}.{name}" if stack else self.path
-            # What the slice becomes says which shape its tensor has.
-            example = np.broadcast_to(np.empty((), np.uint8), shape)
-            ((tensor, made),) = names.to_hf(path, example, self.axes).items()
-            yield Slice(tensor, made.shape, path, shape, index, self.axes)
+            (tensor,) = names.tensor_names(path)
+            tensor_shape = names.tensor_shape(path, shape, self.axes)
+            yield Slice(tensor, tensor_shape, path, shape, index, self.axes)
 
     def regions(self) -> dict[Any, Region]:
         """Returns the distinct parts of the parameter that this process's devices hold."""
@@ -137,7 +138,11 @@ class Parameter:
         return {(bounds := self._bounds(index)): Region(bounds) for index in indices}
 
     def place(self, buffers: Mapping[Any, np.ndarray]) -> jax.Array:
-        """Returns the parameter made of the values of its regions."""
+        """Returns the parameter's array.
+
+        Args:
+          buffers: the value of each region, by the keys of `regions`.
+        """
         if self.sharding is None:
             (value,) = buffers.values()
             return jax.block_until_ready(jax.device_put(value))  # jnp.asarray would copy
@@ -147,10 +152,10 @@ class Parameter:
             for device, index in devices.items()
         ]
         array = jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
-        return jax.block_until_ready(array)  # so that the host's buffers can go
+        return jax.block_until_ready(array)  # so that the host's buffers can be freed
 
     def check_concrete(self) -> None:
-        """Raises `CheckpointError` if the value is not at hand."""
+        """Raises `CheckpointError` if the value is abstract, or spread over several processes."""
         if isinstance(self.value, jax.ShapeDtypeStruct):
             raise CheckpointError(f"{self.path} is a shape without a value: nothing to write")
         if isinstance(self.value, jax.Array) and not self.value.is_fully_addressable:
@@ -172,11 +177,14 @@ def parameters_of(
 ) -> list[Parameter]:
     """Returns the parameters of an NNX model or of a tree, in the order of its leaves.
 
+    Arguments are those of `load_checkpoint`.
+
     Raises:
       AdapterError: the model is adapted.
+      CheckpointError: `shardings` lacks a parameter.
     """
-    axes = {**_nnx_axes(model), **(axes or {})}
-    flat = _flatten(_tree(model))
+    axes = {**_several_axes(model), **(axes or {})}
+    flat = _flatten(parameter_tree(model))
     if isinstance(shardings, jax.sharding.Sharding):
         placed: Mapping[str, Any] = dict.fromkeys(flat, shardings)
     else:
@@ -191,27 +199,9 @@ def parameters_of(
 
 def replace_parameters(model: Any, values: Sequence[Any]) -> Any:
     """Returns a copy of a model or tree with other values, in the order of `parameters_of`."""
-    tree = _tree(model)
-    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_leaf)
+    leaves, structure = jax.tree.flatten(parameter_tree(model), is_leaf=_is_leaf)
     new = [_with_value(leaf, value) for leaf, value in zip(leaves, values, strict=True)]
-    filled = jax.tree.unflatten(structure, new)
-    if not isinstance(model, nnx.Module):
-        return filled
-    copy = nnx.merge(*nnx.split(model), copy=True)
-    nnx.update(copy, filled)
-    return copy
-
-
-def _tree(model: Any) -> Any:
-    if isinstance(model, nnx.Module):
-        if dora_nnx.adapted_layers(model):
-            raise AdapterError(
-                "the model is adapted: load the base before apply_dora; save it after merge"
-            )
-        return nnx.state(model, nnx.Any(*_NNX_PARAMETERS))
-    if isinstance(model, dora_linen.DoRAModel):
-        raise AdapterError("this is a DoRAModel: give the parameters, merged to be saved")
-    return model
+    return with_parameter_tree(model, jax.tree.unflatten(structure, new))
 
 
 def _is_leaf(x: Any) -> bool:
@@ -220,13 +210,10 @@ def _is_leaf(x: Any) -> bool:
 
 def _flatten(tree: Any) -> dict[str, Any]:
     """Returns the values of a tree's leaves by dotted path, out of their boxes."""
-    flat = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
-        path = ".".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
-        if isinstance(leaf, nnx.Variable):
-            leaf = leaf.get_value()
-        flat[path] = meta.unbox(leaf)
-    return flat
+    return {
+        ".".join(path): meta.unbox(leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf)
+        for path, leaf in flatten_tree(tree, _is_leaf).items()
+    }
 
 
 def _with_value(leaf: Any, value: Any) -> Any:
@@ -236,18 +223,17 @@ def _with_value(leaf: Any, value: Any) -> Any:
 
 
 def _own_sharding(value: Any) -> jax.sharding.Sharding | None:
+    """Returns the sharding that a value was given; None for one on the default device."""
     if isinstance(value, jax.Array) and not value.committed:
         return None
     sharding = getattr(value, "sharding", None)
     return sharding if isinstance(sharding, jax.sharding.Sharding) else None
 
 
-def _nnx_axes(model: Any) -> dict[str, KernelAxes]:
+def _several_axes(model: Any) -> dict[str, KernelAxes]:
     """Returns the axes of kernels with several in or out axes, which torch flattens."""
     found: dict[str, KernelAxes] = {}
-    if not isinstance(model, nnx.Module):
-        return found
-    for path, module in nnx.iter_modules(model):
+    for path, module in modules_of(model).items():
         layout = find_layout(type(module))
         if layout is None or isinstance(layout, (ConvLayout, EmbedLayout)):
             continue
@@ -256,5 +242,5 @@ def _nnx_axes(model: Any) -> dict[str, KernelAxes]:
         except LayoutError:  # an equation given with each call
             continue
         if len(axes.inputs) > 1 or len(axes.outputs) > 1:
-            found[".".join(map(str, (*path, layout.kernel)))] = axes
+            found[".".join((*path, layout.kernel))] = axes
     return found

@@ -1,10 +1,11 @@
-"""The header of a safetensors file, and its tensors."""
+"""Safetensors files: their headers, and their tensors one by one."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -17,82 +18,120 @@ if TYPE_CHECKING:
 
 
 FLOATS = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-"""The dtypes of safetensors that are read."""
+"""The floating dtypes that are read, by their names in safetensors."""
+DTYPES = FLOATS | {
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BOOL": np.dtype(bool),
+}
+"""All dtypes that are read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """The place of a tensor in a file.
 
     Attributes:
       file: the safetensors file.
-      dtype: its name there, such as `"BF16"`.
+      name: of the tensor.
+      dtype: its name in safetensors, such as `"BF16"`.
       shape: of the tensor.
-      start: the first byte in the file.
-      nbytes: how many there are.
+      start: the tensor's first byte in the file.
+      nbytes: its number of bytes.
     """
 
     file: pathlib.Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     nbytes: int
 
     def read(self) -> Shaped[np.ndarray, "..."]:
-        """Reads the tensor, one of those in `FLOATS`.
+        """Reads the tensor.
 
-        The file is read and not mapped: mapped pages count as the process's memory.
+        The file is read and not mapped, since mapped pages count as the process's memory.
 
         Raises:
-          CheckpointError: the file ends before the tensor does.
+          CheckpointError: the dtype is not one of `DTYPES`, or the file ends before the tensor.
         """
+        if self.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.name} in {self.file} has dtype {self.dtype}, which cannot be read. Save "
+                f"the model in one of {', '.join(DTYPES)}"
+            )
         data = np.fromfile(self.file, np.uint8, self.nbytes, offset=self.start)
         if data.size != self.nbytes:
             raise CheckpointError(f"{self.file} is truncated. Fetch it again")
-        return data.view(FLOATS[self.dtype]).reshape(self.shape)
+        return data.view(DTYPES[self.dtype]).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """The header of a safetensors file.
+
+    Attributes:
+      tensors: the tensors by name.
+      metadata: strings by key.
+    """
+
+    tensors: dict[str, StoredTensor]
+    metadata: Mapping[str, str]
 
 
 def safetensors() -> Any:
-    """Returns the module `safetensors`, or says how to install it."""
+    """Returns the module `safetensors`.
+
+    Raises:
+      CheckpointError: it is not installed.
+    """
     try:
         import safetensors
         import safetensors.numpy
     except ImportError as error:
         raise CheckpointError(
-            "Hugging Face checkpoints are read and written with safetensors: "
+            "Hugging Face checkpoints and PEFT adapters are read and written with safetensors: "
             "pip install 'dora-jax[huggingface]'"
         ) from error
     return safetensors
 
 
-def read_header(file: pathlib.Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a file by name."""
+def read_header(file: pathlib.Path) -> Header:
+    """Reads the header of a file, and checks it against the file's length.
+
+    Raises:
+      CheckpointError: the file is missing, truncated or damaged. The message lacks the file's name.
+    """
     if not file.is_file():
         raise CheckpointError("missing. Fetch it.")
     library = safetensors()
     try:
         with library.safe_open(file, framework="numpy"):  # checks the header and the file's length
             pass
-    except library.SafetensorError as error:
+    except (library.SafetensorError, OSError) as error:
         raise CheckpointError(f"truncated or damaged ({error}). Fetch it again.") from error
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(
-            file,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }
+    metadata = header.pop("__metadata__", {})
+    return Header(
+        {
+            name: StoredTensor(
+                file,
+                name,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        },
+        metadata,
+    )

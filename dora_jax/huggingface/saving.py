@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +23,14 @@ from dora_jax.names.name_map import NameMap
 if TYPE_CHECKING:
     from os import PathLike
 
+    from flax import nnx
     from jax.typing import ArrayLike, DTypeLike
 
+    from dora_jax.adapters.trees import Tree
     from dora_jax.decomposition.axes import KernelAxes
 
 
-# What a folder holds beside the weights that a copy with other weights needs.
+# Non-weight files to copy (config, tokenizer, licence).
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -42,72 +46,105 @@ _COMPANIONS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class SaveOptions:
+    """How the files of a checkpoint folder are written.
+
+    Attributes:
+      dtype: of the tensors; None for each parameter's own.
+      max_file_bytes: the largest size of a file. A larger model is written as several files and an
+        index. The host holds the tensors of one file.
+      overwrite: whether weights in the folder may be replaced. Its other files stay.
+    """
+
+    dtype: DTypeLike | None = None
+    max_file_bytes: int = 2 * 10**9
+    overwrite: bool = False
+
+
 def save_checkpoint(
     folder: str | PathLike[str],
-    model: Any,
+    model: nnx.Module | Tree,
     names: NameMap,
     *,
     source: str | PathLike[str] | None = None,
-    dtype: DTypeLike | None = None,
-    max_file_bytes: int = 2 * 10**9,
     axes: Mapping[str, KernelAxes] | None = None,
     extra: Mapping[str, ArrayLike] | None = None,
-    overwrite: bool = False,
+    options: SaveOptions | None = None,
 ) -> None:
     """Writes a model, or a tree of parameters, as a Hugging Face checkpoint folder.
 
-    A new folder is written beside its place and then moved there, so that it is whole or absent.
+    A new folder is either complete or absent: it is written under another name and then renamed.
 
     Args:
-      folder: where to.
-      model: an NNX model, or the parameters of a Linen one, merged if it was adapted.
+      folder: where to write.
+      model: an NNX model, or the parameters of a Linen one. An adapted model is merged first.
       names: which tensor each parameter is.
-      source: the folder of the pretrained checkpoint; its configuration and tokenizer are copied.
-        The configuration's `dtype` is changed where other weights are written.
-      dtype: of the tensors; by default each parameter's own.
-      max_file_bytes: more are written as several files and an index. The host holds the tensors of
-        one file.
+      source: the folder of the pretrained checkpoint, whose configuration and tokenizer are copied.
+        The configuration's `dtype` becomes that of the weights.
       axes: as for `load_checkpoint`.
-      extra: further tensors, by their names in the folder, such as a head's.
-      overwrite: whether weights in the folder may be replaced. Other files in it stay.
+      extra: further tensors, such as a head's, by their names in the folder.
+      options: the tensors' dtype, the size of files, whether to overwrite.
 
     Raises:
-      FileExistsError: the folder holds weights, and `overwrite` is not set.
-      CheckpointError: a value is not finite, or a name is given twice; names the tensors.
+      FileExistsError: the folder holds weights, and `options.overwrite` is not set.
+      CheckpointError: a value is not finite, or two tensors have one name; names the tensors.
       NameMapError: the map lacks a module.
       AdapterError: the model is adapted.
+
+    Example:
+      >>> import tempfile
+      >>> model = {"up": {"kernel": np.ones((4, 3), np.float32)}}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_checkpoint(f"{folder}/mlp", model, NameMap({"up": "mlp.up_proj"}))
+      ...     [file.name for file in pathlib.Path(folder, "mlp").iterdir()]
+      ['model.safetensors']
     """
-    folder = pathlib.Path(folder)
+    folder, options = pathlib.Path(folder), options or SaveOptions()
     if source is not None and folder.resolve() == pathlib.Path(source).resolve():
         raise CheckpointError(f"{folder} is the source: write the checkpoint to another folder")
-    if weight_files(folder) and not overwrite:
-        raise FileExistsError(f"{folder} holds weights: pass overwrite=True, or another folder")
+    if weight_files(folder) and not options.overwrite:
+        raise FileExistsError(
+            f"{folder} holds weights: pass SaveOptions(overwrite=True), or another folder"
+        )
     tensors = _tensors(parameters_of(model, axes=axes), names, extra or {})
-    dtypes = {name: np.dtype(dtype or like.dtype) for name, (like, _) in tensors.items()}
+    dtypes = {name: np.dtype(options.dtype or like.dtype) for name, (like, _) in tensors.items()}
     sizes = {
-        name: dtypes[name].itemsize * int(np.prod(like.shape))
-        for name, (like, _) in tensors.items()
+        name: dtypes[name].itemsize * math.prod(like.shape) for name, (like, _) in tensors.items()
     }
-
-    def make(name: str) -> np.ndarray[Any, Any]:
-        with np.errstate(over="ignore"):  # infinity is refused below
-            value = np.asarray(tensors[name][1]()).astype(dtypes[name], copy=False)
-        if not np.isfinite(value).all():
-            raise CheckpointError(f"{name} holds NaN or infinity as {value.dtype}: nothing written")
-        return value
-
-    with whole_folder(folder) as partial:
-        save_tensors(partial, sizes, make, max_file_bytes)
+    with complete_folder(folder) as partial:
+        save_tensors(
+            partial,
+            sizes,
+            lambda name: _cast(name, tensors[name][1](), dtypes[name]),
+            options.max_file_bytes,
+        )
         if source is not None:
             copy_companions(pathlib.Path(source), partial, set(dtypes.values()))
+
+
+def _cast(name: str, value: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """Returns a tensor in another dtype; raises `CheckpointError` if it is not finite there."""
+    with np.errstate(over="ignore"):  # infinity is refused below
+        cast = np.asarray(value).astype(dtype, copy=False)
+    if not np.isfinite(cast).all():
+        raise CheckpointError(
+            f"{name} holds NaN or infinity as {dtype}, so nothing was written. Train it anew, or "
+            "save it in a wider dtype"
+        )
+    return cast
 
 
 def _tensors(
     parameters: list[Parameter], names: NameMap, extra: Mapping[str, ArrayLike]
 ) -> dict[str, tuple[Any, Callable[[], Any]]]:
-    """Returns shape and dtype of each tensor to be written, and what makes it, by name."""
+    """Returns by name, for each tensor to write, its shape and dtype, and a function for its value.
+
+    Raises:
+      CheckpointError: a value is abstract, or two tensors have one name.
+    """
     tensors: dict[str, tuple[Any, Callable[[], Any]]] = {}
-    twice = []
+    repeated = []
     for parameter in parameters:
         parameter.check_concrete()
         for one in parameter.slices(names):
@@ -116,20 +153,22 @@ def _tensors(
             def make(one: Any = one, parameter: Parameter = parameter) -> Any:
                 return one.to_tensor(names, np.asarray(parameter.value[one.index]))
 
-            twice += [one.tensor] if one.tensor in tensors else []
+            repeated += [one.tensor] if one.tensor in tensors else []
             tensors[one.tensor] = (like, make)
     for name, value in extra.items():
-        twice += [name] if name in tensors else []
+        repeated += [name] if name in tensors else []
         array = np.asarray(value)
         tensors[name] = (array, functools.partial(np.asarray, array))
-    if twice:
-        raise CheckpointError(f"{', '.join(twice)}: two values for one tensor")
+    if repeated:
+        raise CheckpointError(
+            f"{', '.join(repeated)}: two values for one tensor. Correct the name map or extra"
+        )
     return tensors
 
 
 @contextlib.contextmanager
-def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives an empty folder, whose files take their place when the block has ended well."""
+def complete_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty folder, whose files are moved to `folder` if the block raises nothing."""
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
@@ -148,7 +187,13 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def copy_companions(source: pathlib.Path, target: pathlib.Path, dtypes: set[np.dtype[Any]]) -> None:
-    """Copies what stands beside the weights: configuration, tokenizer, licence."""
+    """Copies configuration, tokenizer and licence.
+
+    Args:
+      source: the folder of a checkpoint.
+      target: the folder of another one.
+      dtypes: of its weights. A single one replaces that of the configuration.
+    """
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dora_jax.names.name_map import REST, NameMap
+from dora_jax.names.name_map import NameMap
+from dora_jax.names.placeholders import ANY_PATH
 
-IDENTITY = NameMap({REST: REST})
-"""For models whose paths are Hugging Face's, such as the Flax classes of Transformers."""
+IDENTITY = NameMap({ANY_PATH: ANY_PATH})
+"""For models whose paths are those of Hugging Face, such as the Flax classes of Transformers."""
 
 BERT = NameMap(
     {

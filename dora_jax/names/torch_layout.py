@@ -1,8 +1,9 @@
-"""How torch lays out the weights of Hugging Face models, against a Flax layer's kernel."""
+"""The layout of torch's weights in Hugging Face models, and that of a Flax layer's kernel."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,56 +18,70 @@ if TYPE_CHECKING:
 
 
 class NameMapError(DoRAError):
-    """A name map that is not one to one, or a module that it does not know."""
+    """A name map that is not one to one, or a module that it does not list."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Interleaved:
-    """The order of features in a layer whose rotary embedding turns neighbours, `(2k, 2k + 1)`.
+    """The order of features in a layer whose rotary embedding rotates pairs `(2k, 2k + 1)`.
 
-    Hugging Face's turns `(k, k + head_dim / 2)` ("half-rotated"), so that the out features of q and
-    k stand in another order there: kernels, biases, `lora_b` and magnitudes are permuted.
+    Hugging Face rotates pairs `(k, k + head_dim / 2)` ("half-rotated"). The out features of q and k
+    have another order there, so kernels, biases, `lora_b` and magnitudes are permuted.
 
     Attributes:
-      head_dim: features of one head.
-      rotary_dim: how many of them, the first ones, are turned; all if None.
+      head_dim: number of features of one head.
+      rotary_dim: how many of them, the first ones, are rotated; None for all.
     """
 
     head_dim: int
     rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
-        turned = self.rotary_dim or self.head_dim
-        if turned % 2 or turned > self.head_dim or self.head_dim < 2:
+        rotated = self.rotary_dim or self.head_dim
+        if rotated % 2 or rotated > self.head_dim or self.head_dim < 2:
             raise NameMapError(
                 f"rotary features come in pairs, at most head_dim of them: got {self}"
             )
 
     def order(self, features: int) -> Shaped[Array, " features"]:
-        """Returns the position in the Flax layer of each feature of Hugging Face's.
+        """Returns, for each feature of Hugging Face's order, its position in the Flax layer.
 
         Example:
           >>> Interleaved(head_dim=4).order(8).tolist()
           [0, 2, 1, 3, 4, 6, 5, 7]
         """
         if features % self.head_dim:
-            raise NameMapError(f"{features} features are no heads of {self.head_dim}")
-        turned = self.rotary_dim or self.head_dim
-        head = np.r_[0:turned:2, 1:turned:2, turned : self.head_dim]
+            raise NameMapError(
+                f"{features} features do not divide into heads of {self.head_dim}: correct head_dim"
+            )
+        rotated = self.rotary_dim or self.head_dim
+        head = np.r_[0:rotated:2, 1:rotated:2, rotated : self.head_dim]
         return (np.arange(0, features, self.head_dim)[:, None] + head).ravel()
 
 
 def to_hf_order(x: Array, features: Interleaved | None, axis: int = -1) -> Array:
-    """Returns an array whose `axis` is of a Flax layer's out features in Hugging Face's order."""
+    """Reorders the out features along `axis`, from the Flax layer's order to Hugging Face's."""
     return x if features is None else np.take(x, features.order(x.shape[axis]), axis)
 
 
 def from_hf_order(x: Array, features: Interleaved | None, axis: int = -1) -> Array:
-    """Returns an array whose `axis` is of Hugging Face's out features in the Flax layer's order."""
+    """Reorders the out features along `axis`, from Hugging Face's order to the Flax layer's."""
     return x if features is None else np.take(x, np.argsort(features.order(x.shape[axis])), axis)
 
 
-def _axes(ndim: int, stack: int) -> KernelAxes:
+def converted_shape(convert: Callable[[Array], Array], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of what a function makes of an array of the given shape.
+
+    It is found by converting a dummy array, all of whose elements share one byte of memory.
+
+    Example:
+      >>> converted_shape(np.transpose, (2, 3))
+      (3, 2)
+    """
+    return convert(np.broadcast_to(np.empty((), np.uint8), shape)).shape
+
+
+def _default_axes(ndim: int, stack: int) -> KernelAxes:
     order = tuple(range(ndim))
     return KernelAxes(order[:stack], order[stack:-1], order[-1:])
 
@@ -81,19 +96,19 @@ def to_weight(
     """Returns a kernel as `(*stack, out, in)`, a convolution's as `(*stack, out, in, *window)`.
 
     Args:
-      kernel: of a Flax layer.
-      axes: of a kernel whose in and out axes are flattened. None is `(in, out)`, or a
-        convolution's `(*window, in, out)`, after the stack axes.
-      stack: how many stack axes there are.
-      features: the order of the out features, if it is another one.
-      transposed: return `(*stack, in, out)`.
+      kernel: the kernel of a Flax layer.
+      axes: the kernel's axes, if its in and out axes are to be flattened. None stands for
+        `(*stack, in, out)`, or a convolution's `(*stack, *window, in, out)`.
+      stack: number of stack axes.
+      features: the order of the Flax layer's out features, where it differs.
+      transposed: whether to return `(*stack, in, out)`.
 
     Example:
       >>> to_weight(np.ones((3, 3, 4, 8)), None, 0).shape
       (8, 4, 3, 3)
     """
     if axes is None:
-        axes = _axes(kernel.ndim, stack)
+        axes = _default_axes(kernel.ndim, stack)
         inputs = axes.inputs[-1:] + axes.inputs[:-1]  # torch has the window last
         weight = kernel.transpose(axes.stack + axes.outputs + inputs)
     else:
@@ -113,12 +128,12 @@ def from_weight(
     features: Interleaved | None = None,
     transposed: bool = False,
 ) -> Array:
-    """Returns the kernel, of that shape, that a weight stands for; undoes `to_weight`."""
+    """Returns the kernel of the given shape for a weight; undoes `to_weight`."""
     if transposed:
         weight = weight.swapaxes(-1, -2)
     weight = from_hf_order(weight, features, stack)
     if axes is None:
-        axes = _axes(len(shape), stack)
+        axes = _default_axes(len(shape), stack)
         order = axes.stack + axes.outputs + axes.inputs[-1:] + axes.inputs[:-1]
     else:
         order = axes.stack + axes.outputs + axes.inputs

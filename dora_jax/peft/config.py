@@ -1,6 +1,6 @@
 """`adapter_config.json`: the fields of a Hugging Face PEFT adapter that decide what it computes.
 
-Read to learn what PEFT 0.17 and 0.21 mean by each field; what no field here stands for is refused.
+Each field means what it does in PEFT 0.17 to 0.21. A field that is not known here is refused.
 """
 
 from __future__ import annotations
@@ -8,20 +8,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from dora_jax.config import pattern_matches
 from dora_jax.errors import DoRAError
+from dora_jax.validation import is_index, is_number
 
 FILE = "adapter_config.json"
 # Values of `init_lora_weights` that leave the base's weights as they are.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
-# First letters of those that replace them, so that the adapter is of another base.
+# Prefixes of the values that replace them, so that the adapter is of another base.
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
-# Fields that say nothing about what a trained adapter computes.
+# Fields that do not change what a trained adapter computes.
 _IGNORED = {
     "auto_mapping",
     "corda_config",
@@ -35,7 +36,7 @@ _IGNORED = {
     "runtime_config",
 }
 
-# Fields that have to be off, and what they turn on.
+# Fields that must be off, and what each one turns on.
 _REFUSED = {
     "lora_bias": "a bias in lora_B",
     "use_qalora": "QALoRA, which pools the inputs of lora_A",
@@ -54,23 +55,23 @@ _REFUSED = {
 
 
 class PeftError(DoRAError):
-    """A PEFT adapter that cannot be read, or an adapter that PEFT has no form for."""
+    """A PEFT adapter that cannot be read, or an adapter that PEFT cannot represent."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """The fields of `adapter_config.json`, of the meaning they have in PEFT's `LoraConfig`.
+    """The fields of `adapter_config.json`, with the meaning that PEFT's `LoraConfig` gives them.
 
     Attributes:
-      r, lora_alpha, lora_dropout, use_rslora, use_dora, rank_pattern, alpha_pattern: what is
-        `rank`, `alpha`, `dropout`, `use_rslora`, `decompose`, and the patterns of `DoRAConfig`.
+      r, lora_alpha, lora_dropout, use_rslora, use_dora, rank_pattern, alpha_pattern: the fields
+        `rank`, `alpha`, `dropout`, `use_rslora`, `decompose` and the patterns of `DoRAConfig`.
       target_modules: names of modules or their ends, or a regular expression for the whole name.
-      exclude_modules: likewise, of those left out.
-      layers_to_transform, layers_pattern: of the selected modules, only those whose number, after
-        one of the names in `layers_pattern` if there are any, is in the list.
+      exclude_modules: modules that are left out, in the same form.
+      layers_to_transform: if not empty, only modules with one of these layer numbers are selected.
+      layers_pattern: the names that a layer number may follow; any name if empty.
       modules_to_save: modules that are trained in full and saved whole.
       fan_in_fan_out: the base stores weights as (in, out); the adapter's tensors are not affected.
-      base_model_name_or_path, task_type, inference_mode: for PEFT's own loading.
+      base_model_name_or_path, task_type, inference_mode: used by PEFT when it loads a model.
     """
 
     r: int
@@ -95,8 +96,8 @@ class PeftConfig:
         """Reads the text of `adapter_config.json`.
 
         Raises:
-          PeftError: it is no JSON object, a field is missing, of a wrong type, or asks for what is
-            not implemented; names the field.
+          PeftError: it is no JSON object; or a field is missing, of a wrong type, or asks for
+            something that is not implemented; names the field.
         """
         try:
             fields = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
@@ -110,7 +111,7 @@ class PeftConfig:
         for name in ("r", "lora_alpha", "target_modules"):
             if values.get(name) in (None, [], ""):
                 raise PeftError(f"{FILE} has no {name}; fetch it again")
-        # PEFT writes null for a field that is not set, and takes "" for layers_pattern alike.
+        # PEFT writes null for a field that is not set, and takes "" for null in layers_pattern.
         return cls(**{k: _checked(k, v) for k, v in values.items() if v not in (None, "")})
 
     def to_json(self) -> str:
@@ -123,11 +124,11 @@ class PeftConfig:
 
     @property
     def all_linear(self) -> bool:
-        """Whether PEFT chooses the modules by their class: "all-linear", never yet resolved."""
+        """Whether the targets are "all-linear": PEFT selects modules by their class."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     def selects(self, name: str) -> bool:
-        """Returns whether PEFT adapts the layer of that name.
+        """Returns whether PEFT adapts the module of the given name.
 
         Example:
           >>> PeftConfig(8, 16, ["q_proj"]).selects("model.layers.0.self_attn.q_proj")
@@ -142,22 +143,23 @@ class PeftConfig:
         return self._number(name) in self.layers_to_transform
 
     def may_select(self, name: str) -> bool:
-        """Returns whether releases of PEFT differ in what `layers_to_transform` means for a layer.
+        """Returns whether PEFT's releases differ on the layer number of a module.
 
-        Of several numbers in a name PEFT 0.17 took the last one, and none at the very start.
+        Of several numbers in a name, PEFT 0.17 took the last one, and none at the very start.
         """
         numbers = re.findall(r"\.\d+(?=\.)", name)
-        unclear = len(numbers) > 1 or re.match(r"[^.]*\.\d+\.", name)
-        return bool(self.layers_to_transform and unclear)
+        ambiguous = len(numbers) > 1 or re.match(r"[^.]*\.\d+\.", name)
+        return bool(self.layers_to_transform and ambiguous)
 
     def saves(self, name: str) -> bool:
-        """Returns whether PEFT saves the module of that name whole, or one that it is in."""
+        """Returns whether PEFT saves the module of the given name, or one that it is in, whole."""
         return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in self.modules_to_save)
 
     def may_save(self, name: str) -> bool:
-        """Returns whether the end of a name, though not a whole part, is in `modules_to_save`.
+        """Returns whether a module's name ends in an entry of `modules_to_save`.
 
-        PEFT saves such modules too (`norm` means `input_layernorm`).
+        PEFT saves such a module whole even if the entry is only the end of a word: `norm` matches
+        `input_layernorm`.
         """
         ancestors = [name[: m.start()] for m in re.finditer(r"\.", name)] + [name]
         return any(a.endswith(m) for a in ancestors for m in self.modules_to_save)
@@ -187,7 +189,7 @@ class PeftConfig:
 
 
 def _refuse(fields: Mapping[str, Any]) -> None:
-    """Raises `PeftError` for what the fields ask for and no layer of ours does."""
+    """Raises `PeftError` if a field asks for something that is not implemented."""
     if (kind := fields.get("peft_type")) != "LORA":
         raise PeftError(f"peft_type is {kind!r}; only 'LORA' (with or without DoRA) is read")
     init = fields.get("init_lora_weights", True)
@@ -200,7 +202,7 @@ def _refuse(fields: Mapping[str, Any]) -> None:
         )
     if init not in _PLAIN_INITS:
         raise PeftError(
-            f"init_lora_weights={init!r} is not known; those that leave the base as it is are "
+            f"init_lora_weights={init!r} is not known; the values that do not change the base are "
             f"{list(_PLAIN_INITS)}"
         )
     if (bias := fields.get("bias", "none")) != "none":
@@ -225,24 +227,24 @@ def _refuse(fields: Mapping[str, Any]) -> None:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """Returns a field's value in the form that `PeftConfig` has it."""
+    """Returns a field's value as `PeftConfig` holds it, after a check of its type and range."""
     fits = True
     if name == "r":
-        fits = _is_int(value) and value > 0
+        fits = is_index(value) and value > 0
     elif name in ("lora_alpha", "lora_dropout"):
-        fits = _is_number(value) and (value > 0 if name == "lora_alpha" else 0 <= value < 1)
+        fits = is_number(value) and (value > 0 if name == "lora_alpha" else 0 <= value < 1)
     elif name in ("use_dora", "use_rslora", "fan_in_fan_out", "inference_mode"):
         fits = isinstance(value, bool)
     elif name in ("rank_pattern", "alpha_pattern"):
         fits = isinstance(value, dict) and all(
-            (_is_int(v) if name == "rank_pattern" else _is_number(v)) and v > 0
+            (is_index(v) if name == "rank_pattern" else is_number(v)) and v > 0
             for v in value.values()
         )
     elif name in ("base_model_name_or_path", "task_type"):
         fits = isinstance(value, str)
     elif name == "layers_to_transform":
-        value = [value] if _is_int(value) else value
-        fits = isinstance(value, list) and all(_is_int(i) and i >= 0 for i in value)
+        value = [value] if is_index(value) else value
+        fits = isinstance(value, list) and all(is_index(i) for i in value)
     else:
         if isinstance(value, str) and name in ("layers_pattern", "modules_to_save"):
             value = [value]
@@ -250,7 +252,7 @@ def _checked(name: str, value: Any) -> Any:
             isinstance(value, list) and all(isinstance(v, str) and v for v in value)
         )
     if not fits:
-        raise PeftError(f"{name} in {FILE} has a value it cannot have: {value!r}")
+        raise PeftError(f"{name} in {FILE} has an invalid value, {value!r}: fetch the file again")
     for pattern in value if name.endswith("_pattern") else ():
         _check_regex(name, pattern)
     if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
@@ -259,7 +261,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _matches(patterns: str | Set[str], name: str) -> bool:
-    """Returns whether a name matches a regular expression, or ends in one of some names."""
+    """Returns whether a name matches a regular expression, or ends in one of several names."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     parts = name.split(".")
@@ -267,7 +269,7 @@ def _matches(patterns: str | Set[str], name: str) -> bool:
 
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    matching = (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    matching = (value for pattern, value in patterns.items() if pattern_matches(pattern, name))
     return next(matching, default)
 
 
@@ -276,24 +278,16 @@ def _check_regex(field: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise PeftError(
-            f"{field} in {FILE}: {pattern!r} is no regular expression: {error}"
+            f"{field} in {FILE}: {pattern!r} is not a regular expression: {error}"
         ) from error
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _no_constant(name: str) -> Any:
-    raise PeftError(f"{FILE} holds {name}, which is no number")
+    raise PeftError(f"{FILE} holds {name}, which is not a number: fetch it again")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise PeftError(f"{FILE} has a field twice: {[name for name, _ in pairs]}")
+        raise PeftError(f"{FILE} has a field twice: {[name for name, _ in pairs]}. Delete one")
     return fields

@@ -1,4 +1,4 @@
-"""The two files of a PEFT adapter folder. Nothing is ever unpickled."""
+"""The two files of a PEFT adapter folder. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 
+from dora_jax.errors import CheckpointError
+from dora_jax.huggingface.safetensors import FLOATS, read_header, safetensors
 from dora_jax.peft import config as config_file
 from dora_jax.peft.config import PeftConfig, PeftError
 
@@ -22,44 +23,26 @@ if TYPE_CHECKING:
 
 FILE = "adapter_model.safetensors"
 
-# What safetensors calls the dtypes that adapters come in.
-_DTYPES: dict[str, Any] = {
-    "BF16": ml_dtypes.bfloat16,
-    "F16": np.float16,
-    "F32": np.float32,
-    "F64": np.float64,
-}
+# The dtypes of adapters, by their names in safetensors.
+_DTYPES = {name: FLOATS[name] for name in ("BF16", "F16", "F32", "F64")}
 
 _DIGEST = "dora_jax_sha256"
 # Fields that do not change what an adapter computes, so that they may be edited by hand.
 _NOT_DIGESTED = ("base_model_name_or_path", "fan_in_fan_out", "inference_mode", "task_type")
 
 
-def adapter_folder(folder: Folder, adapter_name: str) -> pathlib.Path:
-    """Returns where PEFT keeps an adapter: the one named "default" in the folder itself."""
-    folder = pathlib.Path(folder)
-    return folder if adapter_name == "default" else folder / adapter_name
-
-
-def read(
-    folder: Folder, adapter_name: str = "default", *, verify: bool = True
-) -> tuple[PeftConfig, dict[str, Array]]:
+def read(folder: Folder) -> tuple[PeftConfig, dict[str, Array]]:
     """Returns the configuration and the tensors, by key, of a PEFT adapter folder.
-
-    Args:
-      folder: as written by PEFT's `save_pretrained`, or by this package's.
-      adapter_name: of the adapter, if it is not the default one.
-      verify: whether the digest that this package writes has to fit (PEFT writes none).
 
     Raises:
       PeftError: a file is missing, pickled, damaged, or holds a number that is not finite; names
         the file and the tensor.
     """
-    path = adapter_folder(folder, adapter_name)
+    path = pathlib.Path(folder)
     try:
         text = (path / config_file.FILE).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise PeftError(_where_else(pathlib.Path(folder), path)) from error
+        raise PeftError(_where_else(path)) from error
     except (UnicodeDecodeError, OSError) as error:
         raise PeftError(f"{path / config_file.FILE} cannot be read: {error}") from error
     try:
@@ -67,35 +50,33 @@ def read(
         tensors, metadata = _read_tensors(path)
     except PeftError as error:
         raise PeftError(f"{path}: {error}") from error
-    if verify and metadata.get(_DIGEST) not in (None, _digest(config, tensors)):
+    if metadata.get(_DIGEST) not in (None, _digest(config, tensors)):
         raise PeftError(
-            f"{path}: the digest in {FILE} does not fit, so one of the two files is damaged, or of "
-            "another adapter. Fetch them again; if you edited one on purpose, pass verify=False"
+            f"{path}: the digest in {FILE} is of other content, so one of the two files is damaged "
+            "or of another adapter. Fetch them again. If you edited one on purpose, drop the "
+            f"digest, {_DIGEST} in the metadata of {FILE}: load the tensors with "
+            "safetensors.numpy.load_file and write them with safetensors.numpy.save_file"
         )
     return config, tensors
 
 
-def write(
-    folder: Folder, adapter_name: str, config: PeftConfig, tensors: Mapping[str, Array]
-) -> pathlib.Path:
-    """Writes an adapter folder; returns the folder that holds its files.
+def write(folder: Folder, config: PeftConfig, tensors: Mapping[str, Array]) -> pathlib.Path:
+    """Writes an adapter folder; returns its path.
 
     Raises:
-      PeftError: a tensor is not finite, or of a dtype that adapters do not come in.
+      PeftError: a tensor is not finite, or of a dtype that adapters do not have.
     """
-    path = adapter_folder(folder, adapter_name)
+    path = pathlib.Path(folder)
     _check_finite(tensors)
-    known = [np.dtype(dtype) for dtype in _DTYPES.values()]
+    known = list(_DTYPES.values())
     if unknown := [key for key, x in tensors.items() if x.dtype not in known]:
         raise PeftError(
             f"{unknown[0]} is of {tensors[unknown[0]].dtype}; adapters are written in "
             f"{[dtype.name for dtype in known]}: pass dtype"
         )
-    _safetensors()
-    from safetensors.numpy import save
-
     tensors = {key: x.copy(order="C") for key, x in tensors.items()}
-    data = save(tensors, {"format": "pt", _DIGEST: _digest(config, tensors)})
+    metadata = {"format": "pt", _DIGEST: _digest(config, tensors)}
+    data = safetensors().numpy.save(tensors, metadata)
     path.mkdir(parents=True, exist_ok=True)
     for name, content in ((FILE, data), (config_file.FILE, config.to_json().encode())):
         partial = path / f"{name}.partial"
@@ -104,33 +85,25 @@ def write(
     return path
 
 
-def _read_tensors(path: pathlib.Path) -> tuple[dict[str, Array], dict[str, str]]:
-    try:
-        data = (path / FILE).read_bytes()
-    except OSError as error:
-        pickled = sorted(file.name for file in path.glob("*.bin"))
+def _read_tensors(path: pathlib.Path) -> tuple[dict[str, Array], Mapping[str, str]]:
+    """Returns the tensors of a folder by key, and the metadata of their file."""
+    pickled = sorted(file.name for file in path.glob("*.bin"))
+    if pickled and not (path / FILE).is_file():
         raise PeftError(
             f"{pickled[0]} is a pickle, which can run any code when it is read, so it is refused. "
             "If you trust it, save the adapter again in PEFT: model.save_pretrained(FOLDER)"
-            if pickled
-            else f"{FILE} cannot be read ({error}): fetch it"
-        ) from error
-    safetensors = _safetensors()
+        )
+    safetensors()  # which may not be installed
     try:
-        entries = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        raise PeftError(f"{FILE} is truncated or damaged ({error}). Fetch it again") from error
-    tensors = {}
-    for key, entry in entries:
-        if entry["dtype"] not in _DTYPES:
-            raise PeftError(
-                f"{key} in {FILE} is of {entry['dtype']}; only {list(_DTYPES)} are read"
-            )
-        array = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]])
-        tensors[key] = array.reshape(entry["shape"])
+        header = read_header(path / FILE)
+    except CheckpointError as error:
+        raise PeftError(f"{FILE} is {error}") from error
+    for key, tensor in header.tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise PeftError(f"{key} in {FILE} is of {tensor.dtype}; only {list(_DTYPES)} are read")
+    tensors = {key: tensor.read() for key, tensor in header.tensors.items()}
     _check_finite(tensors)
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__", {})
+    return tensors, header.metadata
 
 
 def _check_finite(tensors: Mapping[str, Array]) -> None:
@@ -140,7 +113,7 @@ def _check_finite(tensors: Mapping[str, Array]) -> None:
 
 
 def _digest(config: PeftConfig, tensors: Mapping[str, Array]) -> str:
-    """Returns the sha256 of all that decides what an adapter computes."""
+    """Returns the sha256 of everything that decides what an adapter computes."""
     fields = dataclasses.asdict(config)
     for name in _NOT_DIGESTED:
         del fields[name]
@@ -152,23 +125,10 @@ def _digest(config: PeftConfig, tensors: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def _where_else(folder: pathlib.Path, path: pathlib.Path) -> str:
-    """Says what is in a folder that has no adapter."""
-    if not folder.is_dir():
-        return f"{folder} is not a folder: give the one that holds {config_file.FILE}"
-    names = sorted(file.parent.name for file in folder.glob(f"*/{config_file.FILE}"))
-    if (folder / config_file.FILE).is_file():
-        names.insert(0, "default")
-    found = f"it holds the adapters {names}: pass adapter_name" if names else "fetch it"
+def _where_else(path: pathlib.Path) -> str:
+    """Returns an error message for a folder without an adapter."""
+    if not path.is_dir():
+        return f"{path} is not a folder: give the one that holds {config_file.FILE}"
+    inside = sorted(str(file.parent) for file in path.glob(f"*/{config_file.FILE}"))
+    found = f"give one of the folders inside that hold adapters: {inside}" if inside else "fetch it"
     return f"{path} has no {config_file.FILE}; {found}"
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise PeftError(
-            "PEFT adapters are read and written with safetensors: "
-            "pip install 'dora-jax[huggingface]'"
-        ) from error
-    return safetensors

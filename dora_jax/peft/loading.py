@@ -4,26 +4,59 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 
-from dora_jax import linen as dora_linen
-from dora_jax import nnx as dora_nnx
-from dora_jax.adapters.trees import check_shapes, tree_shapes
+from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest
 from dora_jax.config import DoRAConfig
 from dora_jax.errors import AdapterError, Path, layer_name
-from dora_jax.model import abstract, base_parameters
+from dora_jax.model import (
+    Plain,
+    adapt,
+    adapt_abstract,
+    adapter_shapes,
+    base_parameters,
+    is_adapted,
+    with_adapter_arrays,
+)
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft import folder as files
 from dora_jax.peft.config import PeftError
-from dora_jax.peft.keys import PREFIX
-from dora_jax.peft.layers import adapted_layers, check_tied, hf_modules
-from dora_jax.peft.parsing import saved_parameters, split_tensors
+from dora_jax.peft.keys import ModuleTensors, group_tensors
+from dora_jax.peft.layers import Layer, adapted_layers, check_tied, from_tensors, hf_modules
+from dora_jax.peft.matching import check_modules, saved_parameters
 from dora_jax.peft.settings import dora_config
-from dora_jax.peft.tensors import Layer, from_tensors
+
+if TYPE_CHECKING:
+    from dora_jax.api import DoRAModel, ExampleCall, M
+
+
+@overload
+def load_pretrained(
+    model: M,
+    folder: files.Folder,
+    names: NameMap,
+    *,
+    unused: Sequence[str] = (),
+    rngs: nnx.Rngs | None = None,
+    inputs: Sequence[Any] | None = None,
+) -> M: ...
+
+
+@overload
+def load_pretrained(
+    model: linen.Module,
+    folder: files.Folder,
+    names: NameMap,
+    *,
+    params: Tree,
+    inputs: Sequence[Any] | ExampleCall,
+    unused: Sequence[str] = (),
+    rngs: jax.Array | None = None,
+) -> tuple[DoRAModel, dict[str, Any]]: ...
 
 
 def load_pretrained(
@@ -31,33 +64,33 @@ def load_pretrained(
     folder: files.Folder,
     names: NameMap,
     *,
-    adapter_name: str = "default",
     unused: Sequence[str] = (),
-    verify: bool = True,
-    rngs: nnx.Rngs | None = None,
-    **arguments: Any,
+    rngs: Any = None,
+    params: Any = None,
+    inputs: Any = None,
 ) -> Any:
-    """Returns a model adapted with what a PEFT adapter folder holds.
+    """Returns a model adapted with the adapter of a PEFT folder.
 
-    The outputs are those that PEFT computes. The gradient through the norm is the detached one, as
-    in PEFT. Adapters are float32, whatever the file's dtype (float64 if that is).
+    It computes the same outputs as PEFT. As there, no gradient flows through the norm. Adapters are
+    float32, whatever the file's dtype; float64 if the file is.
 
     Args:
-      model: an NNX model, or a Linen module; not adapted.
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      model: an NNX model or a Linen module, not adapted. It stays as it is.
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`. Of several adapters, PEFT
+        saves all but the one named "default" in folders inside.
       names: which Hugging Face module each module of the model is, such as `dora_jax.names.LLAMA`.
-      adapter_name: PEFT keeps an adapter of another name than "default" in a folder inside.
-      unused: Hugging Face modules that the model does without, and whose adapters are left out.
-      verify: whether the digest that `save_pretrained` wrote has to fit.
-      rngs: of an NNX model: serves the adapters' dropout.
-      **arguments: what else `apply_dora` takes: of a Linen module, `params` and `inputs`.
+      unused: Hugging Face modules that the model does without. Their adapters are left out.
+      rngs: as for `apply_dora`, a key for Linen. Serves the adapters' dropout. Need not be given.
+      params: of a Linen module.
+      inputs: arguments of an example call, as for `apply_dora`. Needed for Linen.
 
     Returns:
-      An adapted NNX model; or a `DoRAModel` and its adapter tree.
+      The adapted NNX model; for Linen the `DoRAModel` and the adapter tree.
 
     Raises:
       PeftError: a file is damaged or not PEFT's, a setting is not implemented, or the adapter is of
-        another model; names the file, field or tensor, and the mend.
+        another model; names the file, field or tensor, and the fix.
+      AdapterError: the model is adapted already.
 
     Example:
       >>> import tempfile, dora_jax as dora
@@ -71,26 +104,33 @@ def load_pretrained(
       >>> dora.adapters.diff(dora.get_adapters(model), dora.get_adapters(again))["layers.0.lora_a"]
       0.0
     """
-    adapters, config = read_adapters(
-        model,
-        folder,
-        names,
-        adapter_name=adapter_name,
-        unused=unused,
-        verify=verify,
-        **arguments,
-    )
-    if config.adapter_dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        raise PeftError(
-            "the adapter is in float64, which JAX has after jax.config.update('jax_enable_x64', "
-            "True) alone. Without it, cast what read_adapters returns"
-        )
-    if isinstance(model, nnx.Module):
-        model = dora_nnx.apply_dora(model, config, rngs=rngs or nnx.Rngs(0), **arguments)
-        dora_nnx.set_adapters(model, adapters)
-        return model
-    adapted, start = dora_linen.apply_dora(model, config, **{"rng": jax.random.key(0), **arguments})
-    return adapted, jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), adapters, start)
+    if is_adapted(model):
+        raise AdapterError("the model is adapted already: merge it first, or use read_adapters")
+    tree, config = read_adapters(model, folder, names, unused=unused, params=params, inputs=inputs)
+    return adapt_with(model, tree, config, Plain(rngs, params, inputs))
+
+
+@overload
+def read_adapters(
+    model: nnx.Module,
+    folder: files.Folder,
+    names: NameMap,
+    *,
+    unused: Sequence[str] = (),
+    inputs: Sequence[Any] | None = None,
+) -> tuple[dict[str, Any], DoRAConfig]: ...
+
+
+@overload
+def read_adapters(
+    model: linen.Module | DoRAModel,
+    folder: files.Folder,
+    names: NameMap,
+    *,
+    params: Tree,
+    unused: Sequence[str] = (),
+    inputs: Sequence[Any] | ExampleCall | None = None,
+) -> tuple[dict[str, Any], DoRAConfig]: ...
 
 
 def read_adapters(
@@ -98,71 +138,67 @@ def read_adapters(
     folder: files.Folder,
     names: NameMap,
     *,
-    adapter_name: str = "default",
     unused: Sequence[str] = (),
-    verify: bool = True,
-    **arguments: Any,
+    params: Any = None,
+    inputs: Any = None,
 ) -> tuple[dict[str, Any], DoRAConfig]:
-    """Returns the adapter tree and the configuration that a PEFT adapter folder holds.
+    """Returns the adapter tree and the configuration of a PEFT adapter folder.
 
-    With them `apply_dora` and `set_adapters` make the model of `load_pretrained`. Arguments are
-    those of `load_pretrained`; the model may be adapted already (to switch between adapters of one
-    configuration), its arrays may be abstract.
+    Arguments are those of `load_pretrained`. The model's arrays may be abstract. It may be adapted
+    already, with the configuration of the folder: so one model switches between adapters.
 
     Returns:
       The tree, of NumPy arrays in the dtypes of the file, and the configuration.
 
     Raises:
-      PeftError: as `load_pretrained`.
-      AdapterError: the model is adapted with other settings than the adapter's.
+      PeftError: see `load_pretrained`.
+      AdapterError: the model is adapted with other settings than the folder's; names them.
     """
-    config, tensors = files.read(folder, adapter_name, verify=verify)
-    parameters = base_parameters(model, arguments.get("params"))
-    known = hf_modules(parameters, names)
-    adapter_tensors, others = split_tensors(config, tensors, known, unused)
-    saved = saved_parameters(config, others, parameters, names, known)
-    wanted = dora_config(config, adapter_tensors, saved, known)
-    adapted = _adapted(model, wanted, arguments)
+    was_adapted = is_adapted(model)
+    config, tensors = files.read(folder)
+    adapters, others = group_tensors(config, tensors, unused)
+    parameters = base_parameters(model, params)
+    modules = hf_modules(parameters, names)
+    check_modules(config, adapters, modules)
+    saved = saved_parameters(config, others, parameters, names, modules)
+    wanted = dora_config(config, adapters, saved, modules)
+    adapted = model
+    if not was_adapted:
+        # Its arrays are shapes only, for which any dtype will do.
+        narrow = dataclasses.replace(wanted, adapter_dtype="float32")
+        adapted = adapt_abstract(model, narrow, Plain(params=params, inputs=inputs))
     layers = adapted_layers(adapted, names)
-    _check_layers(layers, wanted, adapter_tensors, adapted is model)
+    _check_layers(layers, wanted, adapters, was_adapted)
     check_tied(layers.values(), names, parameters)
-    flat = dict(saved)
-    for path, layer in layers.items():
-        used = {
-            f"{PREFIX}{name}.{part}": x
-            for name, _ in layer.slices()
-            for part, x in adapter_tensors[name].items()
-        }
-        for name, x in from_tensors(layer, used).items():
-            flat[(*path, name)] = x
-    tree = _nested(flat)
-    if isinstance(adapted, nnx.Module):
-        check_shapes(tree, tree_shapes(dora_nnx.get_adapters(adapted)))
-    else:
-        dora_linen.check_adapters(adapted, tree)
+    arrays = {path: from_tensors(layer, adapters) for path, layer in layers.items()}
+    read = {(*path, name): x for path, own in arrays.items() for name, x in own.items()}
+    tree = nest(saved | read)
+    check_shapes(tree, adapter_shapes(adapted))
     return tree, wanted
 
 
-def _adapted(model: Any, config: DoRAConfig, arguments: Mapping[str, Any]) -> Any:
-    """Returns the model adapted, without making an array; or as it is, if it is adapted."""
-    config = dataclasses.replace(config, adapter_dtype="float32")  # for shapes, any is good
-    if isinstance(model, dora_linen.DoRAModel) or (
-        isinstance(model, nnx.Module) and bool(dora_nnx.adapted_layers(model))
-    ):
-        return model
-    if isinstance(model, nnx.Module):
-        graphdef, state = nnx.split(model)
-        shapes = nnx.merge(graphdef, abstract(state))
-        return dora_nnx.apply_dora(shapes, config, rngs=nnx.Rngs(0), **arguments)
-    if not isinstance(model, linen.Module):
-        raise TypeError(f"expected a Flax module or a DoRAModel, got {type(model)}")
-    shapes = abstract(arguments["params"])
-    arguments = {"rng": jax.random.key(0), **arguments, "params": shapes}
-    return dora_linen.apply_dora(model, config, **arguments)[0]
+def adapt_with(model: Any, adapters: Tree, config: DoRAConfig, plain: Plain) -> Any:
+    """Returns a plain model adapted with an adapter tree, as `load_pretrained` does.
+
+    Raises:
+      PeftError: the adapters are float64, which JAX does not have unless it is enabled.
+    """
+    if config.adapter_dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise PeftError(
+            "the adapter is in float64, which JAX has after jax.config.update('jax_enable_x64', "
+            "True) alone. Without it, cast what read_adapters returns"
+        )
+    adapted, own = adapt(model, config, plain)
+    dtypes = {path: x.dtype for path, x in flatten(own).items()}
+    cast = {path: np.asarray(x).astype(dtypes[path]) for path, x in flatten(adapters).items()}
+    return with_adapter_arrays(adapted, own, cast)
 
 
 def _check_layers(
-    layers: Mapping[Path, Layer], config: DoRAConfig, adapters: Mapping[str, Any], was_adapted: bool
+    layers: Mapping[Path, Layer],
+    config: DoRAConfig,
+    adapters: Mapping[str, ModuleTensors],
+    was_adapted: bool,
 ) -> None:
     """Raises `DoRAError` unless the model is adapted where, and as, the file says."""
     given = {name for layer in layers.values() for name, _ in layer.slices()}
@@ -186,13 +222,3 @@ def _check_layers(
             f"layers_to_transform cannot select what the file has: {'; '.join(problems)}. Read it "
             "into a model whose layers are not stacked"
         )
-
-
-def _nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        inner = tree
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = value
-    return tree

@@ -2,33 +2,68 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from flax import nnx
 
-from dora_jax.adapters.trees import check_shapes, flatten
+from dora_jax.adapters.trees import Tree, check_shapes, flatten, get_in
 from dora_jax.config import LayerSettings
 from dora_jax.decomposition.scale import effective_factors
 from dora_jax.errors import AdapterError, Path, layer_name
-from dora_jax.model import adapter_shapes, adapter_tree, base_parameters, is_adapted
+from dora_jax.model import (
+    AdaptedModel,
+    adapter_shapes,
+    adapter_tree,
+    base_parameters,
+    carries_arrays,
+    is_adapted,
+    modules_of,
+)
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft import folder as files
 from dora_jax.peft.config import PeftConfig, PeftError
 from dora_jax.peft.keys import PREFIX
-from dora_jax.peft.layers import adapted_layers, check_tied, hf_modules
-from dora_jax.peft.tensors import Layer, to_tensors
+from dora_jax.peft.layers import Layer, adapted_layers, check_tied, hf_modules, to_tensors
+from dora_jax.peft.settings import select_only, with_patterns
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
+    from dora_jax.api import DoRAModel
+
     Array = np.ndarray[Any, Any]
+
+
+@overload
+def save_pretrained(
+    model: nnx.Module,
+    folder: files.Folder,
+    names: NameMap,
+    *,
+    adapters: Tree | None = None,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+    dtype: DTypeLike | None = None,
+) -> pathlib.Path: ...
+
+
+@overload
+def save_pretrained(
+    model: DoRAModel,
+    folder: files.Folder,
+    names: NameMap,
+    *,
+    adapters: Tree,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+    dtype: DTypeLike | None = None,
+) -> pathlib.Path: ...
 
 
 def save_pretrained(
@@ -37,32 +72,31 @@ def save_pretrained(
     names: NameMap,
     *,
     adapters: Any = None,
-    adapter_name: str = "default",
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
     dtype: DTypeLike | None = None,
 ) -> pathlib.Path:
     """Writes a model's adapter as a folder that PEFT's `PeftModel.from_pretrained` reads.
 
-    PEFT computes the same outputs with it. It names every adapted module in full, so that the same
-    modules are selected there whatever else the model has. Its gradient through the norm is the
-    detached one, whatever `norm_gradient` says here.
+    PEFT computes the same outputs with it, except that no gradient flows through the norm there,
+    whatever `norm_gradient` is here. Every adapted module is named in full, so that PEFT selects no
+    others.
 
     Args:
       model: an adapted NNX model, or the `DoRAModel` of a Linen one.
-      folder: where to write `adapter_config.json` and `adapter_model.safetensors`.
+      folder: where to write `adapter_config.json` and `adapter_model.safetensors`. For several
+        adapters, PEFT keeps all but the one named "default" in folders inside: `f"{folder}/other"`.
       names: which Hugging Face module each module of the model is, such as `dora_jax.names.LLAMA`.
       adapters: the adapter tree of a Linen model; of an NNX model, if not the one it carries.
-      adapter_name: PEFT keeps an adapter of another name than "default" in a folder inside.
       base_model_name_or_path: of the base model, for PEFT's `AutoPeftModel`.
       task_type: PEFT's, such as `"CAUSAL_LM"`.
-      dtype: to cast the tensors to; their own by default.
+      dtype: of the tensors; by default their own.
 
     Returns:
-      The folder that holds the two files.
+      The folder.
 
     Raises:
-      PeftError: PEFT has no form for a layer or a setting; says which, and the mend.
+      PeftError: PEFT cannot represent a layer or a setting; names it, and the fix.
       NameMapError: `names` lacks a module.
       AdapterError: the model has no adapter, or the tree is of another one.
 
@@ -75,40 +109,24 @@ def save_pretrained(
       ...     sorted(file.name for file in save_pretrained(model, folder, IDENTITY).iterdir())
       ['adapter_config.json', 'adapter_model.safetensors']
     """
-    tree = _checked_tree(model, adapters)
-    layers = adapted_layers(model, names)
-    parameters = base_parameters(model) if isinstance(model, nnx.Module) else None
+    tree, layers = _checked_tree(model, adapters), adapted_layers(model, names)
+    parameters = base_parameters(model) if carries_arrays(model) else None
     check_tied(layers.values(), names, parameters)
-    tensors: dict[str, Array] = {}
-    saved = {path: x for path, x in flatten(tree).items() if path[:-1] not in layers}
-    for path, layer in layers.items():
-        own: Any = tree
-        for key in path:
-            own = own[key]
-        _check_settings(layer, own)
-        tensors |= to_tensors(
-            layer, {k: np.asarray(v) for k, v in _effective_factors(layer, own).items()}
-        )
-    _check_saved(model, saved, names)
-    modules_to_save = set()
-    for path, value in saved.items():
-        for name, tensor in names.to_hf(".".join(path), np.asarray(value)).items():
-            tensors[PREFIX + name] = tensor
-            modules_to_save.add(name.rpartition(".")[0])
-    config = _config(list(layers.values()))
+    saved = _saved_tensors(model, tree, layers, names)
+    tensors = saved | _adapter_tensors(layers.values(), tree)
     config = dataclasses.replace(
-        config,
-        target_modules=_targets(config.target_modules, model, names),
-        modules_to_save=sorted(modules_to_save),
+        _config(layers.values(), parameters, names),
+        modules_to_save=sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in saved}),
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
     )
     if dtype is not None:
         tensors = {key: _cast(key, x, dtype) for key, x in tensors.items()}
-    return files.write(folder, adapter_name, config, tensors)
+    return files.write(folder, config, tensors)
 
 
-def _checked_tree(model: Any, adapters: Any) -> Mapping[str, Any]:
+def _checked_tree(model: AdaptedModel, adapters: Tree | None) -> Tree:
+    """Returns a model's adapter tree; raises `AdapterError` unless it fits the model."""
     if not is_adapted(model):
         raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
     tree = adapter_tree(model, adapters)
@@ -116,31 +134,54 @@ def _checked_tree(model: Any, adapters: Any) -> Mapping[str, Any]:
     return tree
 
 
-def _check_saved(model: Any, saved: Mapping[Path, Any], names: NameMap) -> None:
-    """Raises `PeftError` for modules trained in full that are others in torch."""
-    modules: dict[Path, Any] = {}
-    if isinstance(model, nnx.Module):
-        modules = {tuple(map(str, path)): m for path, m in nnx.iter_modules(model)}
+def _adapter_tensors(layers: Iterable[Layer], tree: Tree) -> dict[str, Array]:
+    """Returns the adapters of all layers as PEFT's tensors, by key."""
+    tensors: dict[str, Array] = {}
+    for layer in layers:
+        adapter = get_in(tree, layer.path, "the adapters")
+        _check_settings(layer, adapter)
+        factors = _effective_factors(layer, adapter)
+        tensors |= to_tensors(layer, {name: np.asarray(x) for name, x in factors.items()})
+    return tensors
+
+
+def _saved_tensors(
+    model: AdaptedModel, tree: Tree, layers: Mapping[Path, Layer], names: NameMap
+) -> dict[str, Array]:
+    """Returns the parameters of modules trained in full as PEFT's tensors, by key."""
+    saved = {path: x for path, x in flatten(tree).items() if path[:-1] not in layers}
+    _check_saved(modules_of(model), saved, names)
+    tensors = {}
+    for path, value in saved.items():
+        for name, tensor in names.to_hf(".".join(path), np.asarray(value)).items():
+            tensors[PREFIX + name] = tensor
+    return tensors
+
+
+def _check_saved(modules: Mapping[Path, Any], saved: Mapping[Path, Any], names: NameMap) -> None:
+    """Raises `PeftError` for modules trained in full whose parameters are others in torch."""
     for path, value in saved.items():
         name, module = layer_name(path[:-1]), modules.get(path[:-1])
         if isinstance(module, nnx.BatchNorm):
             raise PeftError(
-                f"{name} has running statistics, which are not part of an adapter here and are of "
-                "one in PEFT: leave it out of modules_to_save"
+                f"{name} has running statistics, which are part of an adapter in PEFT, but not "
+                "here: leave it out of modules_to_save"
             )
         axes = np.ndim(value) - len(names.find(".".join(path[:-1])).stacked)
         if path[-1] == "kernel" and axes > 2 and not isinstance(module, nnx.Conv):
             raise PeftError(
-                f"{name} is in modules_to_save with a kernel of {axes} axes, of which it is not "
-                "known which ones torch joins: leave it out of modules_to_save"
+                f"{name} is in modules_to_save with a kernel of {axes} axes, and it is not known "
+                "which ones torch joins: leave it out of modules_to_save"
             )
 
 
 def _check_settings(layer: Layer, adapter: Mapping[str, Any]) -> None:
-    """Raises `PeftError` for settings that PEFT has no equivalent of."""
+    """Raises `PeftError` for settings that PEFT does not have."""
     name, settings = layer_name(layer.path), layer.settings
     if settings.precomputed or "scale" in adapter:
-        raise PeftError(f"{name} holds a precomputed scale: save what precompute_scales was given")
+        raise PeftError(
+            f"{name} holds a precomputed scale: save the adapters that precompute_scales was given"
+        )
     merging = "Merge it (dora.merge) and save the base"
     if settings.decompose and not settings.normalize:
         raise PeftError(f"{name} has normalize=False; PEFT always divides by the norm. {merging}")
@@ -153,9 +194,10 @@ def _check_settings(layer: Layer, adapter: Mapping[str, Any]) -> None:
 
 
 def _effective_factors(layer: Layer, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the adapter whose product acts on the kernel, of twice the rank if it started apart.
+    """Returns the adapter with the factors of the change `A B - A0 B0`, which acts on the kernel.
 
-    `A B - A0 B0` is what PEFT makes of PiSSA and OLoRA adapters too.
+    Where the product started at zero, these are `A` and `B`. Else they have twice the rank, as
+    PEFT's conversion of PiSSA and OLoRA adapters has.
     """
     if layer.base.init_a is None:
         return dict(adapter)
@@ -164,70 +206,68 @@ def _effective_factors(layer: Layer, adapter: Mapping[str, Any]) -> dict[str, An
     return {**adapter, "lora_a": a, "lora_b": b}
 
 
-def _config(layers: Sequence[Layer]) -> PeftConfig:
-    """Returns the configuration with which PEFT selects the same modules, and scales them alike."""
-    settings_by_name = {
-        name: _effective_settings(layer) for layer in layers for name, _ in layer.slices()
-    }
-    if not settings_by_name:
-        raise PeftError("no layer is adapted, and PEFT needs one: a module trained in full is none")
-    use_rslora = any(
-        not math.isclose(s.scaling, s.alpha / s.rank) for s in settings_by_name.values()
-    )
-    (rank, _), *_ = collections.Counter(s.rank for s in settings_by_name.values()).most_common(1)
-    (alpha, _), *_ = collections.Counter(s.alpha for s in settings_by_name.values()).most_common(1)
+def _effective_settings(layer: Layer) -> LayerSettings:
+    """Returns the settings for the factors of `_effective_factors`, with the same scaling."""
+    settings = layer.settings
+    if layer.base.init_a is None:
+        return settings
+    factor = math.sqrt(2) if _uses_rslora(settings) else 2
+    return dataclasses.replace(settings, rank=2 * settings.rank, alpha=factor * settings.alpha)
+
+
+def _uses_rslora(settings: LayerSettings) -> bool:
+    return not math.isclose(settings.scaling, settings.alpha / settings.rank)
+
+
+def _config(
+    layers: Iterable[Layer], parameters: Mapping[Path, Any] | None, names: NameMap
+) -> PeftConfig:
+    """Returns the configuration with which PEFT selects the same modules, with the same scaling."""
+    settings = {name: _effective_settings(layer) for layer in layers for name, _ in layer.slices()}
+    if not settings:
+        raise PeftError(
+            "no layer is adapted, and PEFT needs one; modules trained in full do not count"
+        )
+    rank, rank_pattern = with_patterns({name: s.rank for name, s in settings.items()})
+    alpha, alpha_pattern = with_patterns({name: _number(s.alpha) for name, s in settings.items()})
     return PeftConfig(
         r=rank,
-        lora_alpha=_plain(alpha),
-        target_modules=sorted(settings_by_name),
-        use_dora=any(s.decompose for s in settings_by_name.values()),
-        lora_dropout=max(s.dropout for s in settings_by_name.values()),
-        use_rslora=use_rslora,
-        rank_pattern={_exactly(n): s.rank for n, s in settings_by_name.items() if s.rank != rank},
-        alpha_pattern={
-            _exactly(n): _plain(s.alpha) for n, s in settings_by_name.items() if s.alpha != alpha
-        },
+        lora_alpha=alpha,
+        target_modules=_targets(settings, parameters, names),
+        use_dora=any(s.decompose for s in settings.values()),
+        lora_dropout=max(s.dropout for s in settings.values()),
+        use_rslora=any(_uses_rslora(s) for s in settings.values()),
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
         fan_in_fan_out=any(layer.module.transposed for layer in layers),
     )
 
 
-def _targets(targets: str | Sequence[str], model: Any, names: NameMap) -> str | list[str]:
-    """Returns the names of all adapted modules; or a pattern, if one is the end of another's name.
+def _targets(
+    adapted: Iterable[str], parameters: Mapping[Path, Any] | None, names: NameMap
+) -> str | list[str]:
+    """Returns `target_modules` that selects only the adapted modules.
 
-    Of a Linen model, whose parameters are not at hand, any name without a dot may be such an end.
+    Without the parameters the other modules are not known: then any of their names may end in one
+    without a dot.
     """
-    if isinstance(model, nnx.Module):
-        others = hf_modules(base_parameters(model), names).keys() - set(targets)
-        ends = {name[match.end() :] for name in others for match in re.finditer(r"\.", name)}
-        if not ends & set(targets):
-            return list(targets)
-    elif all("." in name for name in targets):
-        return list(targets)
-    return "|".join(map(re.escape, targets))
-
-
-def _effective_settings(layer: Layer) -> LayerSettings:
-    """Returns the settings for the factors that `_acting` returns: of one scaling, s."""
-    settings = layer.settings
-    if layer.base.init_a is None:
-        return settings
-    grown = 2 if math.isclose(settings.scaling, settings.alpha / settings.rank) else math.sqrt(2)
-    return dataclasses.replace(settings, rank=2 * settings.rank, alpha=grown * settings.alpha)
+    if parameters is not None:
+        return select_only(adapted, hf_modules(parameters, names))
+    adapted = sorted(adapted)
+    return adapted if all("." in name for name in adapted) else "|".join(map(re.escape, adapted))
 
 
 def _cast(key: str, x: Array, dtype: DTypeLike) -> Array:
     with np.errstate(over="ignore"):
         cast = x.astype(dtype)
     if np.isfinite(x).all() and not np.isfinite(cast).all():
-        raise PeftError(f"{key} does not fit into {cast.dtype}: its largest is {abs(x).max():.3g}")
+        raise PeftError(
+            f"{key} does not fit into {cast.dtype}, its largest number is {abs(x).max():.3g}: pass "
+            "a wider dtype"
+        )
     return cast
 
 
-def _exactly(name: str) -> str:
-    """Returns the key of a pattern that matches one module alone."""
-    return "^" + re.escape(name)
-
-
-def _plain(number: float) -> float:
+def _number(x: float) -> float:
     """Returns an integer where there is one, as PEFT writes it."""
-    return int(number) if number == int(number) else number
+    return int(x) if x == int(x) else x

@@ -1,0 +1,122 @@
+"""Which module of a model each tensor of a PEFT file belongs to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from dora_jax.errors import Path
+from dora_jax.names.name_map import NameMap
+from dora_jax.peft.config import PeftConfig, PeftError
+from dora_jax.peft.keys import PREFIX, ModuleTensors
+from dora_jax.peft.layers import Modules
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, Any]
+
+
+def check_modules(
+    config: PeftConfig, adapters: Mapping[str, ModuleTensors], modules: Modules
+) -> None:
+    """Raises `PeftError` unless the file has adapters of the modules that it selects, no others."""
+    if unknown := sorted(adapters.keys() - modules.keys()):
+        near = difflib.get_close_matches(unknown[0], modules, n=3, cutoff=0.0)
+        raise PeftError(
+            f"the file holds an adapter of {unknown[0]}, which the model or the name map does not "
+            f"have. Nearest names: {near}. If the model does without it: unused=[{unknown[0]!r}]"
+        )
+    if config.all_linear:
+        return
+    for module in modules:
+        if config.selects(module) and not (module in adapters or config.may_select(module)):
+            raise PeftError(
+                f"target_modules names {module}, but the file holds no adapter of it: fetch it "
+                "again"
+            )
+
+
+def saved_parameters(
+    config: PeftConfig,
+    others: Mapping[str, Array],
+    parameters: Mapping[Path, Any],
+    names: NameMap,
+    modules: Modules,
+) -> dict[Path, Array]:
+    """Returns the parameters of modules that are trained in full, by path.
+
+    Args:
+      config: PEFT's configuration.
+      others: the file's tensors that are no part of an adapter, by name.
+      parameters: those of the model, by path.
+      names: which Hugging Face module each module is.
+      modules: of the model.
+
+    Raises:
+      PeftError: a tensor belongs to no such module, or one of a module's tensors is missing.
+    """
+    left = dict(others)
+
+    def take(name: str) -> Array:
+        if name not in left:
+            raise PeftError(
+                f"{PREFIX}{name} is missing, although modules_to_save has its module: fetch the "
+                "file again"
+            )
+        return left.pop(name)
+
+    given = {name.rpartition(".")[0] for name in others}
+    saved = {
+        path
+        for module, (path, _) in modules.items()
+        if config.saves(module) or (module in given and config.may_save(module))
+    }
+    values = {
+        path: names.from_hf(".".join(path), np.shape(value), take)
+        for path, value in parameters.items()
+        if path[:-1] in saved
+    }
+    for name, x in left.items():
+        module, _, parameter = name.rpartition(".")
+        table = module.removesuffix(".base_layer")
+        if table == module or parameter != "weight" or table not in modules:
+            raise PeftError(
+                f"{PREFIX}{name} is neither part of an adapter nor of a module in modules_to_save "
+                f"({list(config.modules_to_save)}) that the model has. PEFT saves the embedding if "
+                "the vocabulary was resized: put that into the base first, then delete it here"
+            )
+        own = _parameter_of_tensor(f"{table}.weight", modules[table][0], parameters, names)
+        if own is None or not _same_weight(x, *own, names):
+            raise PeftError(
+                f"{PREFIX}{name} is not the weight that the model has: it was trained or resized "
+                "there. Put it into the base first"
+            )
+    return values
+
+
+def _parameter_of_tensor(
+    tensor: str, module: Path, parameters: Mapping[Path, Any], names: NameMap
+) -> tuple[str, Any] | None:
+    """Returns the dotted path and the value of a module's parameter; None if it is in a stack."""
+    if names.find(".".join(module)).stacked:
+        return None
+    for path, value in parameters.items():
+        dotted = ".".join(path)
+        if path[:-1] == module and names.tensor_names(dotted) == [tensor]:
+            return dotted, value
+    return None
+
+
+def _same_weight(tensor: Array, path: str, value: Any, names: NameMap) -> bool:
+    """Returns whether the weight that PEFT saved with an adapted embedding or head is the model's.
+
+    One of the two may have been cast. An abstract value is not compared.
+    """
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return True
+    own, stored = np.asarray(value), names.from_hf(path, value.shape, lambda name: tensor)
+    same = np.array_equal(own.astype(tensor.dtype), stored)
+    return same or np.array_equal(own, stored.astype(own.dtype))
