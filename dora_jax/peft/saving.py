@@ -23,6 +23,7 @@ from dora_jax.model import (
     base_parameters,
     carries_arrays,
     is_adapted,
+    model_layers,
     modules_of,
 )
 from dora_jax.names.name_map import NameMap
@@ -109,7 +110,8 @@ def save_pretrained(
       ...     sorted(file.name for file in save_pretrained(model, folder, IDENTITY).iterdir())
       ['adapter_config.json', 'adapter_model.safetensors']
     """
-    tree, layers = _checked_tree(model, adapters), adapted_layers(model, names)
+    tree = _checked_tree(model, adapters)
+    layers = adapted_layers(model, names)
     parameters = base_parameters(model) if carries_arrays(model) else None
     check_tied(layers.values(), names, parameters)
     saved = _saved_tensors(model, tree, layers, names)
@@ -126,10 +128,21 @@ def save_pretrained(
 
 
 def _checked_tree(model: AdaptedModel, adapters: Tree | None) -> Tree:
-    """Returns a model's adapter tree; raises `AdapterError` unless it fits the model."""
+    """Returns a model's adapter tree.
+
+    Raises:
+      AdapterError: it does not fit the model.
+      PeftError: it holds precomputed scales.
+    """
     if not is_adapted(model):
         raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
     tree = adapter_tree(model, adapters)
+    for path in model_layers(model):
+        if "scale" in get_in(tree, path, "the adapters"):
+            raise PeftError(
+                f"{layer_name(path)} holds a precomputed scale, which PEFT does not have: save the "
+                "adapters that precompute_scales was given"
+            )
     check_shapes(tree, adapter_shapes(model))
     return tree
 
@@ -139,7 +152,7 @@ def _adapter_tensors(layers: Iterable[Layer], tree: Tree) -> dict[str, Array]:
     tensors: dict[str, Array] = {}
     for layer in layers:
         adapter = get_in(tree, layer.path, "the adapters")
-        _check_settings(layer, adapter)
+        _check_settings(layer)
         factors = _effective_factors(layer, adapter)
         tensors |= to_tensors(layer, {name: np.asarray(x) for name, x in factors.items()})
     return tensors
@@ -175,13 +188,9 @@ def _check_saved(modules: Mapping[Path, Any], saved: Mapping[Path, Any], names: 
             )
 
 
-def _check_settings(layer: Layer, adapter: Mapping[str, Any]) -> None:
+def _check_settings(layer: Layer) -> None:
     """Raises `PeftError` for settings that PEFT does not have."""
     name, settings = layer_name(layer.path), layer.settings
-    if settings.precomputed or "scale" in adapter:
-        raise PeftError(
-            f"{name} holds a precomputed scale: save the adapters that precompute_scales was given"
-        )
     merging = "Merge it (dora.merge) and save the base"
     if settings.decompose and not settings.normalize:
         raise PeftError(f"{name} has normalize=False; PEFT always divides by the norm. {merging}")

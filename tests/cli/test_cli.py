@@ -420,7 +420,7 @@ def test_errors_are_one_line_and_statuses_are_those_of_the_help(folder, tmp_path
     (pickled / "adapter_model.bin").write_bytes(b"")
     peft, identity = PEFT_FOLDER / "llama", ("--names", "identity")
     for status, args, message in (
-        (1, ("inspect", tmp_path / "none"), "is no folder"),
+        (1, ("inspect", tmp_path / "none"), "is not a folder"),
         (1, ("inspect", tmp_path / "empty"), "no checkpoint of dora_jax"),
         (1, ("inspect", broken), "damaged or incomplete"),
         (1, ("inspect", pickled), "pickle"),
@@ -446,10 +446,10 @@ def test_errors_are_one_line_and_statuses_are_those_of_the_help(folder, tmp_path
 @pytest.mark.parametrize(
     "fields, drop, message",
     [
-        ({"r": 2}, None, "rank 2, lora_A has 3"),
-        ({"use_dora": False}, None, "use_dora is False, the magnitude is there"),
-        ({}, "lora_magnitude_vector", "the magnitude is missing"),
-        ({}, "lora_B.weight", "lora_A or lora_B is missing"),
+        ({"r": 2}, None, "makes its rank 2: the two files do not belong together"),
+        ({"use_dora": False}, None, "lora_magnitude_vector is there although use_dora is False"),
+        ({}, "lora_magnitude_vector", "lora_magnitude_vector is missing"),
+        ({}, "lora_B.weight", "lora_B.weight is missing"),
         ({"alpha_pattern": 3}, None, "alpha_pattern"),
     ],
 )

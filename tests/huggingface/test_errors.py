@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dora_jax.huggingface import CheckpointError, load_checkpoint
+from dora_jax.huggingface import CheckpointError, TensorRules, load_checkpoint
 from dora_jax.huggingface.files import open_folder
 from dora_jax.names import NameMap, NameMapError
 from tests.support.checkpoints import (
@@ -106,30 +106,27 @@ def test_renamed_unused_and_tied_tensors(tmp_path, caplog):
     stored["model.pooler.weight"] = np.zeros(3, np.int8)
     stored["model.lm_head.weight"] = stored["model.wte.weight"][:2].copy()
     folder = write(tmp_path, stored)
-    options = {
-        "rename": lambda key: key.removeprefix("model."),
-        "unused": {r"pooler\..*": "the pooler"},
-    }
+    rules = TensorRules(lambda key: key.removeprefix("model."), {r"pooler\..*": "the pooler"})
     with caplog.at_level(logging.INFO, "dora_jax"):
-        load_checkpoint(folder, abstract(), NAMES, **options)
+        load_checkpoint(folder, abstract(), NAMES, rules=rules)
     assert [record.args for record in caplog.records] == [("model.pooler.weight", "the pooler")]
-    assert len(problems_of(folder, rename=options["rename"])) == 1
+    assert len(problems_of(folder, rules=TensorRules(rules.rename))) == 1
     stored["lm_head.weight"] = stored["model.lm_head.weight"]
     assert "holds the same parameter" in "".join(
-        problems_of(write(tmp_path, stored), **options).values()
+        problems_of(write(tmp_path, stored), rules=rules).values()
     )
 
 
 def test_a_tied_tensor_may_be_missing_or_equal_and_nothing_else(tmp_path):
     stored = tensors()
-    tied = {"h.2.norm.weight": "h.0.norm.weight", "out.weight": "wte.weight"}
+    rules = TensorRules(tied={"h.2.norm.weight": "h.0.norm.weight", "out.weight": "wte.weight"})
     del stored["h.2.norm.weight"]
-    model = load_checkpoint(write(tmp_path, stored), abstract(), NAMES, tied=tied)
+    model = load_checkpoint(write(tmp_path, stored), abstract(), NAMES, rules=rules)
     np.testing.assert_array_equal(model.layers[2].norm.scale[...], stored["h.0.norm.weight"])
     stored["out.weight"] = stored["wte.weight"].copy()
-    load_checkpoint(write(tmp_path, stored), abstract(), NAMES, tied=tied)
+    load_checkpoint(write(tmp_path, stored), abstract(), NAMES, rules=rules)
     stored["out.weight"][1, 1] += 1
-    found = problems_of(write(tmp_path, stored), tied=tied)
+    found = problems_of(write(tmp_path, stored), rules=rules)
     assert list(found) == ["out.weight"] and "differs from wte.weight" in found["out.weight"]
 
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from dora_jax.decomposition import KernelAxes
-from dora_jax.huggingface import CheckpointError, load_checkpoint, save_checkpoint
+from dora_jax.huggingface import CheckpointError, TensorRules, load_checkpoint, save_checkpoint
 from dora_jax.huggingface.files import assign
 from dora_jax.huggingface.loading import aligned_empty
 from dora_jax.huggingface.parameters import Parameter
@@ -146,7 +146,8 @@ def test_batch_statistics_are_parameters_too(tmp_path):
     names = NameMap({"layers.0": "bn"})
     counter = {"bn.num_batches_tracked": np.array(7)}
     folder = write(tmp_path, stored | counter)
-    loaded = load_checkpoint(folder, model, names, unused={r".*num_batches_tracked": "not needed"})
+    rules = TensorRules(unused={r".*num_batches_tracked": "not needed"})
+    loaded = load_checkpoint(folder, model, names, rules=rules)
     layer = loaded.layers[0]
     found = (layer.scale, layer.bias, layer.mean, layer.var)
     for key, variable in zip(keys, found, strict=True):
@@ -197,7 +198,7 @@ def sharded_in_a_process_of_four_devices(folder):
 def test_each_device_gets_its_shard(tmp_path):
     write(tmp_path, tensors())
     code = (
-        "import pathlib, sys; from tests import test_huggingface as t; "
+        "import pathlib, sys; from tests.huggingface import test_loading as t; "
         "t.sharded_in_a_process_of_four_devices(pathlib.Path(sys.argv[1]))"
     )
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import dora_jax as dora
-from dora_jax.huggingface import CheckpointError, load_checkpoint, save_checkpoint
+from dora_jax.huggingface import CheckpointError, SaveOptions, load_checkpoint, save_checkpoint
 from dora_jax.names import NameMap
 from tests.support.checkpoints import (
     NAMES,
@@ -33,7 +33,7 @@ STACKED = pytest.mark.parametrize("stacked", [False, True], ids=["numbered", "st
 def test_what_is_saved_is_what_was_read(tmp_path, stacked, max_file_bytes):
     stored = tensors(ml_dtypes.bfloat16)
     model = load_checkpoint(write(tmp_path / "in", stored), abstract(stacked, jnp.bfloat16), NAMES)
-    save_checkpoint(tmp_path / "out", model, NAMES, max_file_bytes=max_file_bytes)
+    save_checkpoint(tmp_path / "out", model, NAMES, options=SaveOptions(max_file_bytes=max_file_bytes))
     found = saved(tmp_path / "out")
     assert found.keys() == stored.keys()
     for name, value in stored.items():
@@ -55,7 +55,7 @@ def test_companions_of_the_source_are_copied_and_its_dtype_follows(tmp_path):
     (source / "pytorch_model.bin").write_text("no")
     model = load_checkpoint(source, abstract(), NAMES)
     extra = {"score.weight": np.ones((2, 3), np.float32)}
-    save_checkpoint(tmp_path / "out", model, NAMES, source=source, dtype=jnp.bfloat16, extra=extra)
+    save_checkpoint(tmp_path / "out", model, NAMES, source=source, extra=extra, options=SaveOptions(jnp.bfloat16))
     out = tmp_path / "out"
     files = {path.name for path in out.iterdir()}
     assert files == {"config.json", "tokenizer.json", "model.safetensors"}
@@ -69,14 +69,14 @@ def test_companions_of_the_source_are_copied_and_its_dtype_follows(tmp_path):
 def test_weights_are_replaced_only_when_asked_and_then_wholly(tmp_path):
     model = load_checkpoint(write(tmp_path / "in", tensors()), abstract(), NAMES)
     out = tmp_path / "out"
-    save_checkpoint(out, model, NAMES, max_file_bytes=300)
+    save_checkpoint(out, model, NAMES, options=SaveOptions(max_file_bytes=300))
     (out / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="overwrite"):
         save_checkpoint(out, model, NAMES)
-    save_checkpoint(out, model, NAMES, overwrite=True)
+    save_checkpoint(out, model, NAMES, options=SaveOptions(overwrite=True))
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "notes.txt"}
     with pytest.raises(CheckpointError, match="is the source"):
-        save_checkpoint(out, model, NAMES, source=out, overwrite=True)
+        save_checkpoint(out, model, NAMES, source=out, options=SaveOptions(overwrite=True))
 
 
 def test_nothing_is_left_where_saving_fails(tmp_path):
@@ -119,7 +119,7 @@ def test_neither_reading_nor_saving_holds_a_second_copy(tmp_path, stacked):
         assert tracemalloc.get_traced_memory()[1] < (layers + 3) * mb
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
-        save_checkpoint(tmp_path / "out", loaded, names, max_file_bytes=2 * mb)
+        save_checkpoint(tmp_path / "out", loaded, names, options=SaveOptions(max_file_bytes=2 * mb))
         assert tracemalloc.get_traced_memory()[1] - before < 3.2 * mb
     finally:
         tracemalloc.stop()

@@ -151,5 +151,5 @@ def test_features_that_are_not_rotated_stay():
     for wrong in ({"head_dim": 3}, {"head_dim": 4, "rotary_dim": 6}):
         with pytest.raises(NameMapError, match="in pairs"):
             Interleaved(**wrong)
-    with pytest.raises(NameMapError, match="6 features are no heads of 4"):
+    with pytest.raises(NameMapError, match="6 features do not divide into heads of 4"):
         Interleaved(4).order(6)

@@ -95,11 +95,15 @@ def edit(folder, **fields):
 
 
 def retensor(folder, change):
-    """Changes a folder's tensors in place; the digest goes, as if PEFT had written the file."""
+    """Changes a folder's tensors in place, and drops the digest, which PEFT does not write."""
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, {"format": "pt"})
+
+
+def without_digest(folder):
+    retensor(folder, lambda tensors: None)
 
 
 # What is written and read.
@@ -152,15 +156,16 @@ def test_a_cast_that_overflows_is_refused(tmp_path):
 def test_several_adapters_lie_in_folders_of_their_names(tmp_path):
     one, other = adapted(), adapted(rank=3)
     assert save_pretrained(one, tmp_path, IDENTITY) == tmp_path
-    assert save_pretrained(other, tmp_path, IDENTITY, adapter_name="b") == tmp_path / "b"
+    assert save_pretrained(other, tmp_path / "b", IDENTITY) == tmp_path / "b"
     base = MLP(nnx.Rngs(0))
-    for name, model in (("default", one), ("b", other)):
-        tree, _ = read_adapters(base, tmp_path, IDENTITY, adapter_name=name)
+    for folder, model in ((tmp_path, one), (tmp_path / "b", other)):
+        tree, _ = read_adapters(base, folder, IDENTITY)
         assert_trees_equal(tree, dora.get_adapters(model))
-    with pytest.raises(
-        PeftError, match=r"holds the adapters \['default', 'b'\]: pass adapter_name"
-    ):
-        read_adapters(base, tmp_path, IDENTITY, adapter_name="c")
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(PeftError, match=rf"folders inside .* adapters: \['{tmp_path}/b'\]"):
+        read_adapters(base, tmp_path, IDENTITY)
+    with pytest.raises(PeftError, match=r"c is not a folder"):
+        read_adapters(base, tmp_path / "c", IDENTITY)
 
 
 def test_adapters_of_one_configuration_are_switched_in_an_adapted_model(tmp_path):
@@ -280,7 +285,7 @@ def test_linen_models_scanned_and_not_have_the_same_files(tmp_path):
     np.testing.assert_allclose(other_y, y, rtol=1e-5)
     again, _ = read_adapters(model, tmp_path, names, params=params)
     assert_trees_equal(again, tree)
-    with pytest.raises(PeftError, match=r"layers.* is precomputed"):
+    with pytest.raises(PeftError, match=r"layers.* holds a precomputed scale"):
         save_pretrained(
             model, tmp_path, names, adapters=dora.precompute_scales(model, params, tree)
         )
@@ -360,14 +365,14 @@ def test_what_a_model_does_without_is_left_out_only_if_named(tmp_path):
         ({"layer_replication": [[0, 2]]}, "another depth"),
         ({"kasa_config": {"beta": 1}}, "KaSA"),
         ({"something_new": 3}, "something_new=3 in adapter_config.json is not known"),
-        ({"r": 0}, "r in adapter_config.json has a value it cannot have: 0"),
+        ({"r": 0}, "r in adapter_config.json has an invalid value, 0"),
         ({"r": 3}, "makes its rank 3"),
         ({"r": None}, "has no r"),
-        ({"lora_alpha": "4"}, "lora_alpha in adapter_config.json has a value"),
+        ({"lora_alpha": "4"}, "lora_alpha in adapter_config.json has an invalid value"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"use_dora": 1}, "use_dora"),
         ({"use_dora": False}, "lora_magnitude_vector is there although use_dora is False"),
-        ({"target_modules": "(up"}, "'(up' is no regular expression"),
+        ({"target_modules": "(up"}, "'(up' is not a regular expression"),
         ({"target_modules": ["up"]}, "which target_modules does not select"),
         ({"target_modules": ["up", "down", "head"]}, "the file holds no adapter of it"),
         ({"exclude_modules": ["up"]}, "which target_modules does not select"),
@@ -378,8 +383,9 @@ def test_what_a_model_does_without_is_left_out_only_if_named(tmp_path):
 def test_a_config_that_is_not_the_adapters_is_refused(tmp_path, fields, message):
     save_pretrained(adapted(), tmp_path, IDENTITY)
     edit(tmp_path, **fields)
+    without_digest(tmp_path)
     with pytest.raises(PeftError, match=re.escape(message)):
-        read_adapters(MLP(nnx.Rngs(0)), tmp_path, IDENTITY, verify=False)
+        read_adapters(MLP(nnx.Rngs(0)), tmp_path, IDENTITY)
 
 
 def test_fields_that_are_off_or_say_nothing_are_read(tmp_path):
@@ -411,7 +417,7 @@ def test_settings_that_peft_lacks_are_not_written(tmp_path, fields, message):
 
 
 def test_a_precomputed_model_and_one_without_an_adapter_are_not_written(tmp_path):
-    with pytest.raises(PeftError, match="is precomputed"):
+    with pytest.raises(PeftError, match="holds a precomputed scale"):
         save_pretrained(dora.precompute_scales(adapted()), tmp_path, IDENTITY)
     with pytest.raises(dora.errors.AdapterError, match="no adapter"):
         save_pretrained(MLP(nnx.Rngs(0)), tmp_path, IDENTITY)
@@ -471,7 +477,7 @@ class LinenTied(nn.Module):
 
 def test_a_table_that_is_the_head_too_is_refused(tmp_path):
     # Here the head sees the adapter, in PEFT it does not.
-    with pytest.raises(PeftError, match="tied to the table"):
+    with pytest.raises(PeftError, match="head that is tied to the table"):
         save_pretrained(adapted(Tied, target_modules=["embed_tokens"]), tmp_path, LLAMA)
     # A Linen model's parameters are not at hand: it may have a head of its own.
     module, ids = LinenTied(), jnp.ones(2, int)
@@ -553,7 +559,11 @@ def test_a_weight_saved_with_the_adapter_must_be_the_bases(tmp_path):
         (lambda t: [t.pop(k) for k in list(t) if k.startswith(UP)], "no adapter of it"),
         (
             lambda t: t.update({UP + "lora_C": t[UP + "lora_A.weight"]}),
-            "neither part of an adapter",
+            "up.lora_C is not one of the tensors that are read",
+        ),
+        (
+            lambda t: t.update({UP + "other": t[UP + "lora_A.weight"]}),
+            "up.other is neither part of an adapter",
         ),
         (
             lambda t: t.update({UP + "lora_A.weight": t[UP + "lora_A.weight"][:, :4].copy()}),
@@ -565,7 +575,20 @@ def test_a_weight_saved_with_the_adapter_must_be_the_bases(tmp_path):
         ),
         (
             lambda t: t.update({UP + "lora_B.weight": t[UP + "lora_B.weight"].T.copy()}),
-            "lora_B.weight has shape (2, 8), the model needs (8, 2)",
+            "lora_B.weight has shape (2, 8), but r",
+        ),
+        (
+            lambda t: t.update(
+                {
+                    UP + "lora_B.weight": t[UP + "lora_B.weight"][:7].copy(),
+                    UP + "lora_magnitude_vector": np.ones(7, np.float32),
+                }
+            ),
+            "lora_B.weight has shape (7, 2), the model needs (8, 2)",
+        ),
+        (
+            lambda t: t.update({UP + "lora_magnitude_vector": np.ones(7, np.float32)}),
+            "lora_magnitude_vector has 7 features, lora_B has 8",
         ),
         (
             lambda t: t.update({UP + "lora_magnitude_vector": np.ones((1, 8), np.float32)}),
@@ -665,9 +688,10 @@ def test_a_bit_flipped_in_a_number_is_noticed(tmp_path):
     damaged = bytearray(file.read_bytes())
     damaged[-3] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(PeftError, match="digest"):
+    with pytest.raises(PeftError, match=r"digest.*load_file.*save_file"):
         read_adapters(base, tmp_path, IDENTITY)
-    read_adapters(base, tmp_path, IDENTITY, verify=False)
+    without_digest(tmp_path)  # as the message says
+    read_adapters(base, tmp_path, IDENTITY)
 
 
 def test_pefts_files_have_no_digest_so_that_a_digit_may_change_unseen(tmp_path):
