@@ -32,6 +32,7 @@ from tests.support.checkpoints import (
     Model,
     abstract,
     expected,
+    filled,
     flat,
     saved,
     tensors,
@@ -66,7 +67,7 @@ def test_parameters_are_cast_to_the_models_dtype_rounded_once(tmp_path, stacked)
 
 
 def test_the_given_model_stays_as_it_is(tmp_path):
-    model = Model(nnx.Rngs(0))
+    model = filled(Model)
     before = flat(model)
     loaded = load_checkpoint(write(tmp_path, tensors()), model, NAMES)
     for path, value in flat(model).items():
@@ -103,9 +104,7 @@ def test_a_linen_tree_is_filled_in_its_own_structure(tmp_path, boxed):
 
 def test_axes_of_heads_are_flattened_as_torch_has_them(tmp_path):
     """An attention's kernels are (in, heads, features) and (heads, features, out)."""
-    model = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
-    for variable in jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Param)):
-        variable[...] = jax.random.normal(jax.random.key(variable.size), variable.shape)
+    model = filled(lambda rngs: nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs))
     names = NameMap({name: f"attn.{name}" for name in ("query", "key", "value", "out")})
     save_checkpoint(tmp_path, model, names)
     stored = saved(tmp_path)
@@ -139,7 +138,7 @@ def test_features_in_another_rotary_order_are_moved_both_ways(tmp_path):
 
 
 def test_batch_statistics_are_parameters_too(tmp_path):
-    model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    model = filled(lambda rngs: nnx.Sequential(nnx.BatchNorm(3, rngs=rngs)))
     rng = np.random.default_rng(0)
     keys = ("weight", "bias", "running_mean", "running_var")
     stored = {f"bn.{key}": rng.uniform(1, 2, 3).astype(np.float32) for key in keys}

@@ -20,6 +20,7 @@ from tests.support.checkpoints import (
     WIDTH,
     Model,
     abstract,
+    filled,
     saved,
     tensors,
     write,
@@ -33,7 +34,9 @@ STACKED = pytest.mark.parametrize("stacked", [False, True], ids=["numbered", "st
 def test_what_is_saved_is_what_was_read(tmp_path, stacked, max_file_bytes):
     stored = tensors(ml_dtypes.bfloat16)
     model = load_checkpoint(write(tmp_path / "in", stored), abstract(stacked, jnp.bfloat16), NAMES)
-    save_checkpoint(tmp_path / "out", model, NAMES, options=SaveOptions(max_file_bytes=max_file_bytes))
+    save_checkpoint(
+        tmp_path / "out", model, NAMES, options=SaveOptions(max_file_bytes=max_file_bytes)
+    )
     found = saved(tmp_path / "out")
     assert found.keys() == stored.keys()
     for name, value in stored.items():
@@ -55,7 +58,14 @@ def test_companions_of_the_source_are_copied_and_its_dtype_follows(tmp_path):
     (source / "pytorch_model.bin").write_text("no")
     model = load_checkpoint(source, abstract(), NAMES)
     extra = {"score.weight": np.ones((2, 3), np.float32)}
-    save_checkpoint(tmp_path / "out", model, NAMES, source=source, extra=extra, options=SaveOptions(jnp.bfloat16))
+    save_checkpoint(
+        tmp_path / "out",
+        model,
+        NAMES,
+        source=source,
+        extra=extra,
+        options=SaveOptions(jnp.bfloat16),
+    )
     out = tmp_path / "out"
     files = {path.name for path in out.iterdir()}
     assert files == {"config.json", "tokenizer.json", "model.safetensors"}
@@ -80,22 +90,21 @@ def test_weights_are_replaced_only_when_asked_and_then_wholly(tmp_path):
 
 
 def test_nothing_is_left_where_saving_fails(tmp_path):
-    model = Model(nnx.Rngs(0))
-    model.head.kernel[...] = model.head.kernel[...].at[0, 0].set(jnp.nan)
+    model = filled(Model)
+    model.head.kernel[...] = np.full((WIDTH, 2), np.nan, np.float32)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight holds NaN"):
         save_checkpoint(tmp_path / "out", model, NAMES)
     with pytest.raises(CheckpointError, match=r"wte\.weight: two values"):
-        save_checkpoint(
-            tmp_path / "out", Model(nnx.Rngs(0)), NAMES, extra={"wte.weight": np.ones(2)}
-        )
+        save_checkpoint(tmp_path / "out", filled(Model), NAMES, extra={"wte.weight": np.ones(2)})
     with pytest.raises(CheckpointError, match=r"embed\.embedding is a shape without a value"):
         save_checkpoint(tmp_path / "out", abstract(), NAMES)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_adapted_model_is_refused_and_a_merged_one_saved(tmp_path):
-    model = Model(nnx.Rngs(0))
-    adapted = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
+    model = filled(Model)
+    config = dora.DoRAConfig(rank=2, target_modules=["head"])
+    adapted = dora.apply_dora(model, config, rngs=nnx.Rngs(1))
     for act in (load_checkpoint, save_checkpoint):
         with pytest.raises(dora.errors.AdapterError, match="adapted"):
             act(tmp_path, adapted, NAMES)

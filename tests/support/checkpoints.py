@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
@@ -41,10 +42,31 @@ class Model(nnx.Module):
         self.head = nnx.Linear(WIDTH, 2, use_bias=False, rngs=rngs)
 
 
-def abstract(stacked=False, param_dtype=jnp.float32):
+@functools.cache
+def _abstract(stacked, param_dtype):
     model = nnx.eval_shape(lambda: Model(nnx.Rngs(0), stacked))
     state = nnx.state(model)
     nnx.update(model, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, param_dtype), state))
+    return model
+
+
+def abstract(stacked=False, param_dtype=jnp.float32):
+    """Returns the model with shapes for arrays."""
+    return nnx.clone(_abstract(stacked, param_dtype))
+
+
+def filled(make, seed=0):
+    """Returns an NNX model with random parameters, drawn by NumPy: JAX would compile every draw.
+
+    Args:
+      make: makes the model from `nnx.Rngs`.
+      seed: of the draws.
+    """
+    model, rng = nnx.eval_shape(lambda: make(nnx.Rngs(0))), np.random.default_rng(seed)
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    for _, variable in nnx.to_flat_state(state):
+        variable.set_value(jnp.asarray(rng.normal(size=variable.shape), variable.dtype))
+    nnx.update(model, state)
     return model
 
 
@@ -75,7 +97,7 @@ def write(folder, stored, files=1):
 
 
 def saved(folder):
-    """All tensors of a folder."""
+    """Returns all tensors of a folder."""
     files = sorted(folder.glob("model*.safetensors"))
     return {key: value for file in files for key, value in load_file(file).items()}
 
@@ -86,7 +108,7 @@ def flat(model):
 
 
 def expected(stored, stacked):
-    """What each parameter of the model must be, by the definition of torch's layers."""
+    """Returns what each parameter of the model must be, by the definition of torch's layers."""
     found = {"embed.embedding": stored["wte.weight"], "head.kernel": stored["lm_head.weight"].T}
     layers = [
         {
@@ -104,6 +126,7 @@ def expected(stored, stacked):
 
 
 def problems_of(folder, model=None, **kwargs):
+    """Returns the problems that reading a folder raises, by the tensor or file they name."""
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(folder, model or abstract(), NAMES, **kwargs)
     return dict(line.strip().split(": ", 1) for line in str(caught.value).splitlines()[1:])

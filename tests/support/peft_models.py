@@ -125,7 +125,7 @@ TABLES_NAMES = names.IDENTITY | {"c_fc": names.HFModule("c_fc", transposed=True)
 
 @dataclasses.dataclass(frozen=True)
 class Twin:
-    """A Flax model that computes what a torch model does.
+    """A Flax model that computes the same as a torch model.
 
     Attributes:
       fixture: the case of the torch model.
@@ -168,7 +168,7 @@ class Built:
       model: an NNX model, or a Linen module.
       params: of a Linen module.
       inputs: positional arguments of a call.
-      twin: what it was made from.
+      twin: the twin that it was made from.
     """
 
     model: Any
@@ -178,20 +178,29 @@ class Built:
 
     @property
     def linen(self) -> dict[str, Any]:
-        """What a Linen module needs beside itself."""
+        """The further arguments that a Linen module needs."""
         return {} if self.params is None else {"params": self.params, "inputs": self.inputs}
 
-    def load(self, folder, **options):
+    def load(self, folder):
         """Returns a model with the adapter of a folder."""
-        arguments = {**self.linen, **options}
-        loaded = peft.load_pretrained(self.model, folder, self.twin.names, **arguments)
+        return self._adapted(
+            peft.load_pretrained(self.model, folder, self.twin.names, **self.linen)
+        )
+
+    def read(self, folder):
+        """Returns the adapter tree and the configuration of a folder."""
+        return peft.read_adapters(self.model, folder, self.twin.names, **self.linen)
+
+    def abstract(self, config):
+        """Returns an adapted model without values, which has its layers and shapes only."""
+        plain = dora.model.Plain(None, self.params, self.linen.get("inputs"))
+        model = dora.model.adapt_abstract(self.model, config, plain)
+        return Adapted(model, None, self.params, self)
+
+    def _adapted(self, loaded):
         if self.params is None:
             return Adapted(loaded, dora.get_adapters(loaded), None, self)
         return Adapted(*loaded, self.params, self)
-
-    def read(self, folder, **options):
-        arguments = {**self.linen, **options}
-        return peft.read_adapters(self.model, folder, self.twin.names, **arguments)
 
 
 @dataclasses.dataclass
@@ -209,7 +218,7 @@ class Adapted:
 
     @functools.cached_property
     def _jitted(self):
-        # One program: operation by operation, twice as long goes into compiling.
+        # One program, since every operation by itself would take twice as long to compile.
         if self.params is not None:
             variables = {"params": self.params}
             return jax.jit(
@@ -227,8 +236,8 @@ class Adapted:
         return dataclasses.replace(self, tree=tree)
 
     def save(self, folder, **options):
-        if self.params is not None:
-            options = {"adapters": self.tree, **options}
+        """Writes a PEFT folder; `options` are those of `save_pretrained`."""
+        options = {"adapters": self.tree, **options}
         return peft.save_pretrained(self.model, folder, self.built.twin.names, **options)
 
 
