@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
-from dora_jax.adapters.trees import flatten_tree
+from dora_jax.adapters.trees import flatten
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import CheckpointError, LayoutError
 from dora_jax.layers.conv import ConvLayout
@@ -212,7 +212,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
     """Returns the values of a tree's leaves by dotted path, out of their boxes."""
     return {
         ".".join(path): meta.unbox(leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf)
-        for path, leaf in flatten_tree(tree, _is_leaf).items()
+        for path, leaf in flatten(tree, _is_leaf).items()
     }
 
 

@@ -85,9 +85,8 @@ def load_bert(
     encoder = nnx.eval_shape(
         lambda: BertEncoder(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
     )
-    encoder = huggingface.load_checkpoint(
-        folder, encoder, BERT, rename=_bert_name, unused=BERT_UNUSED
-    )
+    rules = huggingface.TensorRules(rename=_bert_name, unused=BERT_UNUSED)
+    encoder = huggingface.load_checkpoint(folder, encoder, BERT, rules=rules)
     for _, module in nnx.iter_graph(encoder):
         if isinstance(module, nnx.Dropout):
             module.rngs = None if rngs is None else rngs.dropout.fork()
@@ -114,7 +113,8 @@ def save_bert(
         extra["classifier.weight"] = np.asarray(head.kernel[...]).T
         if head.bias is not None:
             extra["classifier.bias"] = np.asarray(head.bias[...])
-    huggingface.save_checkpoint(folder, encoder, BERT, source=source, extra=extra, overwrite=True)
+    options = huggingface.SaveOptions(overwrite=True)
+    huggingface.save_checkpoint(folder, encoder, BERT, source=source, extra=extra, options=options)
 
 
 def load_llama(
@@ -151,15 +151,10 @@ def load_llama(
     switches: dict[str, Any] = {"scan_layers": scan_layers, "remat": remat}
     dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
     model = nnx.eval_shape(lambda: Llama(config, **switches, **dtypes, rngs=nnx.Rngs(0)))
+    tied = {_LM_HEAD: _EMBEDDING} if config.tie_word_embeddings else {}
+    rules = huggingface.TensorRules(rename=_llama_name, unused=LLAMA_UNUSED, tied=tied)
     return huggingface.load_checkpoint(
-        folder,
-        model,
-        LLAMA,
-        shardings=shardings,
-        rename=_llama_name,
-        unused=LLAMA_UNUSED,
-        tied={_LM_HEAD: _EMBEDDING} if config.tie_word_embeddings else None,
-        progress=progress,
+        folder, model, LLAMA, rules=rules, shardings=shardings, progress=progress
     )
 
 
@@ -182,15 +177,8 @@ def save_llama(
         dtype: Dtype of the tensors. The default is the dtype of the parameters.
         max_file_bytes: The largest size of a file. Larger models are written as several files.
     """
-    huggingface.save_checkpoint(
-        folder,
-        model,
-        LLAMA,
-        source=source,
-        dtype=dtype,
-        max_file_bytes=max_file_bytes,
-        overwrite=True,
-    )
+    options = huggingface.SaveOptions(dtype, max_file_bytes, overwrite=True)
+    huggingface.save_checkpoint(folder, model, LLAMA, source=source, options=options)
 
 
 def _folder(folder: str | os.PathLike[str]) -> pathlib.Path:
