@@ -6,21 +6,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.models.activations import ACTIVATIONS
-from experiments.models.config_file import HuggingFaceConfig, ModelConfigError
+from experiments.models.config_file import SIZES, HuggingFaceConfig, ModelConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _PAD_TOKEN_IDS = {"bert": 0, "roberta": 1}  # Hugging Face's defaults, by model type
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-)
+_SIZES = (*SIZES, "max_position_embeddings", "type_vocab_size")
 _DROPOUT_RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 

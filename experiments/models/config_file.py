@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+"""Fields of every configuration that are positive integers."""
+
+
 class ModelConfigError(ValueError):
     """A configuration is incomplete, contradicts itself, or is not implemented here."""
 
@@ -43,8 +53,8 @@ class HuggingFaceConfig:
         """
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} is missing: a Hugging Face checkpoint folder holds config.json beside "
-                "its weights."
+                f"{path} is missing: a Hugging Face checkpoint folder holds config.json "
+                "and its weights."
             )
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.models.activations import ACTIVATIONS
-from experiments.models.config_file import HuggingFaceConfig, ModelConfigError
+from experiments.models.config_file import SIZES, HuggingFaceConfig, ModelConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """The values of `model_type` that are implemented."""
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-)
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
 # The defaults of transformers for fields that are absent from a config.json of that type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -108,7 +101,7 @@ class LlamaConfig(HuggingFaceConfig):
         ModelConfigError: A field is out of range or not implemented.
     """
 
-    REQUIRED = ("model_type", *_SIZES)
+    REQUIRED = ("model_type", *SIZES)
     FIXED: ClassVar[Mapping[str, Any]] = {
         "attention_dropout": 0.0,
         "partial_rotary_factor": 1.0,
@@ -140,7 +133,7 @@ class LlamaConfig(HuggingFaceConfig):
         self._check_choice("hidden_act", ACTIVATIONS)
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             _check_positive(name, getattr(self, name))
-        for name in (*_SIZES, *_OPTIONAL_SIZES):
+        for name in (*SIZES, *_OPTIONAL_SIZES):
             if not (name in _OPTIONAL_SIZES and getattr(self, name) is None):
                 self._check_size(name)
         for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):

@@ -20,21 +20,12 @@ from experiments.models.llama_config import LlamaConfig
 
 M = TypeVar("M", bound=nnx.Module)
 
+SIZES = {"hidden_size": 16, "num_attention_heads": 4}
 BERT = BertConfig(
-    vocab_size=50,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    intermediate_size=32,
-    max_position_embeddings=12,
+    **SIZES, vocab_size=50, num_hidden_layers=1, intermediate_size=32, max_position_embeddings=12
 )
 LLAMA = LlamaConfig(
-    vocab_size=40,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=24,
+    **SIZES, vocab_size=40, num_hidden_layers=2, intermediate_size=24, num_key_value_heads=2
 )
 
 

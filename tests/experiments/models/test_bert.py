@@ -243,15 +243,3 @@ def test_config_that_cannot_be_served_is_refused_with_its_file(tmp_path, changes
     with pytest.raises(ModelConfigError, match=message) as caught:
         BertConfig.from_json(path)
     assert str(path) in str(caught.value)
-
-
-def test_config_file_that_is_missing_or_not_json_is_refused(tmp_path):
-    path = tmp_path / "config.json"
-    with pytest.raises(FileNotFoundError, match="a Hugging Face checkpoint folder holds"):
-        BertConfig.from_json(path)
-    path.write_text('{"model_type": "bert", ')
-    with pytest.raises(ModelConfigError, match="not valid JSON"):
-        BertConfig.from_json(path)
-    path.write_text("[1, 2]")
-    with pytest.raises(ModelConfigError, match="one JSON object"):
-        BertConfig.from_json(path)

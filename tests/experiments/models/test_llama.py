@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pathlib
 import re
 
 import jax
@@ -294,13 +293,3 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, changes, message):
     with pytest.raises(ModelConfigError, match=message) as caught:
         LlamaConfig.from_json(path)
     assert str(path) in str(caught.value)
-
-
-def test_a_file_that_is_no_config_is_named(tmp_path):
-    path = pathlib.Path(tmp_path / "config.json")
-    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
-        LlamaConfig.from_json(path)
-    for text, message in {"{": "not valid JSON", "[]": "one JSON object"}.items():
-        path.write_text(text)
-        with pytest.raises(ModelConfigError, match=message):
-            LlamaConfig.from_json(path)
