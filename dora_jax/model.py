@@ -291,7 +291,7 @@ def parameter_tree(model: Any) -> Any:
 
 
 def with_parameter_tree(model: M, tree: Any) -> M:
-    """Returns a copy of what `parameter_tree` was given, with other parameters."""
+    """Returns a copy of a model or tree, as for `parameter_tree`, with other parameters."""
     if not isinstance(model, nnx.Module):
         return tree
     copy = copy_model(model)

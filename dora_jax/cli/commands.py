@@ -66,8 +66,32 @@ class Diff:
         return 0 if report["equal"] else 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Convert:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NameOptions:
+    """Options that change a name map."""
+
+    flax_prefix: str = ""
+    """Path of the submodule of the Flax model that has these names, such as encoder."""
+    hf_prefix: str = ""
+    """Path of that submodule in the Hugging Face model, such as bert."""
+    extra_names: tuple[str, ...] = ()
+    """Further modules, as pairs of a Flax and a Hugging Face path, such as classifier=score."""
+
+    def name_map(self, name: str) -> NameMap:
+        """Returns the name map of an architecture with these options."""
+        names = NAME_MAPS[name]
+        if self.flax_prefix or self.hf_prefix:
+            names = names.inside(self.flax_prefix, self.hf_prefix)
+        pairs = {extra: extra.partition("=") for extra in self.extra_names}
+        if wrong := [extra for extra, (flax, _, theirs) in pairs.items() if not (flax and theirs)]:
+            raise NameMapError(
+                f"--extra-names takes pairs such as classifier=score, got {wrong[0]!r}"
+            )
+        return names | {flax: theirs for flax, _, theirs in pairs.values()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Convert(NameOptions):
     """Write an adapter in the other format: Orbax to PEFT, or PEFT to Orbax."""
 
     source: Source
@@ -76,12 +100,6 @@ class Convert:
     """The folder to write."""
     names: Names
     """Which Hugging Face module each Flax module is; "identity" if their paths are the same."""
-    flax_prefix: str = ""
-    """Path of the submodule of the Flax model that has these names, such as encoder."""
-    hf_prefix: str = ""
-    """Path of that submodule in the Hugging Face model, such as bert."""
-    extra_names: tuple[str, ...] = ()
-    """Further modules, as pairs of a Flax and a Hugging Face path, such as classifier=score."""
     base: Path | None = None
     """Hugging Face folder of the base. An Orbax adapter is checked against it. A PEFT adapter is
     saved with its fingerprint, so that it loads without a warning."""
@@ -97,7 +115,7 @@ class Convert:
         report = convert(
             self.source,
             self.target,
-            _name_map(self.names, self.flax_prefix, self.hf_prefix, self.extra_names),
+            self.name_map(self.names),
             base=self.base,
             allow_base_mismatch=self.allow_base_mismatch,
             overwrite=self.overwrite,
@@ -108,8 +126,8 @@ class Convert:
         return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Merge:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge(NameOptions):
     """Merge an adapter into the weights of its base, from one Hugging Face folder to another.
 
     No model is needed. Weights are read, merged and written one by one.
@@ -123,12 +141,6 @@ class Merge:
     """The folder to write."""
     names: Names | None = None
     """Which Hugging Face module each Flax module is; needed for an Orbax adapter."""
-    flax_prefix: str = ""
-    """Path of the submodule of the Flax model that has these names, such as encoder."""
-    hf_prefix: str = ""
-    """Path of that submodule in the Hugging Face model, such as bert."""
-    extra_names: tuple[str, ...] = ()
-    """Further modules, as pairs of a Flax and a Hugging Face path, such as classifier=score."""
     allow_base_mismatch: Flag = False
     """Merge an adapter that was trained for another base, too."""
     max_file_bytes: int = 2 * 10**9
@@ -140,9 +152,7 @@ class Merge:
 
     def run(self) -> int:
         """Runs the command; returns the exit status."""
-        names = self.names and _name_map(
-            self.names, self.flax_prefix, self.hf_prefix, self.extra_names
-        )
+        names = None if self.names is None else self.name_map(self.names)
         report = merge(
             self.base,
             self.adapter,
@@ -168,16 +178,6 @@ Command = (
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
 )
-
-
-def _name_map(name: str, flax_prefix: str, hf_prefix: str, extra_names: tuple[str, ...]) -> NameMap:
-    names = NAME_MAPS[name]
-    if flax_prefix or hf_prefix:
-        names = names.inside(flax_prefix, hf_prefix)
-    pairs = [pair.partition("=") for pair in extra_names]
-    if wrong := [extra_names[i] for i, (a, _, b) in enumerate(pairs) if not (a and b)]:
-        raise NameMapError(f"--extra-names takes pairs such as classifier=score, got {wrong[0]!r}")
-    return names | {flax: theirs for flax, _, theirs in pairs}
 
 
 def _print(report: dict[str, Any], text: str, as_json: bool) -> None:

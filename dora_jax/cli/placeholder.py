@@ -1,7 +1,7 @@
 """A placeholder for a model: it has the shapes of an adapter's layers, and nothing else.
 
-Reading and writing PEFT adapters needs a model, for the axes of its kernels. Where there are only
-folders, a placeholder is made from what they hold.
+PEFT adapters are read into a model and written from one, for the axes of its kernels. Where there
+are only folders, a placeholder is made from their contents.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def load_checkpoint(
     """Returns a model, or a tree of parameters, filled from a Hugging Face checkpoint folder.
 
     Give an abstract model (`nnx.eval_shape`), so that no array is initialised in vain. Besides the
-    parameters read so far, the host holds one more and one tensor. Each process reads what its own
-    devices need.
+    parameters read so far, the host holds one more and one tensor. Each process reads only the
+    parts for its own devices.
 
     Args:
       folder: holds `model.safetensors`, or several files and `model.safetensors.index.json`, of any

@@ -81,7 +81,7 @@ def save_checkpoint(
       model: an NNX model, or the parameters of a Linen one. An adapted model is merged first.
       names: which tensor each parameter is.
       source: the folder of the pretrained checkpoint, whose configuration and tokenizer are copied.
-        The configuration's `dtype` becomes that of the weights.
+        The configuration's `dtype` is replaced by that of the weights.
       axes: as for `load_checkpoint`.
       extra: further tensors, such as a head's, by their names in the folder.
       options: the tensors' dtype, the size of files, whether to overwrite.

@@ -70,9 +70,9 @@ def from_hf_order(x: Array, features: Interleaved | None, axis: int = -1) -> Arr
 
 
 def converted_shape(convert: Callable[[Array], Array], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of what a function makes of an array of the given shape.
+    """Returns the shape that a function gives to an array of the given shape.
 
-    It is found by converting a dummy array, all of whose elements share one byte of memory.
+    Converts a dummy array, whose elements share one byte of memory.
 
     Example:
       >>> converted_shape(np.transpose, (2, 3))

@@ -164,7 +164,7 @@ def read_adapters(
     wanted = dora_config(config, adapters, saved, modules)
     adapted = model
     if not was_adapted:
-        # Its arrays are shapes only, for which any dtype will do.
+        # Only its shapes are used, so the dtype does not matter.
         narrow = dataclasses.replace(wanted, adapter_dtype="float32")
         adapted = adapt_abstract(model, narrow, Plain(params=params, inputs=inputs))
     layers = adapted_layers(adapted, names)
@@ -185,8 +185,8 @@ def adapt_with(model: Any, adapters: Tree, config: DoRAConfig, plain: Plain) -> 
     """
     if config.adapter_dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise PeftError(
-            "the adapter is in float64, which JAX has after jax.config.update('jax_enable_x64', "
-            "True) alone. Without it, cast what read_adapters returns"
+            "the adapter is in float64, which JAX has only after jax.config.update("
+            "'jax_enable_x64', True). Without it, cast the tree that read_adapters returns"
         )
     adapted, own = adapt(model, config, plain)
     dtypes = {path: x.dtype for path, x in flatten(own).items()}
@@ -200,7 +200,7 @@ def _check_layers(
     adapters: Mapping[str, ModuleTensors],
     was_adapted: bool,
 ) -> None:
-    """Raises `DoRAError` unless the model is adapted where, and as, the file says."""
+    """Raises `DoRAError` unless the model's adapted layers and settings are those of the file."""
     given = {name for layer in layers.values() for name, _ in layer.slices()}
     problems = [
         f"{name} has an adapter in the {'model' if name in given else 'file'} alone"
@@ -219,6 +219,6 @@ def _check_layers(
         raise AdapterError(f"the model is adapted in another way: {listing}. Use load_pretrained")
     if problems:
         raise PeftError(
-            f"layers_to_transform cannot select what the file has: {'; '.join(problems)}. Read it "
+            f"layers_to_transform cannot select the file's layers: {'; '.join(problems)}. Read it "
             "into a model whose layers are not stacked"
         )

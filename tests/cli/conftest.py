@@ -14,7 +14,7 @@ from tests.cli.folders import CONFIG, llama_base, trained, write_peft
 
 @pytest.fixture
 def run(capsys):
-    """Returns a function that runs a command; it returns the status, what was printed, errors."""
+    """Returns a function that runs a command; it returns the status, the output, the errors."""
 
     def command(*args):
         try:
@@ -29,7 +29,7 @@ def run(capsys):
 
 @pytest.fixture
 def done(run):
-    """Returns a function that runs a command, which has to succeed; it returns what it printed."""
+    """Returns a function that runs a command, which has to succeed; it returns the output."""
 
     def command(*args):
         status, out, errors = run(*args)
@@ -50,8 +50,6 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def llama_adapter(tmp_path):
     """Returns a PEFT folder for the base in `LLAMA_BASE`."""
-    ranks = {
-        f"model.layers.{i}.{m}": i + 2 for i in (0, 1) for m in ("self_attn.q_proj", "mlp.up_proj")
-    }
+    ranks = {"model.layers.0.mlp.up_proj": 2, "model.layers.1.self_attn.q_proj": 3}
     write_peft(tmp_path / "peft", llama_base(), ranks, np.random.default_rng(1))
     return tmp_path / "peft"

@@ -83,7 +83,7 @@ def test_merge_gives_the_weights_that_peft_computes_with(name, tmp_path, done):
 
 
 def test_merge_of_several_files_in_bfloat16(tmp_path, done, run):
-    """The base lies in three files, the result in more; what bfloat16 rounds away is said."""
+    """The base is in three files, the result in more; the rounding loss is reported."""
     base = llama_base()
     adapter, rng = tmp_path / "adapter", np.random.default_rng(0)
     module, other = "model.layers.1.self_attn.k_proj", "model.layers.0.mlp.down_proj"
@@ -131,7 +131,7 @@ def test_merge_refuses_files_that_do_not_belong_together(
     config.write_text(json.dumps(content))
     file = llama_adapter / "adapter_model.safetensors"
     tensors = {k: x for k, x in load_file(file).items() if drop is None or not k.endswith(drop)}
-    # One rank only, so that the configuration alone is what is wrong.
+    # Only one rank, so that no other field is wrong.
     save_file({k: x for k, x in tensors.items() if ".layers.1." in k}, file)
     status, _, errors = run("merge", LLAMA_BASE, llama_adapter, tmp_path / "merged")
     assert status == 1 and errors.count("\n") == 1 and message in errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -79,6 +80,22 @@ def test_a_file_that_is_cut_after_its_header_was_read_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="truncated"):
         for tensor in stored.values():
             tensor.read()
+
+
+def test_a_file_of_no_bytes_is_damaged(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged"):
+        open_folder(tmp_path)
+
+
+def test_integers_are_read_and_unknown_dtypes_refused(tmp_path):
+    stored = {"ids": np.arange(5), "flags": np.array([True, False])}
+    tensors = open_folder(write(tmp_path, stored)).tensors
+    for name, value in stored.items():
+        np.testing.assert_array_equal(tensors[name].read(), value)
+    unknown = dataclasses.replace(tensors["ids"], dtype="F4")
+    with pytest.raises(CheckpointError, match=r"ids in .* has dtype F4, which cannot be read"):
+        unknown.read()
 
 
 def test_an_index_that_lies_is_refused(tmp_path):

@@ -122,7 +122,7 @@ def test_neither_reading_nor_saving_holds_a_second_copy(tmp_path, stacked):
     like = jax.ShapeDtypeStruct(((layers,) if stacked else ()) + kernel.shape, jnp.float32)
     up = {"up": {"kernel": like}}
     params = {"layers": up if stacked else {str(i): up for i in range(layers)}}
-    tracemalloc.start()  # counts NumPy's arrays; those read become JAX's without a copy
+    tracemalloc.start()  # counts the arrays of NumPy, which JAX takes over without a copy
     try:
         loaded = load_checkpoint(tmp_path / "in", params, names)
         assert tracemalloc.get_traced_memory()[1] < (layers + 3) * mb

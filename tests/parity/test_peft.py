@@ -195,7 +195,7 @@ def test_peft_loads_adapters_by_name_and_ours_do(tmp_path):
     case, built = case_and_built("attention")
     one, other = ours("attention"), ours("attention", rank=3)
     one.save(tmp_path)
-    other.save(tmp_path, adapter_name="other")
+    other.save(tmp_path / "other")
     model = theirs(case, tmp_path)
     model.load_adapter(tmp_path / "other", "other")
     model.double().eval()
@@ -203,8 +203,9 @@ def test_peft_loads_adapters_by_name_and_ours_do(tmp_path):
         model.set_adapter(name)
         assert relative(adapted(), torch_models.outputs(model, case.inputs)) < 2e-6
     model.float().save_pretrained(tmp_path / "both")
-    for name, adapted in (("default", one), ("other", other)):
-        tree = built.load(tmp_path / "both", adapter_name=name).tree
+    both = tmp_path / "both"
+    for folder, adapted in ((both, one), (both / "other", other)):
+        tree = built.load(folder).tree
         jax.tree.map(np.testing.assert_array_equal, tree, adapted.tree)
 
 

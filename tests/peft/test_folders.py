@@ -1,4 +1,4 @@
-"""What is written to a PEFT adapter folder comes back, whatever the settings and the dtype."""
+"""An adapter that is written as a PEFT folder is read again, whatever its settings and dtype."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_narrow_adapters_are_read_and_written_without_loss(tmp_path, dtype):
     tree, _ = read_adapters(base, tmp_path, IDENTITY)
     assert {x.dtype for own in tree.values() for x in own.values()} == {np.dtype(dtype)}
     assert_trees_equal(tree, dora.get_adapters(model))
-    # A loaded model trains in float32, in which nothing is lost either.
+    # A loaded model trains in float32, which holds the same numbers.
     wide = load_pretrained(base, tmp_path, IDENTITY)
     assert {x.dtype.name for own in dora.get_adapters(wide).values() for x in own.values()} == {
         "float32"

@@ -151,12 +151,14 @@ def test_a_layer_that_is_the_whole_model_is_refused(tmp_path):
 
 
 def test_parameters_that_are_others_in_torch_are_refused(tmp_path):
-    def beside(make):
-        layers = lambda rngs: nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), make(rngs))  # noqa: E731
+    def after_a_layer(make):
+        def layers(rngs):
+            return nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), make(rngs))
+
         return adapted(layers, target_modules="all-linear", modules_to_save=["layers.1"])
 
     with pytest.raises(PeftError, match=r"layers.1 has running statistics"):
-        save_pretrained(beside(lambda rngs: nnx.BatchNorm(3, rngs=rngs)), tmp_path, IDENTITY)
-    heads = beside(lambda rngs: nnx.LinearGeneral(3, (2, 2), rngs=rngs))
+        save_pretrained(after_a_layer(lambda rngs: nnx.BatchNorm(3, rngs=rngs)), tmp_path, IDENTITY)
+    heads = after_a_layer(lambda rngs: nnx.LinearGeneral(3, (2, 2), rngs=rngs))
     with pytest.raises(PeftError, match=r"layers.1 is in modules_to_save with a kernel of 3 axes"):
         save_pretrained(heads, tmp_path, IDENTITY)
