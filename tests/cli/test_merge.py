@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import ml_dtypes
 import numpy as np
@@ -136,3 +137,50 @@ def test_merge_refuses_files_that_do_not_belong_together(
     status, _, errors = run("merge", LLAMA_BASE, llama_adapter, tmp_path / "merged")
     assert status == 1 and errors.count("\n") == 1 and message in errors
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "bert",
+            lambda base: base.update({"classifier.bias": np.zeros(4, np.float32)}),
+            r"classifier.bias has shape \(3,\), in the base \(4,\)",
+        ),
+        (
+            "tables",
+            lambda base: base.update({"wte.weight": np.zeros((21, 8), np.float32)}),
+            r"wte: the adapter has \(20,\) in and 8 out features, .* shape \(21, 8\)",
+        ),
+        (
+            "llama",
+            lambda base: base.update({"lm_head.weight": base["lm_head.weight"] + 1}),
+            r"lm_head.base_layer.weight in the adapter is not lm_head.weight of the base",
+        ),
+    ],
+)
+def test_merge_refuses_another_base(name, change, message, tmp_path, run):
+    base = peft_base(name, tmp_path / "base")
+    change(base)
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    args = ("merge", tmp_path / "base", PEFT_FOLDER / name, tmp_path / "merged")
+    status, _, errors = run(*args)
+    assert status == 1 and re.search(message, errors)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merge_refuses_a_table_that_is_the_head_too(tmp_path, run):
+    """PEFT leaves the head as it is, which in a merged folder would change with the table."""
+    peft_base("tables", tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text('{"tie_word_embeddings": true}')
+    args = ("merge", tmp_path / "base", PEFT_FOLDER / "tables", tmp_path / "merged")
+    status, _, errors = run(*args)
+    assert status == 1 and "the base's head uses the same table" in errors
+
+
+def test_a_base_without_a_head_lacks_the_prefix_of_its_names(tmp_path, done):
+    base = peft_base("bert", tmp_path / "base")
+    bare = {key.removeprefix("bert."): x for key, x in base.items()}
+    save_file(bare, tmp_path / "base" / "model.safetensors")
+    report = done("merge", tmp_path / "base", PEFT_FOLDER / "bert", tmp_path / "merged", "--json")
+    assert report["merged"] and not any(name.startswith("bert.") for name in report["merged"])
