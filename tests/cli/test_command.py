@@ -24,7 +24,7 @@ def test_errors_are_one_line_and_statuses_are_those_of_the_help(folder, tmp_path
     peft, identity = PEFT_FOLDER / "llama", ("--names", "identity")
     for status, args, message in (
         (1, ("inspect", tmp_path / "none"), "is not a folder"),
-        (1, ("inspect", tmp_path / "empty"), "no checkpoint of dora_jax"),
+        (1, ("inspect", tmp_path / "empty"), "not a checkpoint of dora_jax"),
         (1, ("inspect", broken), "damaged or incomplete"),
         (1, ("inspect", pickled), "pickle"),
         (2, ("diff", folder, broken), "damaged or incomplete"),
