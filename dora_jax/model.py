@@ -106,9 +106,8 @@ def adapt(model: Any, config: DoRAConfig, plain: Plain) -> tuple[AdaptedModel, d
         if given := [name for name, value in plain._asdict().items() if value is not None]:
             raise TypeError(f"the model is adapted already, so it takes no {', '.join(given)}")
         if isinstance(model, DoRAModel):
-            return model, nest(
-                {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in model.shapes.items()}
-            )
+            shapes = {p: jax.ShapeDtypeStruct(s, np.float32) for p, s in model.shapes.items()}
+            return model, nest(shapes)
         model = copy_model(model)
         return model, dora_nnx.get_adapters(model)
     if isinstance(model, nnx.Module):
@@ -137,8 +136,7 @@ def model_layers(model: AdaptedModel) -> dict[Path, ModelLayer]:
     found = {}
     if isinstance(model, DoRAModel):
         for path, stored in model.layers.items():
-            known, base = stored.adapted, model.base[path]
-            module = stored.module
+            known, module, base = stored.adapted, stored.module, model.base[path]
             found[path] = ModelLayer(
                 path, known.settings, known.layout, stored.axes, type(module), module, base
             )
@@ -241,15 +239,10 @@ def with_base_records(model: M, records: Mapping[Path, FrozenBase]) -> M:
     return model
 
 
-def check_base(model: AdaptedModel, params: Any = None) -> None:
-    """Raises `AdapterError` if a frozen kernel is not the one its adapter was made for.
-
-    Of a `DoRAModel` without its parameters nothing can be checked.
-    """
+def check_own_base(model: AdaptedModel) -> None:
+    """Raises `AdapterError` if an NNX model's kernel is not the one its adapter was made for."""
     if isinstance(model, nnx.Module):
         dora_nnx.check_base(model)
-    elif params is not None:
-        dora_linen.check_base(model, params)
 
 
 def base_parameters(model: Any, params: Any = None) -> dict[Path, Any]:

@@ -15,7 +15,7 @@ from dora_jax.model import (
     adapter_tree,
     base_records,
     carries_arrays,
-    check_base,
+    check_own_base,
     is_adapted,
     layer_axes,
     layer_settings,
@@ -65,7 +65,7 @@ def contents(own: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
     if own.model is None:
         check_tree(own.adapters, own.config, None)
         return {"adapters": own.adapters}, _metadata(own.config, {})
-    check_base(own.model)
+    check_own_base(own.model)
     check_settings(own.config, layer_settings(own.model))
     check_tree(own.adapters, own.config, own.model)
     records = base_records(own.model).items()
