@@ -1,8 +1,7 @@
 """An adapted model of either front end, seen alike.
 
-Everything that stands on adapted models (checkpoints, PEFT, Hugging Face, analysis, the command)
-asks these functions. They are, with the front ends and `api`, the only place that tells Linen from
-NNX.
+Whatever works on adapted models (checkpoints, PEFT, analysis, the command) asks these functions.
+With the front ends and `api`, they are the only place that tells Linen from NNX.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ class Plain(NamedTuple):
 
     Attributes:
       rngs: `nnx.Rngs` for NNX, a key for Linen; by default of seed 0.
-      params: of a Linen module.
-      inputs: arguments of an example call.
+      params, inputs: as for `apply_dora`.
     """
 
     rngs: Any = None
