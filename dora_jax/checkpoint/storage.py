@@ -6,6 +6,7 @@ the shape, dtype and SHA-256 of every array, and a SHA-256 of itself. Nothing is
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -19,7 +20,6 @@ from etils import epath  # type: ignore[import-untyped]
 
 from dora_jax.adapters.placement import host_value, is_random_key
 from dora_jax.adapters.trees import flatten, nest
-from dora_jax.checkpoint.json import decode_json, encode_json
 from dora_jax.errors import AdapterError, CheckpointError, Path
 
 if TYPE_CHECKING:
@@ -148,6 +148,41 @@ def read(
 def absolute(folder: str | PathLike[str]) -> epath.Path:
     """Returns the absolute path, as Orbax needs it; `~` is the home folder."""
     return epath.Path(folder).expanduser().absolute()
+
+
+def encode_json(value: Any, name: str = "metadata") -> Any:
+    """Returns a value as JSON types, with bytes as `{"bytes": base64}`.
+
+    Raises:
+      AdapterError: a value would not come back as it is, apart from tuples; names it.
+
+    Example:
+      >>> decode_json(encode_json({"position": b"12"}))
+      {'position': b'12'}
+    """
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, list | tuple):
+        return [encode_json(v, f"{name}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, Mapping) and all(isinstance(k, str) for k in value):
+        return {k: encode_json(v, f"{name}[{k!r}]") for k, v in value.items()}
+    raise AdapterError(
+        f"{name} holds a {type(value).__name__}, which JSON cannot hold: use dicts with strings as "
+        "keys, lists, numbers, strings and bytes; pass arrays in the state"
+    )
+
+
+def decode_json(value: Any) -> Any:
+    """Returns the value that `encode_json` was given, with lists in place of tuples."""
+    if isinstance(value, list):
+        return [decode_json(v) for v in value]
+    if isinstance(value, dict):
+        if list(value) == ["bytes"] and isinstance(value["bytes"], str):
+            return base64.b64decode(value["bytes"])
+        return {k: decode_json(v) for k, v in value.items()}
+    return value
 
 
 def _describe(leaf: Any) -> tuple[dict[str, Any], Any]:
