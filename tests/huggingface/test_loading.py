@@ -1,6 +1,6 @@
 """Reading checkpoint folders of Hugging Face into the parameters of either front end.
 
-Agreement with transformers' own models is in tests/experiments/test_huggingface.py.
+Agreement with transformers' own models is in tests/experiments/models/test_huggingface.py.
 """
 
 from __future__ import annotations
