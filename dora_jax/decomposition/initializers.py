@@ -71,6 +71,7 @@ def init_layer(
             f"{name}: layers_to_transform asks for {list(settings.indices)}, but the stack has "
             f"{length} layers"
         )
+    settings = _only_of_the_start(settings, config)
     build = functools.partial(_build, settings, config.init, config.adapter_dtype, axes)
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return jax.eval_shape(build, key, kernel)
@@ -78,6 +79,19 @@ def init_layer(
     adapter, base = _build_jit(settings, config.init, config.adapter_dtype, axes, key, kernel)
     _warn_of_zero_columns(name, base.norm)
     return adapter, base
+
+
+def _only_of_the_start(settings: LayerSettings, config: DoRAConfig) -> LayerSettings:
+    """Returns settings without those that change no start, so that fewer programs are compiled."""
+    start = LayerSettings(rank=settings.rank, alpha=1.0, scaling=1.0)
+    return dataclasses.replace(
+        start,
+        scaling=settings.scaling if config.changes_product else 1.0,
+        magnitude_trainable=settings.magnitude_trainable,
+        decompose=settings.decompose,
+        eps=settings.eps,
+        indices=settings.indices,
+    )
 
 
 def _build(
