@@ -30,7 +30,7 @@ PINS := constraints.txt
 INSTALL := -m pip install -q --disable-pip-version-check
 TESTS := -m pytest -q -n $(JOBS) --dist worksteal --nbmake
 
-.PHONY: help quickstart test test-models test-peft test-newest lint format constraints clean
+.PHONY: help quickstart test test-full test-models test-peft test-newest lint format constraints clean
 
 help:  ## List the targets (default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -40,6 +40,9 @@ quickstart: $(VENV)/.quickstart  ## Fine-tune a small model with DoRA; options i
 
 test: lint  ## Lint, types, tests, docstring examples and notebooks
 	$(BIN)/python $(TESTS)
+
+test-full: lint  ## The same with the wide tables of tests
+	JAX_DEFAULT_PRNG_IMPL=threefry2x32 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --nbmake -m '' --hypothesis-profile many
 
 test-models: $(VENV)-models/.test  ## Tests on models of other libraries, in an environment of their own
 	$(VENV)-models/bin/python -m pytest -q -n $(JOBS) --dist loadgroup tests/foreign

@@ -9,11 +9,12 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_jax import ConfigError, DoRAConfig, LayoutError
+from dora_jax import DoRAConfig
+from dora_jax.errors import ConfigError, LayoutError
 from dora_jax.selection import select_layers
+from tests.support.properties import for_all
 
 # A small transformer: True where "all-linear" covers the layer.
 LAYERS = {
@@ -131,7 +132,7 @@ def test_json_and_pickle_give_back_an_equal_configuration(config):
     assert set(config.to_dict()) == {field.name for field in dataclasses.fields(DoRAConfig)}
 
 
-@given(
+@for_all(
     rank=st.integers(1, 512),
     alpha=st.floats(1e-6, 1e6),
     dropout=st.floats(0, 1, exclude_max=True),
@@ -325,6 +326,6 @@ def test_switches_say_which_arrays_are_trained(switches, names):
         ),
     ],
 )
-def test_a_selection_that_fails_names_the_mend(fields, error, message):
+def test_a_selection_that_fails_names_the_fix(fields, error, message):
     with pytest.raises(error, match=message):
         selected(**fields)

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dora_jax.decomposition.axes import KernelAxes, canonical_transpose
+from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.ops.output_scale import wide_dtype
 
 if TYPE_CHECKING:
@@ -94,3 +96,24 @@ def same_base(
     kept, now = (x.astype(jnp.float32) for x in (base.first_row, first_row(kernel, axes)))
     # The absolute part is for float16, in which numbers under 6e-8 become 0.
     return jnp.abs(now - kept) <= _CAST_TOLERANCE * jnp.abs(kept) + 1e-7
+
+
+def check_kernel(
+    path: Path, kernel: Shaped[Array, "..."], base: FrozenBase, axes: KernelAxes
+) -> None:
+    """Raises `AdapterError` if the kernel of a layer is not the one its adapter was made for.
+
+    Under a transformation such as `jax.jit`, where values are not known, only shapes are checked.
+    """
+    norm_shape = axes.shapes(kernel.shape, 0)["magnitude"] if kernel.ndim == axes.ndim else None
+    if norm_shape != base.norm.shape:
+        raise AdapterError(
+            f"{layer_name(path)}: the kernel has shape {kernel.shape}, its adapter is for output "
+            f"features of shape {base.norm.shape}. Load the base that it was made for"
+        )
+    changed = base_changed(kernel, base, axes)
+    if not isinstance(changed, jax.core.Tracer) and np.any(changed):
+        raise AdapterError(
+            f"{layer_name(path)}: the kernel changed since apply_dora, so its stored norm is "
+            "wrong. Load the base first, then adapt it"
+        )

@@ -15,8 +15,10 @@ import dora_jax as dora
 from dora_jax.config import Init
 from dora_jax.decomposition import KernelAxes, init_layer
 from tests.support import reference
-from tests.support.models import FRONT_ENDS, NNXChain, inputs, random_adapters
-from tests.support.operations import CHAIN, LAYERS, WIDTH, chain, parameters, same, stack
+from tests.support.models import FRONT_ENDS, NNXChain, inputs, nnx_model, random_adapters, same
+from tests.support.operations import CHAIN, LAYERS, WIDTH, chain, parameters, stack
+from tests.support.quick import quick_jit
+from tests.support.selection import table
 
 INITS = get_args(Init)
 FROM_KERNEL = ("pissa", "olora")  # the factors start from the kernel, not with a product of zero
@@ -50,12 +52,18 @@ def model_with(front_end, init, build=chain, **dtypes):
 # At the start the adapted model equals its base.
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-@pytest.mark.filterwarnings("error")  # merging rounds no change away
-def test_every_start_equals_the_base(front_end, init, dtype):
-    """Bit for bit where `lora_b` is zero; up to rounding where two products cancel."""
+@pytest.mark.parametrize(
+    ("front_end", "init", "dtype"),
+    table(
+        FRONT_ENDS,
+        INITS,
+        [jnp.float32, jnp.bfloat16],
+        default=lambda front_end, _, dtype: front_end == "linen" or dtype == jnp.float32,
+    ),
+)
+@pytest.mark.filterwarnings("error")  # merging has nothing to round away
+def test_every_start_is_an_identity(front_end, init, dtype):
+    """To the last bit where `lora_b` is zero; to rounding where two products cancel."""
     model = model_with(front_end, init, param_dtype=dtype)
     x = inputs(7, CHAIN[0], dtype)
     base = jax.jit(model.base)(model.params, x)
@@ -84,8 +92,8 @@ def test_every_start_of_a_stack_equals_the_base(front_end, init):
 
 @pytest.mark.parametrize("init", INITS)
 def test_the_frozen_kernel_stays_the_pretrained_one(init):
-    """PiSSA and OLoRA as published subtract the product from the kernel; dora_jax does not."""
-    model = NNXChain(CHAIN, rngs=nnx.Rngs(0))
+    """PiSSA and OLoRA as published take the product off the kernel; its checkpoint then is lost."""
+    model = nnx_model(lambda rngs: NNXChain(CHAIN, rngs=rngs))
     before = jax.tree.map(jnp.copy, parameters(model))
     adapted = dora.apply_dora(model, dora.DoRAConfig(rank=RANK, init=init), rngs=nnx.Rngs(1))
     assert same(parameters(adapted), before)
@@ -240,7 +248,7 @@ def trained(adapters, seed=1):
 def test_the_layer_adds_the_change_of_the_product(front_end, init):
     model, x = model_with(front_end, init), inputs(7, CHAIN[0])
     adapters = trained(model.adapters)
-    y = jax.jit(model.apply)(model.params, adapters, x)
+    y = quick_jit(model.apply)(model.params, adapters, x)
     merged = model.merge(model.params, adapters)
     scaling = dora.DoRAConfig(rank=RANK).layer_settings(()).scaling
     (expected,) = reference.wide(x)
@@ -250,8 +258,8 @@ def test_the_layer_adds_the_change_of_the_product(front_end, init):
         expected = expected if i == 0 else np.tanh(expected)
         expected = expected @ kernel + np.asarray(layer["bias"], np.float64)
     assert reference.relative_error(y, expected) <= 3e-6
-    assert reference.relative_error(jax.jit(model.base)(merged, x), y) <= 1e-5
-    assert reference.relative_error(jax.jit(model.base)(model.params, x), y) > 1e-2
+    assert reference.relative_error(quick_jit(model.base)(merged, x), y) <= 1e-5
+    assert reference.relative_error(quick_jit(model.base)(model.params, x), y) > 1e-2
 
 
 @pytest.mark.parametrize("init", FROM_KERNEL)
@@ -265,8 +273,8 @@ def test_the_layers_of_a_stack_add_the_change_of_the_product(front_end, init):
     kernel = changed_kernel(model.params["blocks"]["up"]["kernel"], now, at_start, scaling)
     assert kernel.shape == (LAYERS, WIDTH, WIDTH)
     assert reference.relative_error(merged["blocks"]["up"]["kernel"], kernel) <= 2e-6
-    y = jax.jit(model.apply)(model.params, adapters, x)
-    assert reference.relative_error(jax.jit(model.base)(merged, x), y) <= 1e-5
+    y = quick_jit(model.apply)(model.params, adapters, x)
+    assert reference.relative_error(quick_jit(model.base)(merged, x), y) <= 1e-5
 
 
 # The random key of a layer.

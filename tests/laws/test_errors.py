@@ -1,4 +1,4 @@
-"""Every misuse of the front ends has an error that names the layer and the mend."""
+"""Every misuse of the front ends has an error that names the layer and the fix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 import dora_jax as dora
-from tests.support.models import FRONT_ENDS, adapted_chain, inputs, random_adapters
+from tests.support.models import FRONT_ENDS, adapted_chain, inputs, linen_variables, random_adapters
 
 CONFIG = dora.DoRAConfig(rank=2)
 X = inputs(5, 16)
@@ -35,7 +35,7 @@ class NNXModel(nnx.Module):
 
 
 LINEN = LinenModel()
-PARAMS = LINEN.init(jax.random.key(0), X)["params"]
+PARAMS = linen_variables(LINEN, X)["params"]
 
 
 def adapt_linen(module=LINEN, params=PARAMS, **fields):
@@ -148,7 +148,7 @@ def test_merging_needs_all_parts():
         dora.merge(adapt_nnx(), adapters)
     with pytest.raises(TypeError, match="a Linen model needs adapters too"):
         dora.merge(model, PARAMS)
-    with pytest.raises(TypeError, match="expected an adapted flax.nnx.Module or a DoRAModel"):
+    with pytest.raises(TypeError, match=r"expected an adapted flax.nnx.Module or a DoRAModel"):
         dora.merge(PARAMS, adapters, CONFIG)
     with pytest.raises(dora.errors.AdapterError, match="the adapter tree is empty"):
         dora.merge(model, PARAMS, {})
@@ -196,7 +196,7 @@ def test_a_base_that_was_trained_by_mistake(front_end):
 def test_a_base_that_is_not_the_same_is_named_before_training():
     model, _ = adapt_linen()
     dora.check_base(model, PARAMS)
-    other = LINEN.init(jax.random.key(9), X)["params"]
+    other = linen_variables(LINEN, X, seed=9)["params"]
     with pytest.raises(dora.errors.AdapterError, match=r"(up|down): the kernel changed"):
         dora.check_base(model, other)
 
@@ -220,7 +220,7 @@ def test_a_layer_with_a_call_of_its_own_is_not_adapted_in_silence(target_modules
             return nn.Dense(3, name="head")(OwnCallLinen(4, name="own")(x))
 
     module = Model()
-    params = module.init(jax.random.key(0), X)["params"]
+    params = linen_variables(module, X)["params"]
     with pytest.raises(dora.errors.LayoutError, match=r"own cannot be adapted: OwnCallLinen"):
         adapt_linen(module, params, target_modules=target_modules)
     model = nnx.Dict(

@@ -13,8 +13,16 @@ from flax import linen, nnx
 
 import dora_jax as dora
 from tests.support import reference
-from tests.support.models import FRONT_ENDS, inputs, random_adapters
-from tests.support.operations import LAYERS, WIDTH, of_linen, of_nnx, parameters, same, stack
+from tests.support.models import (
+    FRONT_ENDS,
+    inputs,
+    linen_variables,
+    nnx_model,
+    random_adapters,
+    same,
+)
+from tests.support.operations import LAYERS, WIDTH, of_linen, of_nnx, parameters, stack
+from tests.support.quick import quick_jit
 
 # A model of numbered layers, a norm and a head. The parameters stand under the same paths, but for
 # `layers_0` in Linen, which is `layers.0` in NNX.
@@ -67,12 +75,12 @@ def model(front_end, **fields):
     if front_end == "linen":
         module, x = LinenModel(), inputs(2, WIDTH)
         return of_linen(module, linen_params(), x, config)
-    return of_nnx(NNXModel, parameters(NNXModel(nnx.Rngs(0))), config)
+    return of_nnx(NNXModel, parameters(nnx_model(NNXModel)), config)
 
 
 @functools.cache
 def linen_params():
-    return LinenModel().init(jax.random.key(0), inputs(2, WIDTH))["params"]
+    return linen_variables(LinenModel(), inputs(2, WIDTH))["params"]
 
 
 def adapted(operations):
@@ -122,7 +130,7 @@ def test_layers_that_are_not_selected_compute_as_before(front_end):
 def test_the_pattern_names_the_number_that_counts():
     def adapted_paths(**fields):
         config = dora.DoRAConfig(rank=2, target_modules=["up"], **fields)
-        stages = dora.apply_dora(Stages(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+        stages = dora.apply_dora(nnx_model(Stages), config, rngs=nnx.Rngs(1))
         return {layer.path for layer in dora.summary(stages).layers}
 
     assert adapted_paths(layers_to_transform=[1]) == {f"stages.1.layers.{i}.up" for i in range(3)}
@@ -168,7 +176,7 @@ def test_layers_of_a_stack_that_are_not_selected_are_not_trained(front_end):
     operations, x = stack_with(front_end), inputs(5, WIDTH)
     adapters = random_adapters(operations.adapters)
 
-    @jax.jit
+    @quick_jit
     def gradient(params, adapters, x):
         return jax.grad(lambda a: jnp.sum(jnp.sin(operations.apply(params, a, x))))(adapters)
 
@@ -185,7 +193,7 @@ def test_layers_of_a_stack_that_are_not_selected_stay_as_they_are(front_end):
     params, adapters = operations.params, random_adapters(operations.adapters)
     precomputed = operations.precompute_scales(params, adapters)
     assert np.all(np.asarray(precomputed["blocks"]["up"]["scale"][1]) == 0)
-    apply = jax.jit(operations.apply)
+    apply = quick_jit(operations.apply)
     y = apply(params, adapters, x)
     kernel = params["blocks"]["up"]["kernel"]
     for tree in (adapters, precomputed):
@@ -198,7 +206,7 @@ def test_layers_of_a_stack_that_are_not_selected_stay_as_they_are(front_end):
         )
         for i in (0, 2):
             assert reference.relative_error(found[i], expected[i]) <= 2e-6
-        assert reference.relative_error(jax.jit(operations.base)(merged, x), y) <= 1e-5
+        assert reference.relative_error(quick_jit(operations.base)(merged, x), y) <= 1e-5
         assert reference.relative_error(apply(params, tree, x), y) <= 1e-6
     other = jax.tree.map(lambda leaf: leaf.at[1].set(9.0), adapters)
     assert same(apply(params, other, x), y)
@@ -238,7 +246,7 @@ def test_modules_to_save_are_trained_in_full_and_merged(front_end, saved):
     operations, x = model(front_end, modules_to_save=[saved]), inputs(5, WIDTH)
     params, adapters = operations.params, operations.adapters
     assert same(adapters[saved], params[saved])
-    apply, base = jax.jit(operations.apply), jax.jit(operations.base)
+    apply, base = quick_jit(operations.apply), quick_jit(operations.base)
     # Not to the last bit: XLA fuses the layers of the two into the norm's sums in another way.
     assert reference.relative_error(apply(params, adapters, x), base(params, x)) <= 5e-7
     trained = moved(adapters)
@@ -277,9 +285,9 @@ def test_layers_of_rank_zero_train_the_magnitude_alone(front_end):
         "down": {"lora_a": (8, 2), "lora_b": (2, WIDTH), "magnitude": (WIDTH,)},
     }
     trained = random_adapters(operations.adapters)
-    y = jax.jit(operations.apply)(operations.params, trained, x)
+    y = quick_jit(operations.apply)(operations.params, trained, x)
     merged = operations.merge(operations.params, trained)
-    assert reference.relative_error(jax.jit(operations.base)(merged, x), y) <= 1e-5
+    assert reference.relative_error(quick_jit(operations.base)(merged, x), y) <= 1e-5
 
 
 # What the summary says.
@@ -336,7 +344,7 @@ def test_a_dry_run_says_what_apply_dora_does(front_end, settings):
             LinenModel(), config, params=linen_params(), inputs=(inputs(2, WIDTH),)
         )
     else:
-        found = dora.summary(NNXModel(nnx.Rngs(0)), config)
+        found = dora.summary(nnx_model(NNXModel), config)
     assert found == model(front_end, **SETTINGS[settings]).summary()
 
 
@@ -350,7 +358,7 @@ def test_the_summary_of_a_stack_shows_its_length():
 def test_a_precomputed_model_has_the_summary_of_the_adapted_one(front_end):
     config = dora.DoRAConfig(rank=2, magnitude_trainable=False)
     if front_end == "nnx":
-        adapted = dora.apply_dora(NNXModel(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+        adapted = dora.apply_dora(nnx_model(NNXModel), config, rngs=nnx.Rngs(1))
         assert dora.summary(dora.precompute_scales(adapted)) == dora.summary(adapted)
     else:
         params, x = linen_params(), inputs(2, WIDTH)

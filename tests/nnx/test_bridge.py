@@ -37,7 +37,7 @@ def test_adapted_nnx_model_inside_a_linen_one():
     plain = NNXChain(WIDTHS, rngs=nnx.Rngs(0))
     adapted = nnx.bridge.ToLinen(lambda rngs: dora.apply_dora(plain, CONFIG, rngs=rngs))
     module = WithHead(adapted)
-    variables = module.init(jax.random.key(0), X)
+    variables = linen_variables(module, X)
     assert set(variables) == {"params", "dora", "dora_base"}
     reference = WithHead(nnx.bridge.ToLinen(lambda rngs: plain))
     expected = apply(reference, {"params": variables["params"]})
@@ -54,7 +54,7 @@ def test_adapted_nnx_model_inside_a_linen_one():
 
 def test_adapted_linen_model_inside_an_nnx_one():
     chain = LinenChain(WIDTHS)
-    params = chain.init(jax.random.key(0), X)["params"]
+    params = linen_variables(chain, X)["params"]
     adapted, adapters = dora.apply_dora(
         chain, CONFIG, params=params, rng=jax.random.key(1), inputs=(X,)
     )

@@ -10,7 +10,7 @@ from flax import nnx
 
 import dora_jax as dora
 from tests.support import reference
-from tests.support.models import NNXChain, inputs, random_adapters, same
+from tests.support.models import NNXChain, inputs, nnx_model, random_adapters, same
 
 WIDTH = 16
 CONFIG = dora.DoRAConfig(rank=2)
@@ -121,7 +121,7 @@ def run(model, x):
     + [(model, 0.5) for model in (ScannedRemat, Vmapped, Shared)],
 )
 def test_adapting_changes_no_bit(model_class, dropout):
-    model, x = model_class(nnx.Rngs(0)), inputs(5, WIDTH)
+    model, x = nnx_model(model_class), inputs(5, WIDTH)
     adapted = adapt(model, dropout=dropout)
     assert same(run(adapted, x), run(model, x))
     assert same(run(dora.merge(adapted), x), run(model, x))
@@ -129,15 +129,15 @@ def test_adapting_changes_no_bit(model_class, dropout):
 
 @pytest.mark.parametrize("model_class", MODELS)
 def test_a_merged_model_computes_what_the_adapted_one_does(model_class):
-    adapted, x = train(adapt(model_class(nnx.Rngs(0)))), inputs(5, WIDTH)
+    adapted, x = train(adapt(nnx_model(model_class))), inputs(5, WIDTH)
     y = run(adapted, x)
     assert reference.relative_error(run(dora.merge(adapted), x), y) <= 1e-5
-    assert np.any(np.asarray(run(model_class(nnx.Rngs(0)), x) != y))
+    assert np.any(np.asarray(run(nnx_model(model_class), x) != y))
 
 
 @pytest.mark.parametrize("model_class", [Scanned, Vmapped])
 def test_every_layer_of_a_stack_has_its_own_norm(model_class):
-    adapted = train(adapt(model_class(nnx.Rngs(0))))
+    adapted = train(adapt(nnx_model(model_class)))
     ((path, layer),) = dora.get_adapters(adapted).items()
     adapter = layer["up"]
     assert adapter["magnitude"].shape == (3, WIDTH)
@@ -151,12 +151,12 @@ def test_every_layer_of_a_stack_has_its_own_norm(model_class):
     )
     merged = base_state(dora.merge(adapted))[path]["up"]["kernel"]
     assert reference.relative_error(merged, expected) <= 2e-6
-    start = dora.get_adapters(adapt(model_class(nnx.Rngs(0))))[path]["up"]["lora_a"]
+    start = dora.get_adapters(adapt(nnx_model(model_class)))[path]["up"]["lora_a"]
     assert not same(start[0], start[1])
 
 
 def test_a_scanned_stack_is_its_layers_one_by_one():
-    adapted, x = train(adapt(Scanned(nnx.Rngs(0)))), inputs(5, WIDTH)
+    adapted, x = train(adapt(nnx_model(Scanned))), inputs(5, WIDTH)
     one_by_one = x
     for i in range(3):
         graphdef, state = nnx.split(adapted.blocks)
@@ -166,7 +166,7 @@ def test_a_scanned_stack_is_its_layers_one_by_one():
 
 
 def test_a_shared_layer_has_one_adapter():
-    adapted = adapt(Shared(nnx.Rngs(0)))
+    adapted = adapt(nnx_model(Shared))
     assert adapted.first is adapted.second
     assert list(dora.get_adapters(adapted)) == ["first"]
     merged = dora.merge(adapted)
@@ -175,13 +175,13 @@ def test_a_shared_layer_has_one_adapter():
 
 @pytest.mark.parametrize("model_class", MODELS)
 def test_base_parameters_stay_where_they_are(model_class):
-    model = model_class(nnx.Rngs(0))
+    model = nnx_model(model_class)
     adapted = adapt(model)
     assert same(base_state(adapted), base_state(model))
 
 
 def test_a_base_checkpoint_restores_into_the_adapted_model():
-    model, adapted, x = Listed(nnx.Rngs(0)), adapt(Listed(nnx.Rngs(0))), inputs(5, WIDTH)
+    model, adapted, x = nnx_model(Listed), adapt(nnx_model(Listed)), inputs(5, WIDTH)
     checkpoint = nnx.state(model, nnx.Param)
     for kernel in (adapted.head.kernel, adapted.layers[0].up.kernel):
         kernel[...] = jnp.zeros_like(kernel[...])
@@ -191,9 +191,9 @@ def test_a_base_checkpoint_restores_into_the_adapted_model():
 
 
 def test_another_checkpoint_is_found_out():
-    adapted = adapt(Listed(nnx.Rngs(0)))
+    adapted = adapt(nnx_model(Listed))
     dora.check_base(adapted)
-    nnx.update(adapted, nnx.state(Listed(nnx.Rngs(9)), nnx.Param))
+    nnx.update(adapted, nnx.state(nnx_model(Listed, 9), nnx.Param))
     assert np.all(np.any(np.isnan(run(adapted, inputs(5, WIDTH))), axis=-1))
     for function in (dora.check_base, dora.merge):
         with pytest.raises(
@@ -203,12 +203,12 @@ def test_another_checkpoint_is_found_out():
 
 
 def test_the_model_given_stays_as_it_is():
-    model, x = Listed(nnx.Rngs(0)), inputs(5, WIDTH)
+    model, x = nnx_model(Listed), inputs(5, WIDTH)
     before, y = base_state(model), run(model, x)
     adapted = train(adapt(model, modules_to_save=["head"]))
     assert type(model.layers[0].up) is nnx.Linear
     assert type(model.head.kernel) is nnx.Param
-    assert nnx.graphdef(model) == nnx.graphdef(Listed(nnx.Rngs(0)))
+    assert nnx.graphdef(model) == nnx.graphdef(nnx_model(Listed))
     trained = run(adapted, x)
     merged = dora.merge(adapted)
     assert same(run(adapted, x), trained)
@@ -218,7 +218,7 @@ def test_the_model_given_stays_as_it_is():
 
 
 def test_layers_keep_their_class_and_attributes():
-    model = Listed(nnx.Rngs(0))
+    model = nnx_model(Listed)
     adapted = adapt(model)
     assert isinstance(adapted, Listed)
     assert isinstance(adapted.head, nnx.Linear)
@@ -228,7 +228,7 @@ def test_layers_keep_their_class_and_attributes():
 
 
 def test_split_and_merge_give_back_the_adapted_model():
-    adapted, x = train(adapt(Listed(nnx.Rngs(0)), dropout=0.5)), inputs(5, WIDTH)
+    adapted, x = train(adapt(nnx_model(Listed), dropout=0.5)), inputs(5, WIDTH)
     adapted.eval()
     graphdef, *states = nnx.split(adapted, dora.DoRAParam, ...)
     assert same(run(nnx.merge(graphdef, *states), x), run(adapted, x))
@@ -238,7 +238,7 @@ def test_split_and_merge_give_back_the_adapted_model():
 
 
 def test_an_abstract_model_gives_the_shapes_of_a_real_one():
-    real = adapt(Listed(nnx.Rngs(0)))
+    real = adapt(nnx_model(Listed))
     abstract = adapt(nnx.eval_shape(lambda: Listed(nnx.Rngs(0))))
     assert nnx.graphdef(abstract) == nnx.graphdef(real)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.to_pure_dict(nnx.state(real)))
@@ -249,7 +249,7 @@ def test_an_abstract_model_gives_the_shapes_of_a_real_one():
 
 @pytest.mark.parametrize("modules_to_save", [[], ["head"]])
 def test_training_moves_adapters_and_saved_modules_only(modules_to_save):
-    model = adapt(Listed(nnx.Rngs(0)), target_modules=["up"], modules_to_save=modules_to_save)
+    model = adapt(nnx_model(Listed), target_modules=["up"], modules_to_save=modules_to_save)
     optimizer = nnx.Optimizer(model, dora.dora_optimizer(1e-2), wrt=dora.DoRAParam)
     before, adapters_before = base_state(model), dora.get_adapters(model)
     x, target = inputs(5, WIDTH), inputs(5, 3, seed=4)
@@ -283,7 +283,7 @@ def test_training_moves_adapters_and_saved_modules_only(modules_to_save):
 
 
 def test_the_scan_of_a_stack_has_the_gradients_of_its_layers():
-    adapted, x = train(adapt(Scanned(nnx.Rngs(0)))), inputs(5, WIDTH)
+    adapted, x = train(adapt(nnx_model(Scanned))), inputs(5, WIDTH)
 
     @nnx.jit
     def gradients(model, x):
@@ -293,7 +293,7 @@ def test_the_scan_of_a_stack_has_the_gradients_of_its_layers():
         return nnx.grad(loss, argnums=nnx.DiffState(0, dora.DoRAParam))(model)
 
     scanned = gradients(adapted, x)
-    rematerialised = train(adapt(ScannedRemat(nnx.Rngs(0))))
+    rematerialised = train(adapt(nnx_model(ScannedRemat)))
     for a, b in zip(
         jax.tree.leaves(scanned), jax.tree.leaves(gradients(rematerialised, x)), strict=True
     ):
@@ -303,7 +303,7 @@ def test_the_scan_of_a_stack_has_the_gradients_of_its_layers():
 
 
 def test_dropout_acts_in_training_only_and_on_the_low_rank_branch_only():
-    model, x = NNXChain((64, 32), rngs=nnx.Rngs(0)), inputs(5, 64)
+    model, x = nnx_model(lambda rngs: NNXChain((64, 32), rngs=rngs)), inputs(5, 64)
     adapted = train(adapt(model, rank=8, dropout=0.25))
     first, second = run(adapted, x), run(adapted, x)
     assert not same(first, second)
@@ -321,7 +321,7 @@ def test_dropout_acts_in_training_only_and_on_the_low_rank_branch_only():
 
 
 def test_dropout_keeps_the_mean():
-    model, x = NNXChain((64, 32), rngs=nnx.Rngs(0)), inputs(1, 64)
+    model, x = nnx_model(lambda rngs: NNXChain((64, 32), rngs=rngs)), inputs(1, 64)
     adapted, plain = train(adapt(model, rank=8, dropout=0.25)), train(adapt(model, rank=8))
     many = run(adapted, jnp.broadcast_to(x, (20_000, 64)))
     error = np.abs(jnp.mean(many, 0) - run(plain, x)[0]) / jnp.std(many, 0)
@@ -334,7 +334,7 @@ def test_every_layer_of_a_stack_drops_its_own():
     def alike(tree):
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), tree)
 
-    model, x = Vmapped(nnx.Rngs(0)), inputs(5, WIDTH)
+    model, x = nnx_model(Vmapped), inputs(5, WIDTH)
     nnx.update(model, alike(nnx.state(model)))
     adapted = adapt(model, dropout=0.5)
     dora.set_adapters(adapted, alike(random_adapters(dora.get_adapters(adapted))))

@@ -12,11 +12,11 @@ from flax import nnx
 
 import dora_jax as dora
 from tests.support import reference
-from tests.support.models import random_adapters
+from tests.support.models import inputs, linen_variables, random_adapters
 
 WIDTH, HIDDEN = 8, 16
 CONFIG = dora.DoRAConfig(rank=2)
-X = jax.random.normal(jax.random.key(0), (5, WIDTH))
+X = inputs(5, WIDTH)
 
 
 class LinenBlock(nn.Module):
@@ -59,7 +59,7 @@ class NNXModel(nnx.Module):
 
 def linen_loss(config, policy=None, remat=True):
     module = LinenModel(policy, remat)
-    params = module.init(jax.random.key(1), X)["params"]
+    params = linen_variables(module, X)["params"]
     model, adapters = dora.apply_dora(
         module, config, params=params, rng=jax.random.key(2), inputs=(X,)
     )

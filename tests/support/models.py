@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,9 @@ import numpy as np
 from flax import linen, nnx
 
 import dora_jax as dora
+from tests.support.reference import wide
 
+M = TypeVar("M", bound=nnx.Module)
 FRONT_ENDS = ("linen", "nnx")
 
 
@@ -93,12 +95,51 @@ def random_adapters(adapters, seed=1, spread=0.3):
     rng = np.random.default_rng(seed)
 
     def move(path, leaf):
-        noise = jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+        noise = rng.normal(size=leaf.shape)
         if path[-1].key == "magnitude":
-            return leaf * (1 + spread * jnp.tanh(noise)) + (leaf == 0)
-        return spread * noise
+            (start,) = wide(leaf)
+            return jnp.asarray(start * (1 + spread * np.tanh(noise)) + (start == 0), leaf.dtype)
+        return jnp.asarray(spread * noise, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(move, adapters)
+
+
+def linen_variables(module: linen.Module, *inputs: Any, seed: int = 0) -> dict[str, Any]:
+    """Returns variables of a module, drawn in NumPy: nothing is compiled for them.
+
+    Other collections than `params` start as the module's own `init` has them.
+    """
+    key = jax.random.key(0)
+    shapes = dict(jax.eval_shape(module.init, key, *inputs))
+    params = draw_parameters(shapes.pop("params"), seed)
+    if not shapes:
+        return {"params": params}
+    return {**jax.jit(module.init)(key, *inputs), "params": params}
+
+
+def nnx_model(make: Callable[[nnx.Rngs], M], seed: int = 0) -> M:
+    """Returns the model that `make` describes, its parameters drawn in NumPy.
+
+    Of a model without statistics of its own. Its streams of random numbers start at one key.
+    """
+    model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+    nnx.update(model, draw_parameters(nnx.state(model, nnx.Param), seed))
+    key = jax.random.key(seed)
+    nnx.update(model, jax.tree.map(lambda _: key, nnx.state(model, nnx.RngKey)))
+    counts = nnx.state(model, nnx.RngCount)
+    nnx.update(model, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), counts))
+    return model
+
+
+def draw_parameters(shapes: Any, seed: int = 0) -> Any:
+    """Returns normal numbers in place of shapes; matrices keep the size of what they multiply."""
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        width = leaf.shape[-2] if leaf.ndim > 1 else 1
+        return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(width), leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
 
 
 def inputs(batch: int, width: int, dtype=jnp.float32, seed=2) -> jax.Array:
@@ -123,7 +164,7 @@ def _linen_chain(config, widths, dtype, param_dtype, params) -> Adapted:
 
 
 def _nnx_chain(config, widths, dtype, param_dtype, params) -> Adapted:
-    base = NNXChain(widths, dtype, param_dtype, rngs=nnx.Rngs(0))
+    base = nnx.eval_shape(lambda: NNXChain(widths, dtype, param_dtype, rngs=nnx.Rngs(0)))
     nnx.update(base, with_values(base, params))
     adapted = dora.apply_dora(base, config, rngs=nnx.Rngs(1))
 
@@ -164,4 +205,10 @@ def same(a: Any, b: Any) -> bool:
     if structure(a) != structure(b):
         return False
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(x.dtype == y.dtype and bool(jnp.all(x == y)) for x, y in pairs)
+    return all(x.dtype == y.dtype and np.array_equal(_numbers(x), _numbers(y)) for x, y in pairs)
+
+
+def _numbers(x: Any) -> np.ndarray:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x)

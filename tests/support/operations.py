@@ -12,15 +12,13 @@ import numpy as np
 from flax import linen, nnx
 
 import dora_jax as dora
-from tests.support.models import LinenChain, NNXChain, chain_params, inputs, with_values
+from tests.support.models import LinenChain, NNXChain, chain_params, inputs, structure, with_values
 
 WIDTH = 16
 LAYERS = 3
 CHAIN = (24, 40, 17)
 
 Tree = dict[str, Any]
-
-structure: Callable[..., Any] = jax.tree.structure  # jaxlib's stubs know no == of structures
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ def of_linen(module: Any, params: Tree, x: jax.Array, config: dora.DoRAConfig) -
 def of_nnx(
     make: Callable[[nnx.Rngs], nnx.Module], params: Tree, config: dora.DoRAConfig
 ) -> Operations:
-    base = make(nnx.Rngs(0))
+    base = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     nnx.update(base, with_values(base, params))
     adapted = dora.apply_dora(base, config, rngs=nnx.Rngs(1))
 
@@ -130,14 +128,6 @@ def of_nnx(
 def parameters(model: nnx.Module) -> Tree:
     """Returns the base parameters of an NNX model."""
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether trees are equal in structure, dtypes and values (`==`: no tolerance)."""
-    if structure(a) != structure(b):
-        return False
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(x.dtype == y.dtype and bool(jnp.all(x == y)) for x, y in pairs)
 
 
 class LinenBlock(linen.Module):

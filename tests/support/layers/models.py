@@ -9,7 +9,7 @@ import jax
 from flax import linen, nnx
 
 import dora_jax as dora
-from tests.support.layer_rows import Row
+from tests.support.layers.rows import Row
 from tests.support.models import with_values
 
 # How the model runs the layer, under which name the parameters stand; the last two run a stack.

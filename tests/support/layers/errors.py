@@ -1,6 +1,6 @@
 """Every layer type, in both front ends, against DoRA by definition in float64 NumPy.
 
-`python -m tests.support.layer_table` prints the largest relative errors as a Markdown table.
+`python -m tests.support.layers.errors` prints the largest relative errors as a Markdown table.
 """
 
 from __future__ import annotations
@@ -16,31 +16,13 @@ import numpy as np
 
 import dora_jax as dora
 from tests.support import reference
-from tests.support.layer_models import COPIES, STACKED, TRANSFORMS, Adapted, model
-from tests.support.layer_rows import ROWS, UNSUPPORTED, Row
+from tests.support.layers.models import COPIES, STACKED, TRANSFORMS, Adapted, model
+from tests.support.layers.rows import Row
+from tests.support.layers.table import ROWS, UNSUPPORTED
+from tests.support.quick import quick_jit
 
 DTYPES: dict[str, Any] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 SCALING = 1.5
-
-
-def _if_known(**options: Any) -> dict[str, Any]:
-    """Returns the options, or none of them where this release of XLA refuses one."""
-    try:
-        jax.jit(jnp.negative, compiler_options=options)(0)
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        return {}
-    return options
-
-
-# Compiles up to four times faster: the table measures numbers, not speed.
-COMPILER_OPTIONS = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    # Newer releases have one code generator for CPUs, so that there is nothing to choose.
-    **_if_known(xla_cpu_use_fusion_emitters=False),
-}
 
 Tree = dict[str, Any]
 # Arrays by dotted name.
@@ -48,11 +30,14 @@ Arrays = dict[str, np.ndarray]
 
 
 class Errors(NamedTuple):
-    """Largest relative errors; of the gradients, over lora_a, lora_b and magnitude."""
+    """Largest relative errors; of the gradients, over lora_a, lora_b and magnitude.
+
+    The detached gradient is None where it was not asked for.
+    """
 
     forward: float
     exact_gradient: float
-    detached_gradient: float
+    detached_gradient: float | None
     merge: float
 
 
@@ -95,41 +80,60 @@ def config(row: Row, **fields: Any) -> dora.DoRAConfig:
     )
 
 
-def errors(row: Row, dtype: Any, transforms: Sequence[str] = TRANSFORMS) -> dict[str, Errors]:
-    """Returns the errors of a row under each transform.
+def errors(
+    row: Row,
+    dtype: Any,
+    transforms: Sequence[str] = TRANSFORMS,
+    detached: Sequence[str] | None = None,
+) -> dict[str, Errors]:
+    """Returns the errors of a row under each transform, all from one program.
+
+    Args:
+      row: the layer.
+      dtype: of its parameters and computation.
+      transforms: how the layer is run.
+      detached: the transforms under which the detached gradient is computed too; all by default.
 
     Raises:
       LayoutError: the layer is refused.
     """
+    detached = transforms if detached is None else detached
     numbers = draw_data(row, dtype)
     truth = expected(row, numbers)
-    layers = model(row, dtype, dtype, tuple(transforms))
     params, adapters = (tree(a, transforms) for a in (numbers.params, numbers.adapters))
     xs, weights = (copies(a, transforms) for a in (numbers.x, numbers.weights))
 
+    def adapt(kind: str, transforms: Sequence[str], params: Tree) -> Adapted:
+        layers = model(row, dtype, dtype, tuple(transforms))
+        chosen, inputs = ({t: a[t] for t in transforms} for a in (params, xs))
+        return layers.adapt(config(row, norm_gradient=kind), chosen, inputs)
+
     def loss(adapted: Adapted, adapters: Tree) -> tuple[Any, Tree]:
-        ys = adapted.apply(adapters, xs)
+        ys = adapted.apply(adapters, {t: xs[t] for t in adapters})
         return sum(jnp.sum(weights[t] * y.astype(jnp.float32)) for t, y in ys.items()), ys
 
-    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @quick_jit
     def everything(adapters: Tree, params: Tree) -> tuple[Tree, ...]:
-        exact, detached = (
-            layers.adapt(config(row, norm_gradient=kind), params, xs)
-            for kind in ("exact", "detached")
-        )
+        exact = adapt("exact", transforms, params)
         by_exact, ys = jax.grad(functools.partial(loss, exact), has_aux=True)(adapters)
-        by_detached, _ = jax.grad(functools.partial(loss, detached), has_aux=True)(adapters)
+        by_detached: Tree = {}
+        if chosen := {t: adapters[t] for t in detached}:
+            held = adapt("detached", detached, params)
+            by_detached, _ = jax.grad(functools.partial(loss, held), has_aux=True)(chosen)
         return ys, by_exact, by_detached, exact.merge(adapters)
 
-    ys, *trees = everything(adapters, params)
-    truths = (truth.exact, truth.detached, truth.kernels)
+    ys, *found = everything(adapters, params)
+
+    def largest(found: Tree, wanted: Arrays, t: str) -> float:
+        return max(relative_error(_get(found[t]["layer"], k), v, t) for k, v in wanted.items())
+
+    by_exact, by_detached, merged = found
     return {
         t: Errors(
             relative_error(ys[t], truth.y, t),
-            *(
-                max(relative_error(_get(found[t]["layer"], k), v, t) for k, v in wanted.items())
-                for found, wanted in zip(trees, truths, strict=True)
-            ),
+            largest(by_exact, truth.exact, t),
+            largest(by_detached, truth.detached, t) if t in detached else None,
+            largest(merged, truth.kernels, t),
         )
         for t in transforms
     }
@@ -141,7 +145,7 @@ def copies(array: np.ndarray, transforms: Sequence[str]) -> dict[str, jax.Array]
 
 
 def tree(arrays: Arrays, transforms: Sequence[str]) -> Tree:
-    """Returns the tree of a model of `tests.support.layer_models`."""
+    """Returns the tree of a model of `tests.support.layers.models`."""
     by_name = {name: copies(array, transforms) for name, array in arrays.items()}
     return {t: {"layer": nested({k: v[t] for k, v in by_name.items()})} for t in transforms}
 
@@ -163,13 +167,13 @@ def draw_data(row: Row, dtype: Any) -> Data:
     adapters = {}
     for name, axes in row.kernels.items():
         for part, shape in axes.shapes(row.params[name], row.rank).items():
-            adapters[beside(name, part)] = draw(shape)
+            adapters[adapter_name(name, part)] = draw(shape)
         norms = np.stack(
             [reference.norm(reference.as_stack_of_matrices(k, axes)) for k in params[name]]
         )
-        drift = np.exp(adapters[beside(name, "magnitude")])
+        drift = np.exp(adapters[adapter_name(name, "magnitude")])
         magnitude = norms.reshape(drift.shape) * drift
-        adapters[beside(name, "magnitude")] = magnitude.astype(np.float32)
+        adapters[adapter_name(name, "magnitude")] = magnitude.astype(np.float32)
     x = rng.integers(0, row.vocab, (COPIES, *row.x)) if row.vocab else draw(row.x, dtype)
     return Data(params, adapters, x, draw((COPIES, *_run(row, wide(params, 0), x[0]).shape)[1:]))
 
@@ -207,8 +211,8 @@ def _expected(row: Row, data: Data, copy: int) -> Expected:
                 detached=kind == "detached",
             )
             for part in ("lora_a", "lora_b", "magnitude"):
-                like = adapters[beside(name, part)]
-                found[beside(name, part)] = getattr(by_part, part).reshape(like.shape)
+                like = adapters[adapter_name(name, part)]
+                found[adapter_name(name, part)] = getattr(by_part, part).reshape(like.shape)
     return Expected(_run(row, {**params, **kernels}, x), kernels, **gradients)
 
 
@@ -221,7 +225,7 @@ def _as_matrices(row: Row, name: str, params: Arrays, adapters: Arrays) -> Array
         "lora_b": (stack, row.rank, outputs),
         "magnitude": (stack, outputs),
     }
-    matrices = {part: adapters[beside(name, part)].reshape(s) for part, s in shapes.items()}
+    matrices = {part: adapters[adapter_name(name, part)].reshape(s) for part, s in shapes.items()}
     return {"kernel": reference.as_stack_of_matrices(params[name], axes), **matrices}
 
 
@@ -234,7 +238,7 @@ def wide(arrays: Arrays, copy: int) -> Arrays:
     return {name: array[copy].astype(np.float64) for name, array in arrays.items()}
 
 
-def beside(kernel: str, part: str) -> str:
+def adapter_name(kernel: str, part: str) -> str:
     """Returns the dotted name of an adapter array."""
     return kernel.rpartition(".")[0] + "." * ("." in kernel) + part
 
