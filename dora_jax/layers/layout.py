@@ -24,6 +24,12 @@ Arguments = Mapping[str, Any]
 # `...` for any number of those.
 OutputAxes = Sequence["int | EllipsisType | None"]
 
+# Why an embedding cannot be adapted whose table is used outside of its layer.
+TIED = (
+    "a tied head reads its table without calling it (attend), so it would not see the adapter, and "
+    "merging would change what the model computes: leave it out of target_modules"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerCall:

@@ -15,11 +15,11 @@ from dora_jax.adapters.trees import Tree, get_in, has_path, set_in
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.adapted import compute_dtype
-from dora_jax.layers.kernel_uses import TIED, kernel_uses, tag_kernel
-from dora_jax.layers.layout import Layout, Unsupported, bind_call
+from dora_jax.layers.layout import TIED, Layout, Unsupported, bind_call
 from dora_jax.layers.registry import find_layout, unsupported_reason
 from dora_jax.linen.interceptor import call_plain
 from dora_jax.linen.stack_axes import PositionBox, axes_of_stack
+from dora_jax.ops.kernel_uses import kernel_uses, tag_kernel
 
 _COMPUTED = (
     "the model computes its kernel from the stored one (as nn.WeightNorm, nn.SpectralNorm and "

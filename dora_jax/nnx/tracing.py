@@ -11,11 +11,11 @@ from flax import nnx
 
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import LayoutError, Path, layer_name
-from dora_jax.layers.kernel_uses import TIED, kernel_uses, tag_kernel
-from dora_jax.layers.layout import Arguments, Layout, Unsupported, bind_call
+from dora_jax.layers.layout import TIED, Arguments, Layout, Unsupported, bind_call
 from dora_jax.layers.registry import unsupported_reason
 from dora_jax.nnx.layers import set_class, view_of
 from dora_jax.nnx.model import named_modules
+from dora_jax.ops.kernel_uses import kernel_uses, tag_kernel
 
 
 def find_unsupported(

@@ -1,7 +1,8 @@
 """Products and scales in the order that XLA compiles well, with their gradients.
 
 Everything that needs a primitive of our own, or the names that a rematerialisation policy looks
-for, is here. No other folder imports `jax.interpreters` or `jax.extend`. Nothing here knows Flax
+for, is here. So is the look at a traced program, `kernel_uses`. No other folder imports
+`jax.interpreters` or `jax.extend`. Nothing here knows Flax
 or an adapter.
 """
 

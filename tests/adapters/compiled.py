@@ -28,12 +28,7 @@ def build(front_end, kind, config=CONFIG):
 
 def several(model, number=3):
     """Returns adapters of a model, each far from its start and from the others."""
-    return _draw(model.adapters, number)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _draw(adapters, number):
-    return [random_adapters(adapters, seed) for seed in range(number)]
+    return [random_adapters(model.adapters, seed) for seed in range(number)]
 
 
 @functools.cache

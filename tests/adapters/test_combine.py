@@ -14,8 +14,8 @@ import pytest
 import dora_jax as dora
 from tests.adapters.compiled import CONFIG, WIDTHS, build, chain_with, several
 from tests.support import reference
-from tests.support.models import FRONT_ENDS, inputs
-from tests.support.operations import LAYERS, same, structure
+from tests.support.models import FRONT_ENDS, inputs, same
+from tests.support.operations import LAYERS, structure
 
 KernelAxes = dora.decomposition.KernelAxes
 # The axes of the stacked kernel `(layers, in, out)`.

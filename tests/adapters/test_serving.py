@@ -11,8 +11,7 @@ from flax import nnx
 import dora_jax as dora
 from tests.adapters.compiled import CONFIG, WIDTHS, build, chain_with, several
 from tests.support import reference
-from tests.support.models import FRONT_ENDS, NNXChain, inputs, random_adapters
-from tests.support.operations import same
+from tests.support.models import FRONT_ENDS, NNXChain, inputs, random_adapters, same
 
 
 def like(leaf):
@@ -145,7 +144,7 @@ def test_switching_an_nnx_model_off_and_on_compiles_nothing_anew():
         return model(x)
 
     adapted = dora.apply_dora(model, CONFIG, rngs=nnx.Rngs(1))
-    trained = jax.jit(random_adapters)(dora.get_adapters(adapted))
+    trained = random_adapters(dora.get_adapters(adapted))
     dora.set_adapters(adapted, trained)
     on = run(adapted, x)
     dora.set_adapters(adapted, dora.disabled_adapters(adapted))

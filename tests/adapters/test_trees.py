@@ -16,7 +16,7 @@ from tests.support.models import FRONT_ENDS, NNXChain, adapted_chain, inputs, sa
 
 CONFIG = dora.DoRAConfig(rank=4, rank_pattern={"layer_1": 0}, modules_to_save=["layer_2"])
 WIDTHS = (16, 16, 16, 16)
-random_adapters = jax.jit(models.random_adapters)
+random_adapters = models.random_adapters
 
 
 def adapted_nnx() -> NNXChain:

@@ -24,7 +24,7 @@ CONFIGS = {
     "saved": dora.DoRAConfig(rank=3, modules_to_save=["layer_1"]),
     "bfloat16": dora.DoRAConfig(rank=3, adapter_dtype="bfloat16"),
 }
-moved = jax.jit(random_adapters)
+moved = random_adapters
 run_nnx = nnx.jit(lambda model, x: model(x))
 
 

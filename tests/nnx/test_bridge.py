@@ -12,7 +12,7 @@ from flax import linen, nnx
 from flax.nnx.bridge import variables as bridge_variables
 
 import dora_jax as dora
-from tests.support.models import LinenChain, NNXChain, inputs
+from tests.support.models import LinenChain, NNXChain, inputs, linen_variables
 
 CONFIG = dora.DoRAConfig(rank=2)
 WIDTHS = (6, 8, 4)

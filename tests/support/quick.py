@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,7 +34,21 @@ COMPILER_OPTIONS = {
     **_if_known(xla_cpu_use_fusion_emitters=False),
 }
 
-quick_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+
+def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`jax.jit`, compiled quickly; inside of another traced function, `jax.jit` as it is.
+
+    XLA takes compiler options for a whole program only.
+    """
+    quick = jax.jit(function, compiler_options=COMPILER_OPTIONS, **options)
+    plain = jax.jit(function, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs)))
+        return (plain if traced else quick)(*args, **kwargs)
+
+    return call
 
 
 @contextlib.contextmanager

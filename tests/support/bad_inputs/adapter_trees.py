@@ -117,19 +117,19 @@ COMBINING = [
         "the configuration of another rank",
         lambda: dora.adapters.add_weighted([adapters()], [1.0], DoRAConfig(rank=4)),
         AdapterError,
-        r": the adapters have rank 2, the configuration 4; its scaling would not be theirs",
+        r": the adapters have rank 2, the configuration 4; pass the configuration that they",
     ),
     BadInput(
         "adapters that did not start at zero",
         lambda: dora.adapters.add_weighted([adapters()], [1.0], DoRAConfig(rank=2, init="olora")),
         AdapterError,
-        "^adapters that started with init='olora' count by their change.*: merge each instead",
+        "^adapters initialised with init='olora' cannot be added.*: merge each instead",
     ),
     BadInput(
         "a stack as long as the rank",
         lambda: dora.adapters.add_weighted([ambiguous()], [1.0], CONFIG),
         AdapterError,
-        r"^up: lora_a has shape .* do not tell how many axes are stack axes: pass axes, from",
+        r"^up: the shapes of lora_a .* do not show how many axes are stack axes: pass axes, from",
     ),
     BadInput(
         "a mean of precomputed scales",

@@ -45,7 +45,7 @@ CONFIGURATION = [
         "a target that is no regular expression",
         lambda: DoRAConfig(target_modules="layers.(up"),
         ConfigError,
-        r"^target_modules: 'layers.\(up' is no regular expression",
+        r"^target_modules: 'layers.\(up' is not a regular expression",
     ),
     BadInput(
         "a negative rank for one layer",

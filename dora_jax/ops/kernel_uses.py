@@ -16,11 +16,6 @@ from jax.extend.core import Jaxpr, Var
 T = TypeVar("T")
 _PREFIX = "dora_kernel:"
 
-TIED = (
-    "a tied head reads its table without calling it (attend), so it would not see the adapter, and "
-    "merging would change what the model computes: leave it out of target_modules"
-)
-
 # Primitives that select, lay out or cast, but compute nothing.
 _TRANSPARENT = {
     "broadcast_in_dim",
