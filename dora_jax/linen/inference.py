@@ -76,6 +76,7 @@ def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **k
 
     Example:
       >>> import dora_jax as dora, jax.numpy as jnp
+      >>> from flax import linen as nn
       >>> module, x = nn.Dense(3), jnp.ones((5, 4))
       >>> params = module.init(jax.random.key(0), x)["params"]
       >>> model, adapters = dora.apply_dora(

@@ -51,7 +51,7 @@ def apply_dora(
       LayoutError: a named layer is of a class whose layout is not known.
 
     Example:
-      >>> import dora_jax as dora
+      >>> import dora_jax as dora, jax.numpy as jnp
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
       >>> adapted = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
       >>> x = jnp.ones((5, 4))

@@ -87,7 +87,7 @@ def apply_mixed(model: nnx.Module, stacked: Any, index: Any, *inputs: Any, **kwa
       AdapterError: nothing is adapted, the adapters do not fit, or an example has no index.
 
     Example:
-      >>> import dora_jax as dora
+      >>> import dora_jax as dora, jax.numpy as jnp
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
       >>> model = dora.precompute_scales(
       ...     dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
