@@ -93,6 +93,16 @@ def test_norms_are_those_of_the_saved_model(tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "a", nnx_base()).layer_0.base_norm[...], norm)
 
 
+def test_factors_keep_their_own_start_on_another_base(tmp_path):
+    config = CONFIGS["pissa"]
+    model = trained_nnx(config)
+    save(tmp_path / "a", model, config)
+    loaded = load(tmp_path / "a", nnx_base(seed=1), allow_base_mismatch=True)
+    for name in ("base_init_a", "base_init_b"):
+        own = getattr(model.layer_0, name)[...]
+        np.testing.assert_array_equal(getattr(loaded.layer_0, name)[...], own)
+
+
 def test_a_folder_is_read_without_a_model(folder):
     saved, model = read_adapters(folder), trained_nnx(CONFIGS["dora"])
     assert saved.config == CONFIGS["dora"]

@@ -24,6 +24,7 @@ def test_a_run_saved_on_four_devices_is_restored_on_two(tmp_path):
 @pytest.mark.parametrize(
     ("kills", "steps"), [(3, 60), pytest.param(20, 400, marks=pytest.mark.full)]
 )
+@pytest.mark.full
 def test_a_run_that_is_killed_again_and_again_ends_as_an_unbroken_one(tmp_path, kills, steps):
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),

@@ -38,6 +38,18 @@ def test_a_resumed_nnx_run_ends_as_an_unbroken_one(run_folder, trained):
     assert_same(everything(model, optimizer), trained[8])
 
 
+def test_the_norms_of_a_resumed_run_are_those_it_had(tmp_path):
+    """Another device may sum them in another order."""
+    model, _ = nnx_run()
+    norm = np.nextafter(np.asarray(model.layer_0.base_norm[...]), np.float32(np.inf))
+    model.layer_0.base_norm[...] = norm
+    with Checkpoints(tmp_path, CONFIG) as checkpoints:
+        checkpoints.save(1, model)
+        fresh, _ = nnx_run()
+        checkpoints.restore(fresh)
+    np.testing.assert_array_equal(fresh.layer_0.base_norm[...], norm)
+
+
 def linen_run():
     return dora.apply_dora(
         LinenChain(WIDTHS),

@@ -35,6 +35,7 @@ def printed(results_folder):
         return efficiency.run(config)
 
 
+@pytest.mark.full
 def test_the_report_has_what_two_commands_measured(printed, results_folder):
     results = json.loads((results_folder / "efficiency.json").read_text())
     assert set(results) == {"train", "inference", "scaling"}
@@ -51,6 +52,7 @@ def test_the_report_has_what_two_commands_measured(printed, results_folder):
         assert picture.startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_frozen_scale_and_merged_inference_repeat_bit_for_bit_at_the_bases_cost(
     printed, results_folder
 ):
@@ -61,6 +63,7 @@ def test_frozen_scale_and_merged_inference_repeat_bit_for_bit_at_the_bases_cost(
     assert rows["dora"]["flops"] > rows["dora-frozen-scale"]["flops"] > rows["base"]["flops"]
 
 
+@pytest.mark.full
 def test_the_report_has_the_points_of_each_curve_beside_their_model(printed):
     lines = printed.splitlines()
     (rank,) = (lines[i + 2] for i, line in enumerate(lines) if line.startswith("| rank |"))
@@ -78,6 +81,7 @@ def test_the_curve_of_compile_times_has_a_column_for_each_way(tmp_path):
     assert any(line.startswith("| layers | lora, layers apart (s) |") for line in lines)
 
 
+@pytest.mark.full
 def test_the_report_holds_each_target_against_its_figure(printed, results_folder):
     results = json.loads((results_folder / "efficiency.json").read_text())
     rows = results["train"]["cpu"]["mlp-512"]["rows"]
