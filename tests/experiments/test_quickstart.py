@@ -1,6 +1,7 @@
 """The quickstart end to end on a tiny budget, whole and interrupted."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -105,7 +106,11 @@ def test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tiny_che
     broken = tmp_path / "broken"
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "experiments.quickstart", f"--run-folder={broken}", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    quick = str(jax.config.read("jax_disable_most_optimizations"))  # one way to compile for both
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": quick}
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    ) as process:
         deadline = time.monotonic() + 240
         while not _steps_written(broken) >= 12:
             assert process.poll() is None, "it ended before it could be interrupted"
