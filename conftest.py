@@ -6,11 +6,14 @@
 - Random numbers come from the generator `rbg`, whose programs compile five to ten times faster on a
   CPU than those of the default, `threefry2x32`. No law depends on which numbers are drawn;
   `make test-full` draws them with the default.
+- Python collects garbage less often: tracing makes many objects that live long, and each full
+  collection visits all of them. Programs carry no line of Python for each operation.
 - The package is imported before pytest imports its files one by one for the examples in them. Under
   import-mode importlib, a file whose package is not yet imported is executed twice: once by the
   package, once by pytest. Classes of the two do not equal each other.
 """
 
+import gc
 import hashlib
 import os
 import platform
@@ -30,7 +33,10 @@ SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
     "jax_default_prng_impl": "rbg",
+    "jax_traceback_in_locations_limit": 0,
 }
+gc.set_threshold(50_000, 20, 100)
+
 # By the environment, for subprocesses and notebooks.
 for name, value in SETTINGS.items():
     os.environ.setdefault(name.upper(), str(value))

@@ -21,6 +21,7 @@ def like(leaf):
 # Mixed in one batch.
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize(
     ("kind", "precomputed"),
     [("chain", False), ("chain", True), pytest.param("stack", True, marks=pytest.mark.full)],
@@ -89,6 +90,7 @@ def test_a_stack_of_adapters_of_another_model_is_refused(front_end):
 # Switched off.
 
 
+@pytest.mark.rows(3)
 @pytest.mark.parametrize(
     "fields",
     [

@@ -51,6 +51,7 @@ MANY_DAMAGES = [
 ]
 
 
+@pytest.mark.rows(3)
 @pytest.mark.parametrize(
     ("kind", "best", "draws"),
     [*DAMAGES, *(pytest.param(*row, marks=pytest.mark.full) for row in MANY_DAMAGES)],

@@ -8,6 +8,7 @@ from tests.checkpoint import sharded
 from tests.checkpoint.runs import run_module
 
 
+@pytest.mark.full
 def test_a_run_saved_on_four_devices_is_restored_on_one(tmp_path):
     saved = run_module("tests.checkpoint.sharded", tmp_path, "save", 4, devices=4)
     assert "magnitude" in saved

@@ -58,6 +58,7 @@ def test_convert_there_and_back_keeps_every_bit(llama_adapter, tmp_path, done):
 BERT_NAMES = ("bert", "--flax-prefix", "encoder", "--hf-prefix", "bert")
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize(
     ("name", "names", "with_base"),
     [

@@ -63,6 +63,7 @@ def expected_merge(base, adapter):
     return merged, changed
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.full) if n in FULL else n for n in PEFT]
 )

@@ -52,6 +52,7 @@ def model_with(front_end, init, build=chain, **dtypes):
 # At the start the adapted model equals its base.
 
 
+@pytest.mark.rows(6)
 @pytest.mark.parametrize(
     ("front_end", "init", "dtype"),
     table(
@@ -80,6 +81,7 @@ def test_every_start_is_an_identity(front_end, init, dtype):
             assert reference.relative_error(layer["kernel"], kernel) <= 2e-6
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize(
     ("front_end", "init"), [("linen", "pissa"), ("nnx", "olora"), ("nnx", "orthogonal")]
 )
@@ -100,6 +102,7 @@ def test_the_frozen_kernel_stays_the_pretrained_one(init):
     assert same(parameters(model), before)
 
 
+@pytest.mark.rows(6)
 @pytest.mark.parametrize("init", FROM_KERNEL)
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_magnitude_starts_at_the_norm(name, init):
@@ -109,6 +112,7 @@ def test_the_magnitude_starts_at_the_norm(name, init):
     assert reference.relative_error(base.norm.reshape(expected.shape), expected) < 1e-6
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize(
     ("front_end", "adapter_dtype"),
     [("linen", "bfloat16"), ("linen", "float16"), ("nnx", "bfloat16")],
@@ -150,6 +154,7 @@ def truncated_qr(w):
     return q[:, :RANK] @ r[:RANK]
 
 
+@pytest.mark.rows(8)
 @pytest.mark.parametrize("alpha", [16.0, 1.0])
 @pytest.mark.parametrize(("init", "product"), [("pissa", truncated_svd), ("olora", truncated_qr)])
 @pytest.mark.parametrize("name", KERNELS)
@@ -181,6 +186,7 @@ def test_olora_starts_from_orthonormal_columns():
     np.testing.assert_allclose(b[0][:, :RANK], np.triu(b[0][:, :RANK]), atol=1e-6)
 
 
+@pytest.mark.rows(4)
 @pytest.mark.parametrize("name", KERNELS)
 def test_orthogonal_columns_are_orthonormal(name):
     adapter, _, kernel = start("orthogonal", name)
@@ -243,6 +249,7 @@ def trained(adapters, seed=1):
     )
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("init", FROM_KERNEL)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_the_layer_adds_the_change_of_the_product(front_end, init):
@@ -262,6 +269,7 @@ def test_the_layer_adds_the_change_of_the_product(front_end, init):
     assert reference.relative_error(quick_jit(model.base)(model.params, x), y) > 1e-2
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("init", FROM_KERNEL)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_the_layers_of_a_stack_add_the_change_of_the_product(front_end, init):

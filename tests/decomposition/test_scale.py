@@ -125,6 +125,7 @@ def test_hand_derived_gradients_agree_with_finite_differences(detached):
         np.testing.assert_allclose(gradient, expected, rtol=1e-7, atol=1e-8)
 
 
+@pytest.mark.rows(6)
 @pytest.mark.parametrize("rank", [1, 64])
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -139,6 +140,7 @@ def test_factored_norm_is_that_of_the_sum(widths, rank, dtype):
     np.testing.assert_allclose(n, reference.norm(kernel, a, b, 2.0), rtol=tolerance)
 
 
+@pytest.mark.rows(5)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_base_norm_is_that_of_the_kernel(widths, dtype):
@@ -165,6 +167,7 @@ def test_any_layout_is_a_stack_of_matrices(layout, seed):
     )
 
 
+@pytest.mark.rows(6)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-9, 1e-30])
@@ -180,6 +183,7 @@ def test_scale_is_exactly_one_at_the_start(jit, dtype, scale):
     assert np.all(np.asarray(d) == 0)
 
 
+@pytest.mark.rows(4)
 @pytest.mark.parametrize("detached", [False, True])
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_gradients_are_those_of_the_reference(widths, detached):
@@ -225,6 +229,7 @@ def test_the_formulas_are_exact(detached):
     assert reference.relative_error(merged, plain) <= 1e-12
 
 
+@pytest.mark.rows(6)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("magnitude_trainable", [True, False])
 @pytest.mark.parametrize("widths", WIDTHS)
@@ -263,6 +268,7 @@ def test_a_stack_is_its_slices():
         np.testing.assert_allclose(stacked[i], alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_zero_column_stays_zero_and_finite(norm_gradient, normalize):
@@ -302,6 +308,7 @@ def test_a_direction_that_vanishes_gives_no_nan():
     assert 0.99e-8 <= n[3] <= 1e-3 * base.norm[3]
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("magnitude", [0.0, 1e-30, -1e-12, 1e-4])
 def test_a_magnitude_at_zero_has_the_gradient_of_any_other(magnitude):
     """Taken from an output that is 0 it would be 0, and the magnitude never move again."""

@@ -46,6 +46,7 @@ def printed(config):
     return compare.run(config)
 
 
+@pytest.mark.full
 def test_every_method_has_each_rate_with_the_first_seed_and_all_seeds_at_the_best(config, printed):
     results = json.loads((config.run_folder / "compare.json").read_text())["results"]
     for method in config.methods:

@@ -109,6 +109,7 @@ def materialised_step():
     return step, (chain.params, chain.adapters, init(chain.adapters), inputs(BATCH, 96))
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize(
     ("front_end", "norm_gradient"),
     table(
@@ -122,6 +123,7 @@ def test_nothing_in_the_compiled_step_is_as_large_as_a_kernel(front_end, norm_gr
     assert operations_yielding(KERNELS, step, arguments) == {"parameter"}
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_nothing_in_the_traced_step_is_as_large_as_a_kernel(front_end, dtype):
@@ -170,6 +172,7 @@ def test_a_scan_keeps_no_gradient_of_its_stacked_kernels():
     assert operations_yielding({(48, 48), (1, 48, 48)}, step, arguments) <= slicing
 
 
+@pytest.mark.full
 def test_the_temporaries_of_a_step_are_smaller_than_one_kernel():
     kernel_bytes = 4 * 96 * 160
     ours = compiled(*chain_step("linen", jnp.float32, "exact")).memory_analysis()

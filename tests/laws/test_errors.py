@@ -131,6 +131,7 @@ def test_merging_twice():
         dora.merge(model, once, adapters)
 
 
+@pytest.mark.full
 def test_adapting_anew_after_merging_is_no_error():
     again = dora.apply_dora(dora.merge(adapt_nnx()), CONFIG, rngs=nnx.Rngs(0))
     assert np.all(np.asarray(again(X) == NNXModel(nnx.Rngs(0))(X)))

@@ -96,6 +96,7 @@ def chain_with(front_end: str, switch: str = "default", dtypes: tuple = DTYPES[0
     )
 
 
+@pytest.mark.rows(11)
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_adapting_changes_no_bit_of_the_output(front_end, switch):
@@ -104,6 +105,7 @@ def test_adapting_changes_no_bit_of_the_output(front_end, switch):
     assert same(chain.apply(chain.params, chain.adapters, x), before)
 
 
+@pytest.mark.rows(3)
 @pytest.mark.parametrize(("front_end", "dtypes"), BY_DTYPE)
 def test_adapting_changes_no_bit_in_any_dtype(front_end, dtypes):
     chain, dtype = chain_with(front_end, dtypes=dtypes), dtypes[0] or dtypes[1]
@@ -113,6 +115,7 @@ def test_adapting_changes_no_bit_in_any_dtype(front_end, dtypes):
     assert same(chain.apply(chain.params, chain.adapters, x), before)
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize(
     ("front_end", "dtypes"),
     table(FRONT_ENDS, DTYPES[:2], default=lambda _, dtypes: dtypes == DTYPES[0]),
@@ -125,6 +128,7 @@ def test_adapting_changes_no_bit_without_jit(front_end, dtypes):
         assert same(chain.apply(chain.params, chain.adapters, x), before)
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("batch", [(), (1,)])
 @pytest.mark.parametrize(
     ("front_end", "dtype"),
@@ -167,6 +171,7 @@ def test_adapting_changes_no_bit_at_any_size(widths, rank, alpha, dtypes, batch,
     assert same(chain.apply(chain.params, chain.adapters, x), before)
 
 
+@pytest.mark.rows(10)
 @pytest.mark.parametrize("switch", sorted(SWITCHES.keys() - {"dropout"}))
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_output_and_merged_kernels_are_those_of_the_reference(front_end, switch):
@@ -195,6 +200,7 @@ def test_a_wide_layer_agrees_with_the_reference(front_end):
     assert reference.relative_error(y, expected) <= 2e-6
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_gradients_are_those_of_the_reference(front_end, norm_gradient):
@@ -221,6 +227,7 @@ def test_gradients_are_those_of_the_reference(front_end, norm_gradient):
     assert reference.relative_error(found_x, expected.inputs) <= 1e-5
 
 
+@pytest.mark.rows(3)
 @pytest.mark.parametrize("switch", ["not normalised", "magnitude frozen", "plain LoRA"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_gradients_of_the_ablations_are_finite_differences(front_end, switch):
@@ -258,6 +265,7 @@ def test_the_bias_is_not_scaled(front_end):
     np.testing.assert_allclose(twice, 2 * once, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("adapter_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_adapters_of_any_dtype_change_no_bit(front_end, adapter_dtype):
@@ -270,6 +278,7 @@ def test_adapters_of_any_dtype_change_no_bit(front_end, adapter_dtype):
     assert same(chain.merge(chain.params, chain.adapters), chain.params)
 
 
+@pytest.mark.rows(3)
 @pytest.mark.parametrize(("front_end", "dtypes"), BY_DTYPE)
 def test_a_trained_adapter_keeps_the_dtype_and_finite_gradients(front_end, dtypes):
     chain, dtype = chain_with(front_end, dtypes=dtypes), dtypes[0] or dtypes[1]
@@ -323,6 +332,7 @@ def test_saved_modules_are_trained_with_the_adapters_and_restored_by_merge(front
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients["layer_1"]))
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_zero_columns_stay_zero_and_are_named(front_end, norm_gradient):
@@ -370,6 +380,7 @@ def test_another_base_gives_nan_and_is_named(front_end):
         chain.merge(other, chain.adapters)
 
 
+@pytest.mark.rows(1)
 @pytest.mark.filterwarnings("ignore:merging rounds")
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_a_base_cast_to_bfloat16_is_still_the_base(front_end):
@@ -409,6 +420,7 @@ def test_adapters_start_as_documented(front_end, init):
         assert 0.99 / np.sqrt(400) < np.abs(a).max() <= 1 / np.sqrt(400)
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_the_first_step_moves_the_magnitude_three_times_as_far(front_end, param_dtype):

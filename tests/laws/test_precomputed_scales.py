@@ -52,6 +52,7 @@ def precompute_here(operations):
     )
 
 
+@pytest.mark.rows(4)
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_precomputing_changes_no_bit_of_the_output(front_end, switch):
@@ -63,6 +64,7 @@ def test_precomputing_changes_no_bit_of_the_output(front_end, switch):
     assert same(apply(model.params, precomputed, x), y)
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("indices", [None, [0, 2]])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_precomputing_out_of_a_scan_changes_at_most_rounding(front_end, indices):
@@ -110,6 +112,7 @@ def microbatches():
     return tuple(a.reshape(MICROBATCHES, 5, -1) for a in (x, target))
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize(
     ("front_end", "switch"),
     table(
@@ -178,6 +181,7 @@ def gradient_of(model):
     return jax.grad(functools.partial(mean_loss, model.apply), 1)
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_multi_steps_accumulates_the_gradient_of_what_is_precomputed(front_end):
     """In a microbatch are the products of LoRA; the norm's are in the pull-back, once a step."""

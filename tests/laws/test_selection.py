@@ -110,6 +110,7 @@ def test_layers_are_selected_by_their_number(front_end):
     assert only_up == {"layers.1.up"}
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_layers_that_are_not_selected_compute_as_before(front_end):
     operations, x = model(front_end, layers_to_transform=[1]), inputs(5, WIDTH)
@@ -186,6 +187,7 @@ def test_layers_of_a_stack_that_are_not_selected_are_not_trained(front_end):
         assert np.any(np.asarray(leaf[0]) != 0) and np.any(np.asarray(leaf[2]) != 0)
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_layers_of_a_stack_that_are_not_selected_stay_as_they_are(front_end):
     """Whatever stands in their part of the adapter; also precomputed."""
@@ -239,6 +241,7 @@ def moved(adapters):
     return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(x.dtype), adapters)
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("saved", ["head", "norm"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_modules_to_save_are_trained_in_full_and_merged(front_end, saved):
@@ -308,6 +311,7 @@ def arrays(tree):
     return {tuple(str(key.key) for key in path): leaf for path, leaf in paths}
 
 
+@pytest.mark.rows(6)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_the_summary_counts_what_is_trained(front_end, settings):
@@ -335,6 +339,7 @@ def test_the_summary_counts_what_is_trained(front_end, settings):
     assert all(row.path in str(summary) for row in summary.layers)
 
 
+@pytest.mark.rows(6)
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_a_dry_run_says_what_apply_dora_does(front_end, settings):
@@ -422,6 +427,7 @@ class NNXLlama(nnx.Module):
         self.head = nnx.Linear(HIDDEN, VOCABULARY, use_bias=False, **options)
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_a_dry_run_makes_no_array(front_end):
     """LoRA of rank 8 on q and v of LLaMA-7B is known to train 4,194,304 parameters."""

@@ -83,6 +83,7 @@ def assert_close(found, expected, tolerance=2e-6):
         assert reference.relative_error(a, b) <= tolerance
 
 
+@pytest.mark.rows(5)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_values_and_gradients_are_those_without_the_transform(front_end, transform):
@@ -107,6 +108,7 @@ def test_forward_mode_is_the_gradient(front_end):
     assert np.isclose(slope, sum(jax.tree.leaves(products)), rtol=1e-5)
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_vmap_over_adapters_trains_each_as_if_alone(front_end):
     """A sweep of seeds or learning rates in one step."""
@@ -279,13 +281,20 @@ def test_batch_statistics_are_those_of_the_merged_nnx_model():
 DEVICES = 2
 
 
-def test_sharded_over_two_devices_values_and_gradients_are_those_of_one():
+@pytest.mark.parametrize(
+    "models",
+    [
+        (("linen", "stack"), ("nnx", "chain")),
+        pytest.param((("linen", "chain"), ("nnx", "stack")), marks=pytest.mark.full),
+    ],
+)
+def test_sharded_over_two_devices_values_and_gradients_are_those_of_one(models):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     subprocess.run(
         [
             sys.executable,
             "-c",
-            "import tests.laws.test_transforms as t; t.compare_with_two_devices()",
+            f"import tests.laws.test_transforms as t; t.compare_with_two_devices({models})",
         ],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()},
         cwd=Path(__file__).parents[2],
@@ -293,16 +302,16 @@ def test_sharded_over_two_devices_values_and_gradients_are_those_of_one():
     )
 
 
-def compare_with_two_devices():
+def compare_with_two_devices(models):
     assert jax.device_count() == DEVICES
-    for front_end in FRONT_ENDS:
-        for build in (chain, stack):
-            model, adapters = trained(front_end, build)
-            expected = quick_jit(objective(front_end, lambda f: f, build))(
-                adapters, model.params, batch(build)
-            )
-            for run in (batch_over_devices, features_over_devices):
-                assert_close(run(front_end, build), expected, 5e-6)
+    for front_end, name in models:
+        build = {"chain": chain, "stack": stack}[name]
+        model, adapters = trained(front_end, build)
+        expected = quick_jit(objective(front_end, lambda f: f, build))(
+            adapters, model.params, batch(build)
+        )
+        for run in (batch_over_devices, features_over_devices):
+            assert_close(run(front_end, build), expected, 5e-6)
 
 
 def batch_over_devices(front_end, build):

@@ -35,6 +35,7 @@ CELLS = {
 }
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("index", range(len(CELLS["linen"])))
 def test_linen_recurrent_layers_compute_what_merged_ones_do(index):
     module: Any = CELLS["linen"][index]()
@@ -55,6 +56,7 @@ def test_linen_recurrent_layers_compute_what_merged_ones_do(index):
     assert close(apply(trained), base(merged))
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("index", range(len(CELLS["nnx"])))
 def test_nnx_recurrent_layers_compute_what_merged_ones_do(index):
     base: Any = nnx_model(CELLS["nnx"][index])

@@ -19,9 +19,20 @@ from tests.support.properties import for_all
 from tests.support.quick import quick_jit
 
 
-# The detached gradient in a scan or in bfloat16, and the other transforms: `make test-full`.
-@pytest.mark.parametrize(("dtype", "detached"), [("float32", PLAIN), ("bfloat16", ())])
-@pytest.mark.parametrize("row", SINGLE, ids=str)
+# The detached gradient in a scan or in bfloat16, and the other transforms: `make test-full`. Layers
+# come in pairs, Linen's and NNX's: by default one of a pair is float32, the other bfloat16.
+@pytest.mark.parametrize(
+    ("row", "dtype", "detached"),
+    [
+        pytest.param(row, *how, marks=() if default else pytest.mark.full)
+        for i, row in enumerate(SINGLE)
+        for how, default in (
+            (("float32", PLAIN), i % 4 in (0, 3)),
+            (("bfloat16", ()), i % 4 in (1, 2)),
+        )
+    ],
+    ids=str,
+)
 def test_every_layer_agrees_with_its_definition_plainly_and_in_a_scan(row, dtype, detached):
     assert_within(errors(row, DTYPES[dtype], ("plain", "scan"), detached), dtype)
 
@@ -33,6 +44,7 @@ def test_every_layer_agrees_with_its_definition_under_every_transform(row, dtype
     assert_within(errors(row, DTYPES[dtype], TRANSFORMS), dtype)
 
 
+@pytest.mark.rows(3)
 @pytest.mark.parametrize("row", COMPOSED, ids=str)
 def test_layers_made_of_layers_agree_with_their_definition(row):
     assert_within(errors(row, jnp.float32, PLAIN), "float32")

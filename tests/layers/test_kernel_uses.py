@@ -135,6 +135,7 @@ STORED = {
 }
 
 
+@pytest.mark.rows(4)
 @pytest.mark.parametrize("name", STORED)
 def test_a_kernel_that_is_stored_is_adapted_and_merged(name):
     module, params, model, adapters = adapt(STORED[name])

@@ -227,6 +227,7 @@ def run(model, variables, adapters, x, **options):
     return jitted(model)(variables, adapters, x, options)
 
 
+@pytest.mark.rows(6)
 @pytest.mark.parametrize(
     ("name", "dropout"),
     [(name, 0.0) for name in MODULES]
@@ -244,6 +245,7 @@ def test_adapting_changes_no_bit(name, dropout):
     assert same(dora.merge(model, variables["params"], adapters), variables["params"])
 
 
+@pytest.mark.rows(6)
 @pytest.mark.parametrize("name", MODULES)
 def test_a_merged_model_computes_what_the_adapted_one_does(name):
     (variables, base), x = initialised(MODULES[name]), inputs(5, WIDTH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ WIDTHS = (6, 8, 4)
 X = inputs(5, WIDTHS[0])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def apply(module: linen.Module, variables) -> Any:
     return module.apply(variables, X)
 
@@ -37,7 +39,7 @@ def test_adapted_nnx_model_inside_a_linen_one():
     plain = NNXChain(WIDTHS, rngs=nnx.Rngs(0))
     adapted = nnx.bridge.ToLinen(lambda rngs: dora.apply_dora(plain, CONFIG, rngs=rngs))
     module = WithHead(adapted)
-    variables = module.init(jax.random.key(0), X)  # the norms belong to these kernels
+    variables = jax.jit(module.init)(jax.random.key(0), X)  # the norms belong to these kernels
     assert set(variables) == {"params", "dora", "dora_base"}
     reference = WithHead(nnx.bridge.ToLinen(lambda rngs: plain))
     expected = apply(reference, {"params": variables["params"]})
@@ -48,8 +50,15 @@ def test_adapted_nnx_model_inside_a_linen_one():
 
     adapters = variables["dora"]
     tx = dora.dora_optimizer(1e-2)
-    updates, _ = tx.update(jax.grad(loss)(adapters), tx.init(adapters), adapters)
-    assert loss(optax.apply_updates(adapters, updates)) < loss(adapters)
+
+    @jax.jit
+    def step(adapters):
+        before, gradient = jax.value_and_grad(loss)(adapters)
+        updates, _ = tx.update(gradient, tx.init(adapters), adapters)
+        return before, loss(optax.apply_updates(adapters, updates))
+
+    before, after = step(adapters)
+    assert after < before
 
 
 def test_adapted_linen_model_inside_an_nnx_one():
@@ -67,7 +76,7 @@ def test_adapted_linen_model_inside_an_nnx_one():
     optimizer = nnx.Optimizer(model, dora.dora_optimizer(1e-2), wrt=dora.DoRAParam)
     wrt = nnx.DiffState(0, dora.DoRAParam)
     before = jax.tree.map(np.array, nnx.state(model, nnx.Param))
-    step = nnx.value_and_grad(lambda model: jnp.mean(model(X) ** 2), argnums=wrt)
+    step = nnx.jit(nnx.value_and_grad(lambda model: jnp.mean(model(X) ** 2), argnums=wrt))
     first, grads = step(model)
     optimizer.update(model, grads)
     last, _ = step(model)

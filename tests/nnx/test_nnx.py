@@ -115,6 +115,7 @@ def run(model, x):
     return model(x)
 
 
+@pytest.mark.rows(4)
 @pytest.mark.parametrize(
     ("model_class", "dropout"),
     [(model, 0.0) for model in MODELS]
@@ -247,6 +248,7 @@ def test_an_abstract_model_gives_the_shapes_of_a_real_one():
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(leaves))
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("modules_to_save", [[], ["head"]])
 def test_training_moves_adapters_and_saved_modules_only(modules_to_save):
     model = adapt(nnx_model(Listed), target_modules=["up"], modules_to_save=modules_to_save)

@@ -44,6 +44,7 @@ def in_numpy(x, b, stack):
     return np.einsum(f"{s}{n}r,{s}r{o}->{s}{n}{o}", *reference.wide(x, b))
 
 
+@pytest.mark.rows(9)
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit])
 @CASES
 def test_it_is_the_product(f, x_shape, b_shape, stack, run):
@@ -52,6 +53,7 @@ def test_it_is_the_product(f, x_shape, b_shape, stack, run):
     assert reference.relative_error(y, in_numpy(x, b, stack)) <= 1e-6
 
 
+@pytest.mark.rows(4)
 @CASES
 def test_its_first_and_second_derivatives_in_both_modes_are_finite_differences(
     f, x_shape, b_shape, stack
@@ -59,6 +61,7 @@ def test_its_first_and_second_derivatives_in_both_modes_are_finite_differences(
     check_grads(f, draw(x_shape, b_shape), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.rows(15)
 @pytest.mark.parametrize("axes", [(0, None), (2, None), (None, 0), (None, 2), (1, 1), (2, 0)])
 @CASES
 def test_vmap_of_it_and_of_its_gradient_equals_a_loop(f, x_shape, b_shape, stack, axes):
@@ -146,6 +149,7 @@ def test_dtypes_promote_as_in_a_product(f):
     assert f(x.astype(jnp.bfloat16), b.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("decompose", [True, False])
 def test_an_adapted_model_has_forward_mode_and_second_derivatives(decompose):
     config = dora.DoRAConfig(rank=2, decompose=decompose)

@@ -42,6 +42,7 @@ def pull_back(h, d, g):
     return jax.vjp(apply_scale, h, d)[1](g)
 
 
+@pytest.mark.rows(12)
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["op by op", "compiled"])
 @CASES
@@ -56,12 +57,14 @@ def test_the_gradients_are_those_of_the_definition(h_shape, d_shape, run, dtype,
     assert reference.relative_error(by_d, sum_to(wide_g * wide_h, d_shape)) <= bound
 
 
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("shapes", ["tokens", "experts", "features first", "vector"])
 def test_it_has_second_derivatives_in_both_modes(shapes):
     h, d, _ = draw(*SHAPES[shapes])
     check_grads(jax.jit(apply_scale), (h, d), 2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.rows(10)
 @pytest.mark.parametrize("axes", [(0, None, 0), (None, 1, None)])
 @CASES
 def test_vmap_of_its_gradient_equals_a_loop(h_shape, d_shape, axes):
@@ -124,6 +127,7 @@ def test_a_scale_near_one_is_not_rounded_away():
     assert np.mean(np.asarray(y != h)) > 0.5
 
 
+@pytest.mark.rows(8)
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
 @pytest.mark.parametrize("scale", [-3.0, -0.1, 1e-6, 1e-4, 0.1, 0.9, 1.0, 1e3])
 def test_the_gradient_of_a_scale_is_that_of_the_definition(scale, dtype, bound):
@@ -173,6 +177,7 @@ def test_the_output_of_a_scale_is_kept_in_its_own_dtype():
     assert len(barriers) == 1 and "tensor<50x4xbf16>" in barriers[0]
 
 
+@pytest.mark.rows(3)
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("batch", [(1, 50), (5, 1), (3, 50)])
 def test_the_gradient_of_a_scale_sums_over_each_axis_of_the_batch(batch, platform):

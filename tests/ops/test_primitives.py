@@ -52,6 +52,7 @@ def primitives_in(f, *args) -> set[str]:
     return {str(equation.primitive) for equation in equations(jax.make_jaxpr(f)(*args))}
 
 
+@pytest.mark.rows(6)
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit], ids=["op by op", "compiled"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_without_rules_it_transforms_as_its_function_does(transform, run):

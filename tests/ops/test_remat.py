@@ -104,6 +104,7 @@ def test_the_policy_saves_the_product_that_lora_never_computes_again(make):
     assert products_with_kernels(make, CONFIG, dora.save_scaled("own")) == full
 
 
+@pytest.mark.rows(2)
 @FRONT_ENDS
 @pytest.mark.parametrize("layers", [(), ("down",), ("blocks.down", "block_0.down")])
 def test_the_gradient_does_not_depend_on_the_policy(make, layers):

@@ -52,6 +52,7 @@ def test_outputs_are_pefts(name):
     assert relative(adapted(name)(), y) < 2e-6
 
 
+@pytest.mark.rows(5)
 @pytest.mark.parametrize("name", sorted(TWINS.keys() - {"llama_some", "llama_lora"}))
 def test_what_was_read_is_written_again_bit_for_bit(name, tmp_path):
     fixture = FIXTURES / TWINS[name].fixture

@@ -41,6 +41,7 @@ def test_the_compiled_step_of_dora_adds_the_products_of_the_norm_to_loras(method
     assert products * PRODUCT < flops(method) - flops("lora") < most
 
 
+@pytest.mark.full
 def test_counts_over_microbatches_are_those_of_the_unrolled_program():
     mesh, case = ahead_of_time.target_mesh("cpu"), tiny_mlp()
     setting = ahead_of_time.Setting(microbatches=3)
@@ -57,6 +58,7 @@ def assert_one_product_is_saved(flops, tokens):
     assert product < flops["dora"] - flops["dora-policy"] < 1.5 * product
 
 
+@pytest.mark.full
 def test_the_policy_saves_the_last_projection_from_being_computed_again():
     policies = {"dora": True, "dora-policy": dora.save_scaled(ahead_of_time.LAST_PROJECTION)}
     flops = {}

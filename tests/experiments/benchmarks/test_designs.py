@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from experiments.benchmarks.designs import DESIGNS, measure
 
 
+@pytest.mark.full
 def test_every_design_has_the_same_gradient():
     found = measure(width=64, rank=3, depth=2, tokens=8, rounds=1)
     errors = {design: m.error for design, m in found.items() if design != "lora"}

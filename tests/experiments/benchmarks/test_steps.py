@@ -48,6 +48,7 @@ def assert_same_step(one, other, atol):
         np.testing.assert_allclose(array, expected, atol=atol)
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize(
     ("case", "method", "by_hand"),
     [
@@ -60,6 +61,7 @@ def test_a_step_of_the_library_is_the_step_written_by_hand(case, method, by_hand
     assert_same_step(after_a_step(case, method), after_a_step(case, by_hand), atol=2e-6)
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("method", ["dora", "dora-hoisted"])
 def test_microbatches_take_the_step_of_the_whole_batch(method):
     parts = after_a_step("mlp", method, microbatches=4)

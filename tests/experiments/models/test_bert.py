@@ -59,6 +59,7 @@ def stored_config(tmp_path, **changes):
     return path
 
 
+@pytest.mark.rows(1)
 @CONFIGS
 def test_padding_does_not_change_the_other_positions(config):
     alone = apply(made(config), TOKENS[1:, :4])
@@ -105,6 +106,7 @@ def test_hidden_states_features_and_logits_have_the_compute_dtype(dtype):
     assert {parameter.dtype for parameter in parameters} == {jnp.dtype(jnp.float32)}
 
 
+@pytest.mark.full
 def test_bfloat16_stays_near_float32():
     exact = apply(made(BERT), padded(BERT), MASK)
     rounded = apply(made(BERT, dtype=jnp.bfloat16), padded(BERT), MASK)
@@ -119,6 +121,7 @@ def test_positions_of_roberta_follow_the_tokens_and_those_of_bert_do_not():
     assert position_ids(tokens, BERT).tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("rate", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_each_dropout_rate_acts_alone_and_in_training_only(rate):
     rates: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

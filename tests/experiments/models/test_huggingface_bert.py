@@ -45,6 +45,7 @@ def rewritten(tmp_path, name, change):
     return folder
 
 
+@pytest.mark.rows(1)
 @MODELS
 def test_every_hidden_state_equals_hugging_faces(name):
     """To 1e-5, with and without padding and token types."""
@@ -69,6 +70,7 @@ def test_without_a_mask_and_types_nothing_is_padding_and_every_type_is_0():
     np.testing.assert_allclose(last, expected["hidden_states"][-1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.rows(2)
 @MODELS
 @pytest.mark.parametrize(
     ("prefix", "old"),
@@ -98,6 +100,7 @@ def test_fixtures_hold_both_kinds_of_names_and_what_is_not_used(caplog):
     assert {record.args[0] for record in caplog.records} == unused
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_any_stored_float_dtype_is_cast_to_param_dtype(tmp_path, stored):
     folder = rewritten(tmp_path, "bert_tiny", lambda t: {k: v.astype(stored) for k, v in t.items()})
@@ -109,6 +112,7 @@ def test_any_stored_float_dtype_is_cast_to_param_dtype(tmp_path, stored):
         np.testing.assert_array_equal(kernel, tensors[KERNEL].T.astype(param_dtype))
 
 
+@pytest.mark.full
 def test_bfloat16_compute_gives_bfloat16_near_hugging_faces():
     expected = load_file(FIXTURES / "bert_tiny" / "activations.safetensors")
     hidden = apply(load_bert(FIXTURES / "bert_tiny", dtype=jnp.bfloat16), expected["input_ids"])
@@ -117,6 +121,7 @@ def test_bfloat16_compute_gives_bfloat16_near_hugging_faces():
     assert np.abs(error).mean() < 0.02  # hidden states are of size 1
 
 
+@pytest.mark.full
 def test_every_parameter_is_filled_and_the_model_trains():
     encoder = load_bert(FIXTURES / "bert_tiny")
     ids = load_file(FIXTURES / "bert_tiny" / "activations.safetensors")["input_ids"]

@@ -35,6 +35,7 @@ def assert_logits_agree(model, name):
     np.testing.assert_allclose(padded, expected["logits_padded"][mask == 1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.rows(3)
 @LLAMAS
 def test_logits_equal_hugging_faces(name):
     assert_logits_agree(load_llama(FIXTURES / name), name)
@@ -44,6 +45,7 @@ def test_logits_of_scanned_layers_equal_hugging_faces():
     assert_logits_agree(load_llama(FIXTURES / "llama3", scan_layers=True), "llama3")
 
 
+@pytest.mark.rows(4)
 @LLAMAS
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["numbered", "scanned"])
 def test_a_saved_decoder_has_the_tensors_that_were_read(tmp_path, name, scan_layers):
@@ -79,6 +81,7 @@ def trained(model):
     return dora.merge(model)
 
 
+@pytest.mark.full
 def test_a_merged_decoder_is_the_same_when_read_back(tmp_path):
     tokens = load_file(FIXTURES / "tied" / "activations.safetensors")["input_ids"]
     base = load_llama(FIXTURES / "tied", scan_layers=True)

@@ -77,6 +77,7 @@ def stored_config(tmp_path, **changes):
     return path
 
 
+@pytest.mark.rows(1)
 @CONFIGS
 def test_scanned_layers_compute_what_numbered_ones_do(config):
     model = made(config)
@@ -84,6 +85,7 @@ def test_scanned_layers_compute_what_numbered_ones_do(config):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("scan_layers", "remat"),
     [
@@ -115,6 +117,7 @@ def test_a_token_changes_nothing_before_it(config):
     assert (np.abs(before[:, 3:] - after[:, 3:]).max(-1) > 1e-4).all()
 
 
+@pytest.mark.rows(1)
 @CONFIGS
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_change_the_other_positions(config, side):
@@ -204,6 +207,7 @@ def test_an_abstract_model_can_be_adapted(scan_layers):
     assert layer.mlp.up_proj.lora_a.shape == ((2, 16, 2) if scan_layers else (16, 2))
 
 
+@pytest.mark.full
 def test_a_scan_of_adapted_layers_copies_no_parameters():
     wide = dataclasses.replace(LLAMA, hidden_size=64, intermediate_size=128)
     base = nnx.eval_shape(lambda: Llama(wide, scan_layers=True, remat=True, rngs=nnx.Rngs(0)))

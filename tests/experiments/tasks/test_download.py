@@ -157,6 +157,7 @@ def fetch_in_child(prelude: str = "") -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "prelude",
     [
@@ -211,6 +212,7 @@ def test_killed_while_pip_downloads_is_redone(index, monkeypatch):
     assert [path.read_bytes() for path in (A.path(), B.path())] == list(CONTENT.values())
 
 
+@pytest.mark.full
 def test_concurrent_runs_all_end_with_whole_files(index):
     children = [fetch_in_child() for _ in range(3)]
     with ThreadPoolExecutor() as pool:
