@@ -52,7 +52,7 @@ def test_a_published_pattern_matches_what_re_does(pattern):
     end = None if pattern.startswith(("(?i", "(?s", "(?x")) else rf"(.*\.)?({pattern})$"
     for name in names(random.Random(0), 60):
         assert ours.fullmatch(name) == (theirs.fullmatch(name) is not None), name
-        if end:
+        if end and not name.endswith("\n"):
             assert ours.matches_end(name) == (re.match(end, name) is not None), name
 
 
