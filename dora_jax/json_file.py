@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # A configuration of 50,000 names takes 3 MB. The smallest objects take 20 times their text.
 LARGEST = 5_000_000
+# Of a parameter, with its path. Looking names up takes the square of their length.
+LONGEST_NAME = 1000
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 IS_LFS_POINTER = (
     "a git-LFS pointer, which stands for the file: fetch the file itself (git lfs pull)"

@@ -89,7 +89,7 @@ def write(folder: Folder, config: PeftConfig, tensors: Mapping[str, Array]) -> p
 def _read_tensors(path: pathlib.Path) -> tuple[dict[str, Array], Mapping[str, str]]:
     """Returns the tensors of a folder by key, and the metadata of their file."""
     pickled = sorted(file.name for file in path.glob("*.bin"))
-    if pickled and not (path / FILE).is_file():
+    if pickled and not os.path.lexists(path / FILE):
         raise PeftError(
             f"{pickled[0]} is a pickle, which can run any code when it is read, so it is refused. "
             "If you trust it, save the adapter again in PEFT: model.save_pretrained(FOLDER)"
@@ -99,6 +99,11 @@ def _read_tensors(path: pathlib.Path) -> tuple[dict[str, Array], Mapping[str, st
         header = read_header(path / FILE)
     except CheckpointError as error:
         raise PeftError(f"{FILE} is {error}") from error
+    if header.metadata.get("format") == "mlx":
+        raise PeftError(
+            f"{FILE} is a file of MLX, whose adapters have another layout: fuse it there "
+            "(mlx_lm.fuse) and read the fused checkpoint"
+        )
     for key, tensor in header.tensors.items():
         if tensor.dtype not in _DTYPES:
             raise PeftError(f"{key} in {FILE} is of {tensor.dtype}; only {list(_DTYPES)} are read")
