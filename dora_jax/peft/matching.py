@@ -103,6 +103,18 @@ def saved_parameters(
         for path, value in parameters.items()
         if path[:-1] in saved
     }
+    _check_left(config, left, parameters, names, modules)
+    return values
+
+
+def _check_left(
+    config: PeftConfig,
+    left: Mapping[str, Array],
+    parameters: Mapping[Path, Any],
+    names: NameMap,
+    modules: Modules,
+) -> None:
+    """Raises `PeftError` unless tensors of no module are frozen weights, as the model has them."""
     for name, x in left.items():
         module, _, parameter = name.rpartition(".")
         table = module.removesuffix(".base_layer")
@@ -124,7 +136,6 @@ def saved_parameters(
                 f"{PREFIX}{name} is not the weight that the model has: it was trained or resized "
                 "there. Put it into the base first"
             )
-    return values
 
 
 def _parameter_of_tensor(
