@@ -75,7 +75,8 @@ def read_text(path: str | PathLike[str], *, largest: int = LARGEST) -> str:
             found = "is no regular file" if os.path.lexists(path) else "is missing"
             raise CheckpointError(f"{shown(path)} {found}: fetch it again")
         with open(path, "rb") as stream:
-            data = stream.read(largest + 1)
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(min(size, largest) + 1)  # memory is taken for all that is asked for
     except OSError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {reason(error)}") from error
     if len(data) > largest:
