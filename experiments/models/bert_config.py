@@ -73,8 +73,8 @@ class BertConfig(HuggingFaceConfig):
             self._check_number(name)
             if not 0 <= getattr(self, name) < 1:
                 raise ModelConfigError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}.")
-        is_used = self.model_type == "roberta"
-        if type(self.pad_token_id) is not int or (is_used and self.pad_token_id < 0):
+        lowest = 0 if self.model_type == "roberta" else -1
+        if type(self.pad_token_id) is not int or not lowest <= self.pad_token_id < 2**31:
             raise ModelConfigError(f"pad_token_id must be a token, not {self.pad_token_id!r:.200}.")
         self._check_multiple("hidden_size", "num_attention_heads")
         if self.max_tokens < 1:

@@ -122,7 +122,9 @@ class HuggingFaceConfig:
     def _check_size(self, name: str) -> None:
         size = getattr(self, name)
         if type(size) is not int or not 1 <= size < _LARGEST_SIZE:
-            raise ModelConfigError(f"{name} must be a positive integer, not {_shown(size)}.")
+            raise ModelConfigError(
+                f"{name} must be a positive integer below 2^31, not {_shown(size)}."
+            )
 
     def _check_number(self, name: str, *, least: float = -math.inf) -> None:
         """Raises unless a field is a finite number above `least`."""

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 _NAMES = """
     architectures auto_map model_type transformers_version dtype torch_dtype name_or_path
-    custom_pipelines license language library_name model_name name version revision
+    custom_pipelines license language library_name model_name name version revision loss_type
+    sbert_ce_default_activation_function
 """
 _OUTPUTS = """
     num_labels id2label label2id problem_type classifier_dropout finetuning_task

@@ -6,6 +6,7 @@ A folder holds `config.json` and safetensors, in one file or in several. Pickles
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 from typing import TYPE_CHECKING, Any
@@ -83,10 +84,7 @@ def load_bert(
         config = dataclasses.replace(
             config, hidden_dropout_prob=dropout_rate, attention_probs_dropout_prob=dropout_rate
         )
-    # Shapes only: random initial values would be replaced.
-    encoder = nnx.eval_shape(
-        lambda: BertEncoder(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-    )
+    encoder = _abstract(BertEncoder, config, dtype=dtype, param_dtype=param_dtype)
     rules = huggingface.TensorRules(rename=_bert_name, unused=BERT_UNUSED)
     encoder = huggingface.load_checkpoint(folder, encoder, BERT, rules=rules)
     for _, module in nnx.iter_graph(encoder):
@@ -153,7 +151,7 @@ def load_llama(
     _check_sizes(folder, config)
     switches: dict[str, Any] = {"scan_layers": scan_layers, "remat": remat}
     dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-    model = nnx.eval_shape(lambda: Llama(config, **switches, **dtypes, rngs=nnx.Rngs(0)))
+    model = _abstract(Llama, config, **switches, **dtypes)
     tied = {_LM_HEAD: _EMBEDDING} if config.tie_word_embeddings else {}
     rules = huggingface.TensorRules(rename=_llama_name, unused=LLAMA_UNUSED, tied=tied)
     return huggingface.load_checkpoint(
@@ -182,6 +180,15 @@ def save_llama(
     """
     options = huggingface.SaveOptions(dtype, max_file_bytes, overwrite=True)
     huggingface.save_checkpoint(folder, model, LLAMA, source=source, options=options)
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract(model: Any, config: BertConfig | LlamaConfig, **options: Any) -> Any:
+    """Returns the shapes of a model: random initial values would be replaced.
+
+    The result is not changed, so that it serves whoever reads several folders of one kind.
+    """
+    return nnx.eval_shape(lambda: model(config, **options, rngs=nnx.Rngs(0)))
 
 
 def _folder(folder: str | os.PathLike[str]) -> pathlib.Path:
@@ -214,7 +221,7 @@ def _check_sizes(folder: pathlib.Path, config: BertConfig | LlamaConfig, *others
     stored = huggingface.open_folder(folder)
     names = stored.tensors.keys() | stored.unreadable
     numbers = {int(number) for name in names for number in _LAYER_NUMBER.findall(name)}
-    layers = max(numbers, default=-1) + 1
+    layers = len(numbers)
     if config.num_hidden_layers > layers and not stored.problems:
         raise CheckpointError(
             f"{stored.weights} holds {layers} layers, but num_hidden_layers is "

@@ -114,7 +114,7 @@ class LlamaConfig(HuggingFaceConfig):
                 self._check_size(name)
         for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
             if type(getattr(self, name)) is not bool:
-                raise ModelConfigError(f"{name} must be a bool, not {getattr(self, name)!r}.")
+                raise ModelConfigError(f"{name} must be a bool, not {getattr(self, name)!r:.200}.")
         self._check_heads()
 
     def _check_heads(self) -> None:
