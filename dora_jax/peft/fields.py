@@ -123,7 +123,7 @@ def checked(name: str, value: Any) -> Any:
     """Returns a field's value as `PeftConfig` holds it, after a check of its type and range."""
     fits = True
     if name == "r":
-        fits = is_index(value) and value > 0
+        fits = is_index(value) and 0 < value < 2**31
     elif name in ("lora_alpha", "lora_dropout"):
         fits = is_number(value) and (value > 0 if name == "lora_alpha" else 0 <= value < 1)
     elif name in ("use_dora", "use_rslora", "fan_in_fan_out", "inference_mode"):
@@ -145,12 +145,17 @@ def checked(name: str, value: Any) -> Any:
             isinstance(value, list) and all(isinstance(v, str) and v for v in value)
         )
     if not fits:
-        raise PeftError(f"{name} in {FILE} has an invalid value, {value!r}: fetch the file again")
+        raise PeftError(
+            f"{name} in {FILE} has an invalid value, {value!r:.200}: fetch the file again"
+        )
     if name in ("rank_pattern", "alpha_pattern"):
         for pattern in value:
             matcher(name, pattern)
     if isinstance(value, str) and name in ("target_modules", "exclude_modules"):
         matcher(name, value)
+    elif name in ("layers_pattern", "modules_to_save"):
+        for pattern in value:
+            matcher(name, pattern)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -111,6 +111,12 @@ def _scaling(place: str, rope: Mapping[str, Any], stored: Mapping[str, Any]) -> 
             f"{place} has rope_type {rope_type!r:.200} and type {rope['type']!r:.200}: delete one."
         )
     if rope_type == "default":
+        scaled = [n for n in ("factor", *_LLAMA3_FIELDS[:2]) if rope.get(n, 1.0) != 1.0]
+        if scaled:
+            raise ModelConfigError(
+                f"{place}.{scaled[0]} is {rope[scaled[0]]!r:.200}, but its rope_type is 'default', "
+                "which does not scale. Add the rope_type, such as 'linear' or 'llama3'."
+            )
         return None
     fields: dict[str, Any] = {name: rope.get(name) for name in ("factor", *_LLAMA3_FIELDS)}
     if rope_type == "llama3" and fields["original_max_position_embeddings"] is None:

@@ -25,12 +25,14 @@ def mutate(folder: Path, rng: random.Random) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     file = rng.choice(files)
     readable = [path for path in files if json_of(path) is not None]
+    if (manifest := folder / "metadata" / "metadata") in files and rng.random() < 0.5:
+        file, readable = manifest, [manifest]  # of the many files of Orbax, the one with it all
     kind = rng.choices(("bytes", "json", "place"), (4, 5, 2))[0]
     if kind == "json" and readable:
         file = rng.choice(readable)
         said = change_json(file, rng)
     elif kind == "place":
-        said = replace(rng.choice([file, rng.choice([p for p in folder.rglob("*")])]), rng, files)
+        said = replace(rng.choice([file, rng.choice(sorted(folder.rglob("*")))]), rng, files)
     else:
         said = change_bytes(file, rng)
     return f"{file.relative_to(folder)}: {said}"

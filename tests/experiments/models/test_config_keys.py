@@ -163,6 +163,7 @@ def test_published_configurations_are_read(tmp_path, name):
         ({"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2}}, "delete one"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 32}}, "rope_type 'yarn'"),
         ({"rope_scaling": {"factor": 2, "mscale": 1.0}}, "rope_scaling.mscale is 1.0"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling.factor is 2, but its rope_type"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"layer_types": ["chunked_attention"] * 2}, "kinds ['chunked_attention']"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
