@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from dora_jax.errors import ConfigError, Path
+from dora_jax.patterns import compiled
 from dora_jax.validation import (
     ALL_LINEAR,
     check_positive,
@@ -218,7 +219,7 @@ class DoRAConfig:
         """Reads what `to_json` wrote; unknown fields raise `ConfigError`."""
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"the DoRA configuration is not valid JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"a DoRA configuration is a JSON object, got {type(fields).__name__}")
@@ -257,7 +258,7 @@ class DoRAConfig:
         """
         numbers = []
         for i, part in enumerate(path):
-            if match := re.fullmatch(r"(?:(.*)_)?(\d+)", part):
+            if match := re.fullmatch(r"(?:(.*)_)?(\d{1,18})", part):
                 name = match[1] or (path[i - 1] if i else "")
                 if self.layers_pattern in (None, name):
                     numbers.append(int(match[2]))
@@ -266,7 +267,7 @@ class DoRAConfig:
 
 def pattern_matches(pattern: str, name: str) -> bool:
     """Returns whether a key of `rank_pattern` or `alpha_pattern` matches a dotted path."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return compiled(pattern, "rank_pattern or alpha_pattern").matches_end(name)
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

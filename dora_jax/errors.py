@@ -26,6 +26,10 @@ class CheckpointError(DoRAError):
     """A checkpoint is damaged, incomplete or of another format; the message names file or array."""
 
 
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """A file or folder of a checkpoint is not there, or something else is in its place."""
+
+
 def layer_name(path: Path) -> str:
     """Returns the dotted path of a layer, as errors name it; the model may be a layer itself."""
     return ".".join(path) or "the model"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from dora_jax.config import DoRAConfig, LayerSettings, pattern_matches
 from dora_jax.errors import ConfigError, LayoutError, Path
+from dora_jax.patterns import compiled
 from dora_jax.validation import ALL_LINEAR
 
 
@@ -106,7 +106,8 @@ def _match(
 ) -> set[str]:
     names = set(names)
     if isinstance(patterns, str):
-        found = {name for name in names if re.fullmatch(patterns, name)}
+        pattern = compiled(patterns, field)
+        found = {name for name in names if pattern.fullmatch(name)}
         if not found:
             raise ConfigError(
                 f"{field}={patterns!r} fully matches no layer's dotted path. {_known(names)}"

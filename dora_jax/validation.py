@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from dora_jax.errors import ConfigError
+from dora_jax.patterns import compiled
 
 ALL_LINEAR = "all-linear"
 
@@ -42,8 +42,13 @@ def pattern_dict(field: str, value: Any) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Returns whether a value is a finite number; an integer that no float holds is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_positive(field: str, value: Any) -> None:
@@ -64,11 +69,8 @@ def check_rank(field: str, rank: Any) -> None:
 
 
 def check_regex(field: str, pattern: str) -> None:
-    """Raises `ConfigError` unless a pattern is a regular expression."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
+    """Raises `ConfigError` unless a pattern is a regular expression that is read."""
+    compiled(pattern, field)
 
 
 def float_dtype_name(dtype: Any) -> str:

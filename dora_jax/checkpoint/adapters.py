@@ -11,14 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest, tree_shapes
-from dora_jax.checkpoint.checks import check_settings
+from dora_jax.checkpoint.checks import check_ranks, check_settings, read_axes
 from dora_jax.checkpoint.contents import contents, trained
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
 from dora_jax.checkpoint.storage import absolute, read, read_metadata, write
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
-from dora_jax.errors import CheckpointError, Path
+from dora_jax.errors import CheckpointError, DoRAError, Path
+from dora_jax.json_file import is_folder
 from dora_jax.model import (
     Plain,
     adapt,
@@ -196,7 +197,7 @@ def read_adapters(path: Folder) -> SavedAdapters:
       CheckpointError: the folder is damaged or incomplete; names the file or array.
     """
     folder = absolute(path)
-    if folder.is_dir() and not (folder / "metadata").exists():
+    if is_folder(folder) and not (folder / "metadata").exists():
         steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
         if steps:
             raise CheckpointError(
@@ -204,17 +205,24 @@ def read_adapters(path: Folder) -> SavedAdapters:
                 f"{folder / str(steps[-1])}"
             )
     _, metadata = read_metadata(folder)
-    if not isinstance(metadata, dict) or "config" not in metadata:
+    if "config" not in metadata:
         raise CheckpointError(f"{folder} holds no configuration of adapters")
-    config = DoRAConfig.from_json(json.dumps(metadata["config"]))
+    try:
+        config = DoRAConfig.from_json(json.dumps(metadata["config"]))
+        axes, version = read_axes(metadata.get("axes")), metadata.get("version")
+    except DoRAError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if not isinstance(version, str):
+        raise CheckpointError(f"{folder}: version is {version!r}: it is damaged")
     arrays = read(folder, lambda path: path[0] in ("adapters", "base"))
     base = group_records({p[1:]: x for p, x in arrays.items() if p[0] == "base"})
-    adapters = nest({p[1:]: x for p, x in arrays.items() if p[0] == "adapters"})
-    axes = {
-        tuple(name.split("/")) if name else (): KernelAxes(*map(tuple, groups))
-        for name, groups in metadata["axes"].items()
-    }
-    return SavedAdapters(adapters, config, base, axes, metadata["version"])
+    flat = {p[1:]: x for p, x in arrays.items() if p[0] == "adapters"}
+    try:
+        check_ranks(config, flat, axes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    adapters = nest(flat)
+    return SavedAdapters(adapters, config, base, axes, version)
 
 
 def _choose(

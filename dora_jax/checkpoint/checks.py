@@ -12,7 +12,8 @@ from dora_jax.adapters.groups import ADAPTER_ARRAYS
 from dora_jax.adapters.placement import host_value
 from dora_jax.adapters.trees import flatten
 from dora_jax.config import DoRAConfig, LayerSettings
-from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.errors import AdapterError, CheckpointError, Path, layer_name
 from dora_jax.model import adapter_tree, layer_settings
 
 # Settings that change a layer's output; the rest affect training only.
@@ -64,6 +65,48 @@ def check_tree(adapters: Mapping[str, Any], config: DoRAConfig, model: Any) -> N
                 f"{'.'.join(path)} is not finite: the training diverged; restore an earlier "
                 "checkpoint"
             )
+
+
+def check_ranks(
+    config: DoRAConfig, flat: Mapping[Path, Any], axes: Mapping[Path, KernelAxes]
+) -> None:
+    """Raises `CheckpointError` if saved factors are not of the configuration's rank.
+
+    A model adapted with that configuration would take memory for it before shapes are compared.
+
+    Args:
+      config: of the adapters.
+      flat: the arrays by path.
+      axes: of the adapted layers; none if they were saved without their model.
+    """
+    for (*layer, array), x in flat.items():
+        rank = config.layer_settings(tuple(layer)).rank
+        own = array == "lora_a" and (not axes or tuple(layer) in axes)
+        if own and np.shape(x)[-1:] != (rank,):
+            raise CheckpointError(
+                f"{'.'.join((*layer, array))} has shape {np.shape(x)}, the configuration makes its "
+                f"rank {rank}: the folder is damaged"
+            )
+
+
+def read_axes(axes: Any) -> dict[Path, KernelAxes]:
+    """Returns the axes of kernels as `contents` stored them, by path.
+
+    Raises:
+      CheckpointError: a layer's are not three groups that hold each axis once; names the layer.
+    """
+    if not isinstance(axes, dict):
+        raise CheckpointError(f"axes must be an object, not {axes!r:.100}: the folder is damaged")
+    for name, groups in axes.items():
+        fits = isinstance(groups, list) and len(groups) == 3
+        fits = fits and all(isinstance(group, list) for group in groups)
+        every = [axis for group in groups for axis in group] if fits else [None]
+        if any(type(i) is not int for i in every) or sorted(every) != list(range(len(every))):
+            raise CheckpointError(f"axes[{name!r}] is {groups!r:.100}: the folder is damaged")
+    return {
+        tuple(name.split("/")) if name else (): KernelAxes(*map(tuple, groups))
+        for name, groups in axes.items()
+    }
 
 
 def check_values(own: Mapping[Path, Any], saved: Mapping[Path, Any], part: str) -> None:

@@ -15,22 +15,33 @@ import numpy as np
 
 from dora_jax.adapters.placement import host_value
 from dora_jax.decomposition.base import FrozenBase
-from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.errors import AdapterError, CheckpointError, Path, layer_name
 from dora_jax.model import AdaptedModel, base_records
 
 # Largest relative difference of two float32 norms summed in different orders. Measured on 28,672
 # inputs: 2e-7 between XLA on one device and on four, 5e-6 for a running sum.
 _NORM_TOLERANCE = 1e-5
+_FIELDS = {field.name for field in dataclasses.fields(FrozenBase)}
 
 
 def group_records(flat: Mapping[Path, object]) -> dict[Path, FrozenBase]:
     """Returns the records of the base for arrays by module path and field.
 
     `{("up", "norm"): n, ("up", "first_row"): row}` gives `{("up",): FrozenBase(n, row)}`.
+
+    Raises:
+      CheckpointError: an array is unknown, missing, or of another shape; names the layer.
     """
     arrays: dict[Path, dict[str, object]] = {}
     for path, value in flat.items():
         arrays.setdefault(path[:-1], {})[path[-1]] = value
+    for path, own in arrays.items():
+        known = {"norm", "first_row"} <= own.keys() <= _FIELDS
+        if not known or np.shape(own["norm"]) != np.shape(own["first_row"]):
+            raise CheckpointError(
+                f"base of {layer_name(path)}: {sorted(own)} are not the arrays that are kept of a "
+                "kernel: the folder is damaged"
+            )
     return {path: FrozenBase(**own) for path, own in arrays.items()}  # type: ignore[arg-type]
 
 
@@ -70,6 +81,8 @@ def reconcile(
     """
     kept = {}
     for path, record in saved.items():
+        if path not in own:
+            raise AdapterError(f"{layer_name(path)} has an adapter in the folder alone")
         if problem := _other_kind(record, own[path]):
             raise AdapterError(
                 f"{layer_name(path)}: {problem}; adapt the model with the configuration of the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from dora_jax.checkpoint.contents import Trained, contents
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
 from dora_jax.checkpoint.state import state_values, with_state_values
 from dora_jax.checkpoint.storage import read, read_metadata
-from dora_jax.errors import Path
+from dora_jax.errors import CheckpointError, Path
+from dora_jax.json_file import reason
 from dora_jax.model import (
     carries_arrays,
     layer_settings,
@@ -22,6 +24,8 @@ from dora_jax.model import (
     with_adapter_arrays,
     with_base_records,
 )
+
+_PARTS = {"adapters", "base", "model", "state"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,23 @@ def read_step(folder: Any, *, with_state: bool) -> StoredStep:
     parts: dict[str, dict[Path, Any]] = {}
     for path, value in read(folder, lambda path: with_state or path[0] != "state").items():
         parts.setdefault(path[0], {})[path[1:]] = value
+    _check_step(folder, metadata, parts)
     return StoredStep(parts, metadata)
+
+
+def _check_step(
+    folder: Any, metadata: Mapping[str, Any], parts: Mapping[str, Mapping[Path, Any]]
+) -> None:
+    """Raises `CheckpointError` unless metadata and arrays are those of a step, and of this one."""
+    own, name = metadata.get("step"), os.path.basename(folder)
+    if "data" not in metadata or type(own) is not int or (name.isdecimal() and own != int(name)):
+        raise CheckpointError(f"{folder} is not the checkpoint of a step: its metadata has {own!r}")
+    if unknown := sorted(parts.keys() - _PARTS):
+        raise CheckpointError(f"{folder} holds {unknown[0]!r}, which no step has")
+    try:
+        group_records(parts.get("base", {}))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def restore_step(
@@ -105,7 +125,13 @@ def restore_step(
         records = check_same_base(base, model, allow_base_mismatch=allow_base_mismatch)
         model = with_base_records(model, records)
     if data is not None:
-        data.set_state(stored.metadata["data"])
+        try:
+            data.set_state(stored.metadata["data"])
+        except Exception as error:  # of any class: iterators are of other libraries
+            raise CheckpointError(
+                f"step {stored.metadata['step']}: the position in the data does not fit the "
+                f"iterator: {type(error).__name__}: {reason(error)}"
+            ) from error
     if carries_arrays(model):
         adapters = with_adapter_arrays(model, run.adapters, stored.part("adapters"))
         set_mutable_arrays(model, stored.part("model"))

@@ -7,8 +7,7 @@ the shape, dtype and SHA-256 of every array, and a SHA-256 of itself. Nothing is
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +19,19 @@ from etils import epath  # type: ignore[import-untyped]
 
 from dora_jax.adapters.placement import host_value, is_random_key
 from dora_jax.adapters.trees import flatten, nest
+from dora_jax.checkpoint.manifest import (
+    FORMAT,
+    canonical_json,
+    check_files,
+    digest,
+    is_remote,
+    read_manifest,
+)
 from dora_jax.errors import AdapterError, CheckpointError, Path
+from dora_jax.json_file import is_folder, reason, shown
 
 if TYPE_CHECKING:
     from os import PathLike
-
-
-FORMAT = "dora_jax/1"
-_MEMBERS = ("format", "arrays", "metadata")
 
 
 def save_args(tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> ocp.args.Composite:
@@ -50,7 +54,7 @@ def save_args(tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> ocp.args.
     content = {"format": FORMAT, "arrays": manifest, "metadata": encode_json(metadata)}
     return ocp.args.Composite(
         arrays=ocp.args.PyTreeSave(nest(arrays)),
-        metadata=ocp.args.JsonSave({**content, "sha256": _digest(_canonical(content))}),
+        metadata=ocp.args.JsonSave({**content, "sha256": digest(canonical_json(content))}),
     )
 
 
@@ -95,27 +99,20 @@ def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str
     """
     path = absolute(folder)
     file = path / "metadata" / "metadata"
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder: check the path")
-    if not file.exists():
+    if not (path.is_dir() if is_remote(path) else is_folder(path)):
+        raise CheckpointError(f"{shown(path)} is no folder: check the path")
+    if not (file.exists() if is_remote(path) else os.path.lexists(file)):
         raise CheckpointError(
             f"{path} is not a checkpoint of dora_jax, or it is incomplete: {file} is missing"
         )
+    content = read_manifest(file)
     try:
-        content = json.loads(file.read_text())
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if not isinstance(content, dict) or "format" not in content:
-        raise CheckpointError(f"{file} is not a manifest of dora_jax")
-    digest = content.pop("sha256", None)
-    if digest != _digest(_canonical(content)):
-        raise CheckpointError(f"{file} is damaged: it does not match its own sha256")
-    if content["format"] != FORMAT or tuple(content) != _MEMBERS:
-        raise CheckpointError(
-            f"{file} has format {content['format']!r}, this version reads {FORMAT!r}: "
-            "use the dora_jax that wrote it, or a newer one"
-        )
-    return content["arrays"], decode_json(content["metadata"])
+        metadata = decode_json(content["metadata"])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: metadata: {reason(error)}") from error
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file} is damaged: metadata must be an object")
+    return content["arrays"], metadata
 
 
 def read(
@@ -136,6 +133,7 @@ def read(
     entries = {name: entry for name, entry in entries.items() if wanted(name)}
     if not entries:
         return {}
+    check_files(path / "arrays")
     try:
         restored = flatten(_restore(path / "arrays", nest(dict.fromkeys(entries, 0))))
     except Exception as error:  # of any class: Orbax and TensorStore raise many for damaged files
@@ -191,7 +189,7 @@ def _describe(leaf: Any) -> tuple[dict[str, Any], Any]:
     entry = {
         "shape": list(value.shape),
         "dtype": value.dtype.name,
-        "sha256": _digest(_bytes(value)),
+        "sha256": digest(_bytes(value)),
     }
     if is_random_key(leaf):
         return {**entry, "key": str(jax.random.key_impl(leaf))}, jax.random.key_data(leaf)
@@ -209,10 +207,13 @@ def _checked(folder: epath.Path, path: Path, value: Any, entry: Mapping[str, Any
             f"{folder}: array {name} is {given[1]} {tuple(given[0])}, the manifest says "
             f"{entry['dtype']} {tuple(entry['shape'])}"
         )
-    if _digest(_bytes(value)) != entry["sha256"]:
+    if digest(_bytes(value)) != entry["sha256"]:
         raise CheckpointError(f"{folder}: array {name} is damaged: it does not match its sha256")
     if "key" in entry:
-        return jax.random.wrap_key_data(jnp.asarray(value), impl=entry["key"])
+        try:
+            return jax.random.wrap_key_data(jnp.asarray(value), impl=entry["key"])
+        except (ValueError, TypeError) as error:  # another kind of key, or of another shape
+            raise CheckpointError(f"{folder}: array {name}: {reason(error)}") from error
     return value
 
 
@@ -229,14 +230,5 @@ def _bytes(x: np.ndarray) -> bytes:
     return np.ascontiguousarray(x).tobytes()
 
 
-def _canonical(content: Any) -> bytes:
-    return json.dumps(content).encode()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    return f"{type(error).__name__}: {reason(error)}"

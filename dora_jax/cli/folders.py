@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from dora_jax.checkpoint.adapters import SavedAdapters, read_adapters
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import AdapterError, CheckpointError, Path, layer_name
+from dora_jax.json_file import is_file, is_folder, shown
 from dora_jax.peft import folder as files
 from dora_jax.peft.config import FILE as PEFT_CONFIG
 from dora_jax.peft.config import PeftConfig
@@ -102,9 +104,9 @@ def folder_format(folder: str | pathlib.Path) -> str:
       CheckpointError: there is no such folder.
     """
     path = pathlib.Path(folder)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder")
-    return "peft" if (path / PEFT_CONFIG).is_file() else "orbax"
+    if not is_folder(path):
+        raise CheckpointError(f"{shown(path)} is not a folder")
+    return "peft" if os.path.lexists(path / PEFT_CONFIG) else "orbax"
 
 
 def read_folder(folder: str | pathlib.Path) -> AdapterFolder:
@@ -114,8 +116,9 @@ def read_folder(folder: str | pathlib.Path) -> AdapterFolder:
       DoRAError: it is damaged, incomplete, or of neither format; names file or array.
     """
     path = pathlib.Path(folder)
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    if folder_format(path) == "peft":
+    kind = folder_format(path)
+    size = sum(file.stat().st_size for file in path.rglob("*") if is_file(file))
+    if kind == "peft":
         return _from_peft(path, size)
     return _from_orbax(path, read_adapters(path), size)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import os
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +24,7 @@ from dora_jax.errors import AdapterError, CheckpointError
 from dora_jax.huggingface.files import save_tensors, weight_files
 from dora_jax.huggingface.safetensors import DTYPES
 from dora_jax.huggingface.saving import complete_folder, copy_companions
+from dora_jax.json_file import read_json
 from dora_jax.names.architectures import NAME_MAPS
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft import folder as files
@@ -165,8 +166,11 @@ def _is_tied(base: BaseWeights) -> bool:
     if any(name.endswith(("lm_head.weight", "decoder.weight")) for name in base.tensors):
         return False
     file = base.folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    classes = " ".join(config.get("architectures") or [])
+    config = read_json(file) if os.path.lexists(file) else {}
+    classes = config.get("architectures") or [] if isinstance(config, dict) else None
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise CheckpointError(f"{file}: architectures must be a list of names: fetch it again")
+    classes = " ".join(classes)
     return bool(config.get("tie_word_embeddings")) or "LM" in classes or "Generation" in classes
 
 

@@ -4,8 +4,19 @@ They are read into models of either front end and written from them. A `dora_jax
 which tensor each parameter is.
 """
 
-from dora_jax.errors import CheckpointError
+from dora_jax.errors import CheckpointError, MissingFileError
+from dora_jax.huggingface.files import open_folder
 from dora_jax.huggingface.loading import TensorRules, load_checkpoint
 from dora_jax.huggingface.saving import SaveOptions, save_checkpoint
+from dora_jax.json_file import read_json
 
-__all__ = ["CheckpointError", "SaveOptions", "TensorRules", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "MissingFileError",
+    "SaveOptions",
+    "TensorRules",
+    "load_checkpoint",
+    "open_folder",
+    "read_json",
+    "save_checkpoint",
+]

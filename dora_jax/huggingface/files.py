@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dora_jax.errors import CheckpointError
-from dora_jax.huggingface.safetensors import StoredTensor, read_header, safetensors
+from dora_jax.errors import CheckpointError, MissingFileError
+from dora_jax.huggingface.safetensors import Header, StoredTensor, read_header, safetensors
+from dora_jax.json_file import is_folder, read_json, shown
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_LARGEST_INDEX = 32_000_000
+_MLX = "a quantised file of MLX: convert it there first (mlx_lm.convert --dequantize)."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +50,27 @@ def open_folder(path: pathlib.Path) -> Folder:
     """Reads the headers of a checkpoint folder's files.
 
     Raises:
-      FileNotFoundError: there is no folder, or no weights in it.
+      MissingFileError: there is no folder, or no weights in it.
       CheckpointError: the weights are pickled; or the only file, or the index, cannot be read.
     """
     files = _files(path)
     if isinstance(files, str):
         try:
-            return Folder(path / files, read_header(path / files).tensors, set(), [])
+            header = read_header(path / files)
         except CheckpointError as error:
             raise CheckpointError(f"{path / files} is {error}") from error
+        if _is_quantised_mlx(header):
+            raise CheckpointError(f"{path / files} is {_MLX}")
+        return Folder(path / files, header.tensors, set(), [])
     tensors: dict[str, StoredTensor] = {}
     unreadable: set[str] = set()
     problems: list[str] = []
     for file, listed in sorted(files.items()):
         try:
-            found = read_header(path / file).tensors
+            header = read_header(path / file)
+            if _is_quantised_mlx(header):
+                raise CheckpointError(_MLX)
+            found = header.tensors
         except CheckpointError as error:
             problems.append(f"{file}: {error} It has {len(listed)} of the tensors.")
             unreadable |= listed
@@ -74,6 +84,11 @@ def open_folder(path: pathlib.Path) -> Folder:
         unreadable |= absent
         tensors |= found
     return Folder(path / INDEX, tensors, unreadable, problems)
+
+
+def _is_quantised_mlx(header: Header) -> bool:
+    is_mlx = header.metadata.get("format") == "mlx"
+    return is_mlx and any(tensor.dtype == "U32" for tensor in header.tensors.values())
 
 
 def save_tensors(
@@ -127,11 +142,13 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def _files(folder: pathlib.Path) -> str | dict[str, set[str]]:
     """Returns the folder's only file; or the names of the tensors in each of several files."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give a Hugging Face checkpoint folder.")
-    if (folder / FILE).is_file():
+    if not is_folder(folder):
+        raise MissingFileError(
+            f"{shown(folder)} is not a folder: give a Hugging Face checkpoint folder."
+        )
+    if os.path.lexists(folder / FILE):
         return FILE
-    if (folder / INDEX).is_file():
+    if os.path.lexists(folder / INDEX):
         return _read_index(folder / INDEX)
     save_again = (
         "save it again where transformers is installed: "
@@ -142,22 +159,23 @@ def _files(folder: pathlib.Path) -> str | dict[str, set[str]]:
             f"{folder} holds {pickled[0]} but no {FILE}. A .bin file is a pickle, which can run "
             f"any code when it is read, so it is refused. If you trust it, {save_again}"
         )
-    raise FileNotFoundError(f"{folder / FILE} is missing: fetch it, or {save_again}")
+    raise MissingFileError(f"{folder / FILE} is missing: fetch it, or {save_again}")
 
 
 def _read_index(path: pathlib.Path) -> dict[str, set[str]]:
     """Returns the names of the tensors in each file of an index."""
     damaged = f"{path} is damaged: it must be a JSON object with a weight_map from tensors to files"
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        entries = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{damaged} ({error!r}). Fetch it again.") from error
+        index = read_json(path, largest=_LARGEST_INDEX)
+    except CheckpointError as error:
+        raise CheckpointError(f"{damaged} ({error}). Fetch it again.") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    entries = list(weight_map.items()) if isinstance(weight_map, dict) else []
     files: dict[str, set[str]] = {}
     for name, file in entries:
         # Hugging Face writes no path that leads out of the folder.
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file:
-            raise CheckpointError(f"{damaged}; it has {name} in {file!r}. Fetch it again.")
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file or len(file) > 255:
+            raise CheckpointError(f"{damaged}; it has {name} in {file!r:.300}. Fetch it again.")
         files.setdefault(file, set()).add(name)
     if not files:
         raise CheckpointError(f"{damaged}; it is empty. Fetch it again.")

@@ -18,7 +18,7 @@ import numpy as np
 
 from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.files import Folder, assign, open_folder
-from dora_jax.huggingface.parameters import Parameter, parameters_of, replace_parameters
+from dora_jax.huggingface.parameters import Parameter, Slice, parameters_of, replace_parameters
 from dora_jax.huggingface.safetensors import FLOATS, StoredTensor
 from dora_jax.names.name_map import NameMap
 
@@ -84,7 +84,7 @@ def load_checkpoint(
         tqdm is installed.
 
     Raises:
-      FileNotFoundError: there is no such folder, or no weights in it.
+      MissingFileError: there is no such folder, or no weights in it.
       CheckpointError: tensors are missing, unknown, of another shape, not of floating point, or not
         finite in the parameter's dtype; or files are missing or truncated. Names all of them. Also
         if the weights are pickled.
@@ -171,25 +171,17 @@ def _fill(
     advance: Callable[[int], None],
 ) -> jax.Array | None:
     """Reads a parameter. Returns None if there is a problem, which is added to `problems`."""
+    slices = list(parameter.slices(names))
+    wrong = [line for one in slices if (line := _difference(one, found)) is not None]
+    if wrong:  # nothing is allocated for a size that the file does not have
+        problems += [line for line in wrong if line]
+        return None
     regions = parameter.regions()
     buffers = {key: aligned_empty(region.shape, parameter.dtype) for key, region in regions.items()}
-    wrong = []
-    for one in parameter.slices(names):
+    for one in slices:
         places = {key: region.slice_of(one.index) for key, region in regions.items()}
-        tensor = found.get(one.tensor)
-        if tensor is None:
-            wrong.append("")  # _match has named it
-        elif tensor.dtype not in FLOATS:
-            wrong.append(
-                f"{one.tensor}: dtype {tensor.dtype}; only floating point is read. Save the model "
-                "unquantised."
-            )
-        elif tensor.shape != one.tensor_shape:
-            wrong.append(
-                f"{one.tensor}: shape {tensor.shape}, but the model's configuration makes it "
-                f"{one.tensor_shape}. Correct its sizes."
-            )
-        elif any(place is not None for place in places.values()):
+        tensor = found[one.tensor]
+        if any(place is not None for place in places.values()):
             value = one.from_tensor(names, tensor.read())
             for key, place in places.items():
                 if place is not None and not _assign(buffers[key], place[0], value[place[1]]):
@@ -199,8 +191,26 @@ def _fill(
                     )
                     break
             advance(tensor.nbytes)
-    problems += [line for line in wrong if line]
-    return None if wrong or problems else parameter.place(buffers)
+    problems += wrong
+    return None if problems else parameter.place(buffers)
+
+
+def _difference(one: Slice, found: Mapping[str, StoredTensor]) -> str | None:
+    """Returns why a tensor cannot be read into its slice; "" if it is missing, which is named."""
+    tensor = found.get(one.tensor)
+    if tensor is None:
+        return ""
+    if tensor.dtype not in FLOATS:
+        return (
+            f"{one.tensor}: dtype {tensor.dtype}; only floating point is read. Save the model "
+            "unquantised."
+        )
+    if tensor.shape != one.tensor_shape:
+        return (
+            f"{one.tensor}: shape {tensor.shape}, but the model's configuration makes it "
+            f"{one.tensor_shape}. Correct its sizes."
+        )
+    return None
 
 
 def _assign(buffer: Any, where: tuple[Any, ...], value: Any) -> bool:

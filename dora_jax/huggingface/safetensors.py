@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from dora_jax.errors import CheckpointError
+from dora_jax.json_file import IS_LFS_POINTER, LFS_POINTER, LONGEST_NAME, is_file, reason
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -32,6 +34,8 @@ DTYPES = FLOATS | {
     "BOOL": np.dtype(bool),
 }
 """All dtypes that are read."""
+# 100,000 tensors take 15 MB.
+_LONGEST_HEADER = 32_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,24 +107,51 @@ def safetensors() -> Any:
     return safetensors
 
 
+def _header_length(stream: BinaryIO) -> int:
+    """Returns the length of the header that follows; raises `CheckpointError`."""
+    start = stream.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise CheckpointError(f"{IS_LFS_POINTER}.")
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or length > _LONGEST_HEADER:
+        raise CheckpointError(
+            f"truncated or damaged (a header of {length:,} bytes). Fetch it again."
+        )
+    return length
+
+
 def read_header(file: pathlib.Path) -> Header:
     """Reads the header of a file, and checks it against the file's length.
 
     Raises:
       CheckpointError: the file is missing, truncated or damaged. The message lacks the file's name.
     """
-    if not file.is_file():
-        raise CheckpointError("missing. Fetch it.")
+    if not is_file(file):
+        found = (
+            "no regular file. Fetch it again." if os.path.lexists(file) else "missing. Fetch it."
+        )
+        raise CheckpointError(found)
     library = safetensors()
     try:
+        with file.open("rb") as stream:
+            length = _header_length(stream)
         with library.safe_open(file, framework="numpy"):  # checks the header and the file's length
             pass
-    except (library.SafetensorError, OSError) as error:
-        raise CheckpointError(f"truncated or damaged ({error}). Fetch it again.") from error
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
+        with file.open("rb") as stream:
+            stream.seek(8)
+            header = json.loads(stream.read(length))
+    except (library.SafetensorError, OSError, RecursionError) as error:
+        raise CheckpointError(f"truncated or damaged ({reason(error)}). Fetch it again.") from error
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(
+            f"damaged (__metadata__ must be an object, not {metadata!r}). Fetch it again."
+        )
+    if long := [name for name in header if len(name) > LONGEST_NAME]:
+        raise CheckpointError(
+            f"damaged (the name of a tensor has {len(long[0]):,} characters: {long[0][:40]}...). "
+            "Fetch it again."
+        )
     return Header(
         {
             name: StoredTensor(

@@ -18,6 +18,7 @@ import numpy as np
 from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.files import save_tensors, weight_files
 from dora_jax.huggingface.parameters import Parameter, parameters_of
+from dora_jax.json_file import read_json
 from dora_jax.names.name_map import NameMap
 
 if TYPE_CHECKING:
@@ -201,7 +202,9 @@ def copy_companions(source: pathlib.Path, target: pathlib.Path, dtypes: set[np.d
     config = target / "config.json"
     if not config.is_file() or len(dtypes) != 1:
         return
-    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields = read_json(config)
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{source / 'config.json'} must hold one JSON object")
     for name in {"dtype", "torch_dtype"} & fields.keys():
         if fields[name] != (dtype := next(iter(dtypes)).name):
             fields[name] = dtype

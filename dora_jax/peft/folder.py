@@ -14,6 +14,7 @@ import numpy as np
 
 from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.safetensors import FLOATS, read_header, safetensors
+from dora_jax.json_file import is_folder, read_text, shown
 from dora_jax.peft import config as config_file
 from dora_jax.peft.config import PeftConfig, PeftError
 
@@ -40,11 +41,11 @@ def read(folder: Folder) -> tuple[PeftConfig, dict[str, Array]]:
     """
     path = pathlib.Path(folder)
     try:
-        text = (path / config_file.FILE).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise PeftError(_where_else(path)) from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise PeftError(f"{path / config_file.FILE} cannot be read: {error}") from error
+        if not os.path.lexists(path / config_file.FILE):
+            raise PeftError(_where_else(path))
+        text = read_text(path / config_file.FILE)
+    except CheckpointError as error:
+        raise PeftError(str(error)) from error
     try:
         config = PeftConfig.from_json(text)
         tensors, metadata = _read_tensors(path)
@@ -88,7 +89,7 @@ def write(folder: Folder, config: PeftConfig, tensors: Mapping[str, Array]) -> p
 def _read_tensors(path: pathlib.Path) -> tuple[dict[str, Array], Mapping[str, str]]:
     """Returns the tensors of a folder by key, and the metadata of their file."""
     pickled = sorted(file.name for file in path.glob("*.bin"))
-    if pickled and not (path / FILE).is_file():
+    if pickled and not os.path.lexists(path / FILE):
         raise PeftError(
             f"{pickled[0]} is a pickle, which can run any code when it is read, so it is refused. "
             "If you trust it, save the adapter again in PEFT: model.save_pretrained(FOLDER)"
@@ -98,6 +99,11 @@ def _read_tensors(path: pathlib.Path) -> tuple[dict[str, Array], Mapping[str, st
         header = read_header(path / FILE)
     except CheckpointError as error:
         raise PeftError(f"{FILE} is {error}") from error
+    if header.metadata.get("format") == "mlx":
+        raise PeftError(
+            f"{FILE} is a file of MLX, whose adapters have another layout: fuse it there "
+            "(mlx_lm.fuse) and read the fused checkpoint"
+        )
     for key, tensor in header.tensors.items():
         if tensor.dtype not in _DTYPES:
             raise PeftError(f"{key} in {FILE} is of {tensor.dtype}; only {list(_DTYPES)} are read")
@@ -127,8 +133,8 @@ def _digest(config: PeftConfig, tensors: Mapping[str, Array]) -> str:
 
 def _where_else(path: pathlib.Path) -> str:
     """Returns an error message for a folder without an adapter."""
-    if not path.is_dir():
-        return f"{path} is not a folder: give the one that holds {config_file.FILE}"
+    if not is_folder(path):
+        return f"{shown(path)} is not a folder: give the one that holds {config_file.FILE}"
     inside = sorted(str(file.parent) for file in path.glob(f"*/{config_file.FILE}"))
     found = f"give one of the folders inside that hold adapters: {inside}" if inside else "fetch it"
     return f"{path} has no {config_file.FILE}; {found}"

@@ -156,7 +156,10 @@ def read_adapters(
     """
     was_adapted = is_adapted(model)
     config, tensors = files.read(folder)
-    adapters, others = group_tensors(config, tensors, unused)
+    try:
+        adapters, others = group_tensors(config, tensors, unused)
+    except PeftError as error:
+        raise PeftError(f"{folder}: {error}") from error
     parameters = base_parameters(model, params)
     modules = hf_modules(parameters, names)
     check_modules(config, adapters, modules)

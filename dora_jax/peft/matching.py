@@ -24,10 +24,9 @@ def check_modules(
 ) -> None:
     """Raises `PeftError` unless the file has adapters of the modules that it selects, no others."""
     if unknown := sorted(adapters.keys() - modules.keys()):
-        near = difflib.get_close_matches(unknown[0], modules, n=3, cutoff=0.0)
         raise PeftError(
             f"the file holds an adapter of {unknown[0]}, which the model or the name map does not "
-            f"have. Nearest names: {near}. If the model does without it: unused=[{unknown[0]!r}]"
+            f"have. {_advice(unknown, modules)}"
         )
     if config.all_linear:
         return
@@ -37,6 +36,31 @@ def check_modules(
                 f"target_modules names {module}, but the file holds no adapter of it: fetch it "
                 "again"
             )
+
+
+def _advice(unknown: list[str], modules: Modules) -> str:
+    """Returns what to do about adapters of modules that the model does not have."""
+    inside = {
+        name.removesuffix(f".{own}") for name in unknown for own in _ends(name) & modules.keys()
+    }
+    if len(inside) == 1:
+        (prefix,) = inside
+        return (
+            f"Its modules are those of the model, inside {prefix}: give names.inside('', "
+            f"{prefix!r}), or a map of the whole model"
+        )
+    outside = {own.removesuffix(f".{name}") for own in modules for name in _ends(own) & {*unknown}}
+    if len(outside) == 1:
+        (prefix,) = outside
+        return f"The model has it inside {prefix}: correct the name map, which adds that"
+    near = difflib.get_close_matches(unknown[0], modules, n=3, cutoff=0.0)
+    return f"Nearest names: {near}. If the model does without it: unused=[{unknown[0]!r}]"
+
+
+def _ends(name: str) -> set[str]:
+    """Returns what follows each dot of a name."""
+    parts = name.split(".")
+    return {".".join(parts[i:]) for i in range(1, len(parts))}
 
 
 def saved_parameters(
@@ -79,9 +103,27 @@ def saved_parameters(
         for path, value in parameters.items()
         if path[:-1] in saved
     }
+    _check_left(config, left, parameters, names, modules)
+    return values
+
+
+def _check_left(
+    config: PeftConfig,
+    left: Mapping[str, Array],
+    parameters: Mapping[Path, Any],
+    names: NameMap,
+    modules: Modules,
+) -> None:
+    """Raises `PeftError` unless tensors of no module are frozen weights, as the model has them."""
     for name, x in left.items():
         module, _, parameter = name.rpartition(".")
         table = module.removesuffix(".base_layer")
+        if config.saves(module) and module not in modules:
+            raise PeftError(
+                f"{PREFIX}{name} is of {module}, which was trained in full (modules_to_save) and "
+                f"which the model or the name map does not have. If the model does without it: "
+                f"unused=[{module!r}]; else add it to the map: names | {{'PATH': {module!r}}}"
+            )
         if table == module or parameter != "weight" or table not in modules:
             raise PeftError(
                 f"{PREFIX}{name} is neither part of an adapter nor of a module in modules_to_save "
@@ -94,7 +136,6 @@ def saved_parameters(
                 f"{PREFIX}{name} is not the weight that the model has: it was trained or resized "
                 "there. Put it into the base first"
             )
-    return values
 
 
 def _parameter_of_tensor(

@@ -36,10 +36,15 @@ class BertConfig(HuggingFaceConfig):
     """
 
     REQUIRED = ("model_type", "hidden_act", *_SIZES)
+    MODEL_TYPES = tuple(_PAD_TOKEN_IDS)
+    ALSO_READ = ("tie_word_embeddings",)  # of the head, which is not read
     FIXED: ClassVar[Mapping[str, Any]] = {
         "position_embedding_type": "absolute",
         "is_decoder": False,
+        "is_causal": False,
+        "is_encoder_decoder": False,
         "add_cross_attention": False,
+        "quantization_config": None,
     }
 
     model_type: str = "bert"
@@ -58,16 +63,19 @@ class BertConfig(HuggingFaceConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        self._check_choice("model_type", _PAD_TOKEN_IDS)
+        self._check_choice("model_type", self.MODEL_TYPES)
         self._check_choice("hidden_act", ACTIVATIONS)
         for name in _SIZES:
             self._check_size(name)
-        for name in ("layer_norm_eps", "initializer_range", "pad_token_id", *_DROPOUT_RATES):
-            if not isinstance(getattr(self, name), int | float):
-                raise ModelConfigError(f"{name} must be a number, not {getattr(self, name)!r}.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            self._check_number(name, least=0)
         for name in _DROPOUT_RATES:
+            self._check_number(name)
             if not 0 <= getattr(self, name) < 1:
                 raise ModelConfigError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}.")
+        lowest = 0 if self.model_type == "roberta" else -1
+        if type(self.pad_token_id) is not int or not lowest <= self.pad_token_id < 2**31:
+            raise ModelConfigError(f"pad_token_id must be a token, not {self.pad_token_id!r:.200}.")
         self._check_multiple("hidden_size", "num_attention_heads")
         if self.max_tokens < 1:
             raise ModelConfigError(

@@ -6,6 +6,7 @@ A folder holds `config.json` and safetensors, in one file or in several. Pickles
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ BERT_UNUSED = {
 LLAMA_UNUSED = {r".*\.rotary_emb\.inv_freq": "a constant, computed here"}
 """The same for the decoder."""
 
+_LAYER_NUMBER = re.compile(r"\blayers?\.(\d{1,9})\.")
 _LM_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -70,21 +72,19 @@ def load_bert(
         The encoder, without dropout until `encoder.train()` is called.
 
     Raises:
-        FileNotFoundError: The folder or one of its files is missing.
+        MissingFileError: The folder or one of its files is missing.
         ModelConfigError: `config.json` is incomplete, or names a variant that is not implemented.
         CheckpointError: The weights are pickled or truncated, or some tensors are missing, unknown,
             of another shape, or not finite. The message names all of them.
     """
     folder = _folder(folder)
     config = BertConfig.from_json(folder / "config.json")
+    _check_sizes(folder, config, "max_position_embeddings", "type_vocab_size")
     if dropout_rate is not None:
         config = dataclasses.replace(
             config, hidden_dropout_prob=dropout_rate, attention_probs_dropout_prob=dropout_rate
         )
-    # Shapes only: random initial values would be replaced.
-    encoder = nnx.eval_shape(
-        lambda: BertEncoder(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-    )
+    encoder = _abstract(BertEncoder, config, dtype=dtype, param_dtype=param_dtype)
     rules = huggingface.TensorRules(rename=_bert_name, unused=BERT_UNUSED)
     encoder = huggingface.load_checkpoint(folder, encoder, BERT, rules=rules)
     for _, module in nnx.iter_graph(encoder):
@@ -144,13 +144,14 @@ def load_llama(
         progress: Whether to show a progress bar. The default is to show it above 1 GB.
 
     Raises:
-        FileNotFoundError, ModelConfigError, CheckpointError: As for `load_bert`.
+        MissingFileError, ModelConfigError, CheckpointError: As for `load_bert`.
     """
     folder = _folder(folder)
     config = LlamaConfig.from_json(folder / "config.json")
+    _check_sizes(folder, config)
     switches: dict[str, Any] = {"scan_layers": scan_layers, "remat": remat}
     dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-    model = nnx.eval_shape(lambda: Llama(config, **switches, **dtypes, rngs=nnx.Rngs(0)))
+    model = _abstract(Llama, config, **switches, **dtypes)
     tied = {_LM_HEAD: _EMBEDDING} if config.tie_word_embeddings else {}
     rules = huggingface.TensorRules(rename=_llama_name, unused=LLAMA_UNUSED, tied=tied)
     return huggingface.load_checkpoint(
@@ -181,11 +182,65 @@ def save_llama(
     huggingface.save_checkpoint(folder, model, LLAMA, source=source, options=options)
 
 
+@functools.lru_cache(maxsize=4)
+def _abstract(model: Any, config: BertConfig | LlamaConfig, **options: Any) -> Any:
+    """Returns the shapes of a model: random initial values would be replaced.
+
+    The result is not changed, so that it serves whoever reads several folders of one kind.
+    """
+    return nnx.eval_shape(lambda: model(config, **options, rngs=nnx.Rngs(0)))
+
+
 def _folder(folder: str | os.PathLike[str]) -> pathlib.Path:
     folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give a Hugging Face checkpoint folder.")
+    try:
+        is_folder = folder.is_dir()
+    except (OSError, ValueError):  # a name that is too long, or holds NUL
+        is_folder = False
+    if not is_folder:
+        raise huggingface.MissingFileError(
+            f"{str(folder)[:300]!r} is not a folder: give a Hugging Face checkpoint folder."
+        )
     return folder
+
+
+def _check_sizes(folder: pathlib.Path, config: BertConfig | LlamaConfig, *others: str) -> None:
+    """Compares a configuration with the weights, before a model of its sizes is made.
+
+    Reading the weights compares every shape. But a configuration with a billion features, or with
+    10,000 layers, would take minutes and all memory until then.
+
+    Args:
+        folder: Holds the weights.
+        config: The configuration.
+        others: Fields that are axes of some tensor, besides those of every configuration.
+
+    Raises:
+        CheckpointError: A field is far from all tensors.
+    """
+    stored = huggingface.open_folder(folder)
+    names = stored.tensors.keys() | stored.unreadable
+    numbers = {int(number) for name in names for number in _LAYER_NUMBER.findall(name)}
+    layers = len(numbers)
+    if config.num_hidden_layers > layers and not stored.problems:
+        raise CheckpointError(
+            f"{stored.weights} holds {layers} layers, but num_hidden_layers is "
+            f"{config.num_hidden_layers} in {folder / 'config.json'}. Correct it, or fetch the "
+            "weights again."
+        )
+    largest = max((n for tensor in stored.tensors.values() for n in tensor.shape), default=0)
+    sizes = {
+        name: getattr(config, name)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", *others)
+    }
+    if isinstance(config, LlamaConfig):
+        sizes["num_attention_heads * head_dim"] = config.num_attention_heads * config.head_size
+    for name, size in sizes.items():
+        if size > 4 * largest:
+            raise CheckpointError(
+                f"{name} is {size} in {folder / 'config.json'}, but no tensor in {stored.weights} "
+                f"has an axis of more than {largest}. Correct it, or fetch the weights again."
+            )
 
 
 def _bert_name(key: str) -> str:

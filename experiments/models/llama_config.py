@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.models.activations import ACTIVATIONS
 from experiments.models.config_file import SIZES, HuggingFaceConfig, ModelConfigError
+from experiments.models.rope import RopeScaling, read_rope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,44 +29,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
 }
 _MISTRAL_SLIDING_WINDOW = 4096  # if the field is absent; null means no window
-_LLAMA3_FIELDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Scaling of the rotary frequencies for contexts longer than in pretraining.
-
-    Attributes:
-        rope_type: `"linear"` divides every frequency by `factor` (arXiv 2306.15595); `"llama3"`
-            divides low frequencies, keeps high ones, and interpolates between them (LLaMA 3.1).
-        factor: The divisor.
-        low_freq_factor: For `"llama3"`. Frequencies are low if their wavelength is above
-            `original_max_position_embeddings / low_freq_factor`.
-        high_freq_factor: For `"llama3"`. Frequencies are high if their wavelength is below
-            `original_max_position_embeddings / high_freq_factor`.
-        original_max_position_embeddings: For `"llama3"`. Tokens in a sequence of the pretraining.
-
-    Raises:
-        ModelConfigError: A field is out of range, or the type is not implemented.
-    """
-
-    rope_type: str
-    factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "llama3"):
-            raise ModelConfigError(
-                f"rope_type {self.rope_type!r} is not implemented: use a checkpoint with "
-                "'default', 'linear' or 'llama3' rotary frequencies."
-            )
-        needed = ("factor", *(_LLAMA3_FIELDS if self.rope_type == "llama3" else ()))
-        for name in needed:
-            _check_positive(f"rope_scaling's {name}", getattr(self, name))
-        if self.rope_type == "llama3" and self.low_freq_factor == self.high_freq_factor:
-            raise ModelConfigError("rope_scaling's low_freq_factor must not be high_freq_factor.")
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+# Fields that transformers does not read for that type: its layers have fixed biases.
+_IGNORED = {
+    "llama": (),
+    "mistral": ("attention_bias", "mlp_bias"),
+    "qwen2": ("attention_bias", "mlp_bias"),
+    "qwen3": ("mlp_bias",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,8 +73,13 @@ class LlamaConfig(HuggingFaceConfig):
     """
 
     REQUIRED = ("model_type", *SIZES)
+    MODEL_TYPES = MODEL_TYPES
+    ALSO_READ = (
+        *("rope_parameters", "original_max_position_embeddings", "is_decoder"),
+        *("use_sliding_window", "max_window_layers", "layer_types"),
+    )
     FIXED: ClassVar[Mapping[str, Any]] = {
-        "attention_dropout": 0.0,
+        "is_causal": True,
         "partial_rotary_factor": 1.0,
         "quantization_config": None,
         "is_encoder_decoder": False,
@@ -132,13 +108,13 @@ class LlamaConfig(HuggingFaceConfig):
         self._check_choice("model_type", MODEL_TYPES)
         self._check_choice("hidden_act", ACTIVATIONS)
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            _check_positive(name, getattr(self, name))
+            self._check_number(name, least=0)
         for name in (*SIZES, *_OPTIONAL_SIZES):
             if not (name in _OPTIONAL_SIZES and getattr(self, name) is None):
                 self._check_size(name)
         for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
             if type(getattr(self, name)) is not bool:
-                raise ModelConfigError(f"{name} must be a bool, not {getattr(self, name)!r}.")
+                raise ModelConfigError(f"{name} must be a bool, not {getattr(self, name)!r:.200}.")
         self._check_heads()
 
     def _check_heads(self) -> None:
@@ -177,52 +153,55 @@ class LlamaConfig(HuggingFaceConfig):
         """Returns the fields in a parsed `config.json`, with the defaults of its model type."""
         defaults = _DEFAULTS.get(stored["model_type"], {})
         absent = {name: value for name, value in defaults.items() if name not in stored}
-        # From transformers 5 on, one object holds the base and the scaling.
-        rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ModelConfigError(f"rope_scaling must be an object, not {rope!r}.")
-        given = super().fields_of(stored)
-        if "rope_theta" in rope:
-            given["rope_theta"] = rope["rope_theta"]
+        theta, scaling = read_rope(stored)
+        given = super().fields_of(stored) | ({} if theta is None else {"rope_theta": theta})
+        for name in _IGNORED[stored["model_type"]]:
+            given.pop(name, None)
         return {
             **absent,
             **given,
-            "rope_scaling": _rope_scaling(rope, stored),
+            "rope_scaling": scaling,
             "sliding_window": _sliding_window(stored),
         }
 
 
-def _rope_scaling(rope: Mapping[str, Any], stored: Mapping[str, Any]) -> RopeScaling | None:
-    rope_type = rope.get("rope_type", rope.get("type", "default"))  # "type" in older files
-    if rope_type == "default":
-        return None
-    fields: dict[str, Any] = {name: rope.get(name) for name in ("factor", *_LLAMA3_FIELDS)}
-    if rope_type == "llama3" and fields["original_max_position_embeddings"] is None:
-        fields["original_max_position_embeddings"] = stored.get("max_position_embeddings")
-    return RopeScaling(rope_type=rope_type, **fields)
-
-
 def _sliding_window(stored: Mapping[str, Any]) -> int | None:
     """Returns the window of all layers. Raises if only some layers have one."""
-    if stored["model_type"] == "llama":
-        return None
-    if stored["model_type"] == "mistral":
-        return stored.get("sliding_window", _MISTRAL_SLIDING_WINDOW)
-    if not stored.get("use_sliding_window"):
-        return None
-    layers = stored["num_hidden_layers"]
-    full = min(stored.get("max_window_layers", 28), layers)
-    kinds = stored.get("layer_types") or ["full"] * full + ["sliding_attention"] * (layers - full)
-    if set(kinds) == {"sliding_attention"}:
-        return stored.get("sliding_window", 4096)
-    if "sliding_attention" not in kinds:
+    layers, kind = stored["num_hidden_layers"], stored["model_type"]
+    window = None
+    if kind == "mistral":
+        window = stored.get("sliding_window", _MISTRAL_SLIDING_WINDOW)
+    elif kind != "llama" and _switch(stored, "use_sliding_window"):
+        window = stored.get("sliding_window", 4096)
+    usual = _SLIDING if window is not None else _FULL
+    kinds = {usual}
+    if type(layers) is not int:
+        return window  # refused as a size
+    if kind.startswith("qwen") and window is not None:
+        full = stored.get("max_window_layers", 28)
+        if type(full) is not int:
+            raise ModelConfigError(f"max_window_layers must be an integer, not {full!r:.200}.")
+        kinds = {_FULL if i < full else _SLIDING for i in (0, layers - 1)}
+    if (given := stored.get("layer_types")) is not None:
+        if not (isinstance(given, list) and all(isinstance(one, str) for one in given)):
+            raise ModelConfigError(f"layer_types must be a list, not {given!r:.200}.")
+        if len(given) != layers:
+            raise ModelConfigError(
+                f"layer_types has {len(given)} entries, num_hidden_layers is {layers}."
+            )
+        kinds = set(given)
+    if kinds == {usual}:
+        return window
+    if kinds == {_FULL} and kind.startswith("qwen"):
         return None
     raise ModelConfigError(
-        "use_sliding_window gives some layers a window and others none (max_window_layers, "
-        "layer_types), which is not implemented. Use another checkpoint."
+        f"layers of the kinds {sorted(kinds)} with a sliding_window of {window} (layer_types, "
+        "max_window_layers, use_sliding_window) are not implemented. Use another checkpoint."
     )
 
 
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ModelConfigError(f"{name} must be a positive number, not {value!r}.")
+def _switch(stored: Mapping[str, Any], name: str) -> bool:
+    value = stored.get(name) or False
+    if not isinstance(value, bool):
+        raise ModelConfigError(f"{name} must be a bool, not {value!r:.200}.")
+    return value

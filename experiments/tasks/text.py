@@ -49,15 +49,23 @@ def tokenize(
             special token.
 
     Raises:
-        ValueError: There are no texts, or `max_length` leaves no room for a token of the text, or
-            the tokenizer has no padding token.
+        ValueError: The file is damaged, or there are no texts, or `max_length` leaves no room for a
+            token of the text, or the tokenizer has no padding token.
         FileNotFoundError: There is no such tokenizer file.
     """
     if not os.path.isfile(tokenizer_file):
         raise FileNotFoundError(f"no tokenizer file at {os.fspath(tokenizer_file)}")
     if not texts:
         raise ValueError("no texts to tokenise")
-    tokenizer = Tokenizer.from_file(os.fspath(tokenizer_file))
+    try:
+        tokenizer = Tokenizer.from_file(os.fspath(tokenizer_file))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the package raises Exception; its panics are not even that
+        raise ValueError(
+            f"{os.fspath(tokenizer_file)} is damaged, or no tokenizer.json: "
+            f"{str(error).strip()[:200]}. Fetch it again"
+        ) from error
     special = tokenizer.num_special_tokens_to_add(is_pair=False)
     if max_length <= special:
         raise ValueError(

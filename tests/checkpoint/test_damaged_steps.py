@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import shutil
 import warnings
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dora_jax.checkpoint import Checkpoints
+from dora_jax.checkpoint.step import read_step
 from dora_jax.errors import CheckpointError
 from tests.checkpoint.runs import CONFIG, assert_same, everything, nnx_run
 
@@ -118,3 +121,78 @@ def test_an_incomplete_checkpoint_is_none(run_folder, trained):
         checkpoints.save(6, model, optimizer)
         checkpoints.wait()
         assert not left.exists() and checkpoints.steps() == [4, 6]
+
+
+def first_entry(content):
+    return next(iter(content["arrays"].values()))
+
+
+FORGED = {
+    "arrays is a list": lambda c: c.update(arrays=[]),
+    "an entry is null": lambda c: c["arrays"].update({next(iter(c["arrays"])): None}),
+    "no shape": lambda c: first_entry(c).pop("shape"),
+    "a shape of text": lambda c: first_entry(c).update(shape="3"),
+    "no dtype": lambda c: first_entry(c).pop("dtype"),
+    "a checksum of text": lambda c: first_entry(c).update(sha256="x"),
+    "an array inside another": lambda c: c["arrays"].update(
+        {f"{next(iter(c['arrays']))}/x": dict(first_entry(c))}
+    ),
+    "a name without end": lambda c: c["arrays"].update({"a/" * 9999: dict(first_entry(c))}),
+    "another part": lambda c: c["arrays"].update(
+        {f"x/{next(iter(c['arrays']))}": c["arrays"].pop(next(iter(c["arrays"])))}
+    ),
+    "a key of no kind": lambda c: [
+        e.update(key="x") for e in c["arrays"].values() if e.get("key") is not None
+    ],
+    "no norm": lambda c: [
+        c["arrays"].pop(name) for name in list(c["arrays"]) if name.endswith("/norm")
+    ],
+    "an unknown record": lambda c: [
+        c["arrays"].update({name.replace("norm", "norn"): c["arrays"].pop(name)})
+        for name in list(c["arrays"])
+        if name.endswith("/norm")
+    ],
+    "metadata is a list": lambda c: c.update(metadata=[]),
+    "metadata is no base64": lambda c: c["metadata"].update(data={"bytes": "x"}),
+    "no step": lambda c: c["metadata"].pop("step"),
+    "no data": lambda c: c["metadata"].pop("data"),
+    "the step of another": lambda c: c["metadata"].update(step=400),
+    "a step of text": lambda c: c["metadata"].update(step="4"),
+}
+
+
+def forge(folder, name):
+    """Changes the manifest of a step, and gives it the checksum of what it now holds."""
+    file = folder / "metadata" / "metadata"
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    FORGED[name](content)
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    file.write_text(json.dumps({**content, "sha256": digest}))
+
+
+def test_a_forged_manifest_is_named(run_folder):
+    whole = (run_folder / "4" / "metadata" / "metadata").read_text()
+    for name in FORGED:
+        (run_folder / "4" / "metadata" / "metadata").write_text(whole)
+        forge(run_folder / "4", name)
+        with pytest.raises(CheckpointError, match=str(run_folder / "4")):
+            read_step(run_folder / "4", with_state=True)
+
+
+SOME = ["no dtype", "the step of another"]
+OTHERS = [pytest.param(name, marks=pytest.mark.full) for name in FORGED if name not in SOME]
+
+
+@pytest.mark.parametrize("name", [*SOME, *OTHERS])
+def test_a_checkpoint_whose_manifest_is_forged_is_skipped_for_the_one_before(
+    run_folder, trained, name
+):
+    forge(run_folder / "4", name)
+    model, optimizer = nnx_run()
+    with (
+        Checkpoints(run_folder, CONFIG) as checkpoints,
+        pytest.warns(UserWarning, match=f"skipping.*{run_folder / '4'}"),
+    ):
+        assert checkpoints.restore(model, optimizer).step == 2
+    assert_same(everything(model, optimizer), trained[2])

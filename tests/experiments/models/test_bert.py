@@ -235,7 +235,7 @@ def test_config_survives_json_and_optional_fields_fall_back(tmp_path):
         ({"num_attention_heads": 5}, "hidden_size 16 is not a multiple"),
         ({"vocab_size": "50"}, "vocab_size must be a positive integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer"),
-        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps must be a number"),
+        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps must be a positive number"),
         ({"hidden_dropout_prob": 1.5}, r"hidden_dropout_prob must lie in \[0, 1\)"),
         ({"model_type": "roberta", "pad_token_id": 20}, "leaves no position"),
     ],

@@ -284,7 +284,6 @@ def test_rotary_fields_are_read_where_older_and_newer_transformers_write_them(tm
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor must be"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor must be"),
         ({"rope_scaling": 2}, "rope_scaling must be an object"),
-        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},

@@ -53,6 +53,10 @@ def test_bad_input_is_named(tokenizer_file, tmp_path):
         tokenize([], tokenizer_file, max_length=8)
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         tokenize(["a"], tmp_path / "absent.json", max_length=8)
+    for text in ("", "{", "[]", "{}", '{"model": {"type": "WordPiece"}}', "\x00"):
+        (tmp_path / "damaged.json").write_text(text)
+        with pytest.raises(ValueError, match=r"damaged\.json is damaged"):
+            tokenize(["a"], tmp_path / "damaged.json", max_length=8)
     make_tokenizer(VOCABULARY[:-1]).save(str(tmp_path / "no_pad.json"))
     with pytest.raises(ValueError, match="no padding token"):
         tokenize(["a"], tmp_path / "no_pad.json", max_length=8)

@@ -1,0 +1,116 @@
+"""The manifest of a folder: read, and checked part by part before anything in it is used.
+
+Its checksum shows damage. It does not show who wrote it, so a manifest may hold anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dora_jax.errors import CheckpointError, Path
+from dora_jax.json_file import LONGEST_NAME, is_file, parse_json, read_text
+
+FORMAT = "dora_jax/1"
+_MEMBERS = ("format", "arrays", "metadata")
+# 100,000 arrays take 20 MB; the position in the data may be long.
+_LARGEST = 64_000_000
+_DEEPEST = 100
+_MEMBERS_OF_ENTRY = {"shape", "dtype", "sha256", "key"}
+
+
+def read_manifest(file: Any) -> dict[str, Any]:
+    """Returns the checked content of a manifest.
+
+    Args:
+      file: its path, as Orbax gives it; it may be remote.
+
+    Raises:
+      CheckpointError: it is missing, damaged, of another format, or holds what no manifest does;
+        names the file and the part.
+    """
+    if is_remote(file):
+        text = file.read_text()
+    else:
+        try:
+            text = read_text(file, largest=_LARGEST)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+    try:
+        content = parse_json(text, str(file))
+        canonical = b"" if not isinstance(content, dict) else canonical_json(content)
+    except (CheckpointError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointError(f"{file} is not a manifest of dora_jax")
+    if content.pop("sha256", None) != digest(canonical):
+        raise CheckpointError(f"{file} is damaged: it does not match its own sha256")
+    if content["format"] != FORMAT or tuple(content) != _MEMBERS:
+        raise CheckpointError(
+            f"{file} has format {content['format']!r}, this version reads {FORMAT!r}: "
+            "use the dora_jax that wrote it, or a newer one"
+        )
+    if problem := _problem(content["arrays"]):
+        raise CheckpointError(f"{file}: {problem}: it is damaged, or no manifest of dora_jax")
+    return content
+
+
+def check_files(folder: Any) -> None:
+    """Raises `CheckpointError` if a folder holds a pipe, a device or a link to nowhere.
+
+    Orbax would wait for a pipe, and read a device, for ever.
+    """
+    if is_remote(folder):
+        return
+    for path in pathlib.Path(folder).rglob("*"):
+        if not (is_file(path) or path.is_dir()):
+            raise CheckpointError(f"{path} is no regular file: the folder is damaged")
+
+
+def is_remote(path: Any) -> bool:
+    """Returns whether a path is in a bucket (`gs://`), not in this machine's file system."""
+    return "://" in os.fspath(path)
+
+
+def canonical_json(content: Mapping[str, Any]) -> bytes:
+    """Returns the bytes that the checksum of a manifest is of."""
+    return json.dumps({k: v for k, v in content.items() if k != "sha256"}).encode()
+
+
+def digest(data: bytes) -> str:
+    """Returns a SHA-256, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _problem(arrays: Any) -> str:
+    """Returns what is wrong with the entries of the arrays; empty if nothing is."""
+    if not isinstance(arrays, dict):
+        return f"arrays must be an object, not {arrays!r:.100}"
+    paths: dict[Path, str] = {tuple(name.split("/")): name for name in arrays}
+    for path, name in paths.items():
+        if len(name) > LONGEST_NAME or not 2 <= len(path) <= _DEEPEST:
+            return f"{name[:100]!r} in arrays is not the path of an array"
+        if any(path[:i] in paths for i in range(1, len(path))):
+            return f"{name!r} in arrays is inside another array"
+        if problem := _problem_of_entry(arrays[name]):
+            return f"arrays[{name!r}] {problem}"
+    return ""
+
+
+def _problem_of_entry(entry: Any) -> str:
+    if not (isinstance(entry, dict) and entry.keys() <= _MEMBERS_OF_ENTRY):
+        return f"must hold shape, dtype and sha256, not {entry!r:.100}"
+    shape = entry.get("shape")
+    if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
+        return f"has shape {shape!r:.100}"
+    if not isinstance(entry.get("dtype"), str):
+        return f"has dtype {entry.get('dtype')!r:.100}"
+    checksum = entry.get("sha256")
+    if not (isinstance(checksum, str) and re.fullmatch("[0-9a-f]{64}", checksum)):
+        return f"has sha256 {checksum!r:.100}"
+    return "" if isinstance(entry.get("key", ""), str) else f"has key {entry['key']!r:.100}"
