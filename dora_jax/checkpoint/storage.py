@@ -7,8 +7,10 @@ the shape, dtype and SHA-256 of every array, and a SHA-256 of itself. Nothing is
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
 
-from dora_jax.adapters.placement import host_value, is_random_key
+from dora_jax.adapters.placement import host_value, is_random_key, same_everywhere
 from dora_jax.adapters.trees import flatten, nest
+from dora_jax.disk import given_folder, said_once, target_folder, written_whole
 from dora_jax.errors import AdapterError, CheckpointError, Path
 
 if TYPE_CHECKING:
@@ -61,30 +64,26 @@ def write(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a tree into a new folder, which appears only when it is complete.
+    """Writes a tree into a folder, which is complete at any moment, or not there.
 
-    With `overwrite`, an existing folder is replaced after the new one has been written.
+    With `overwrite`, the new version takes the place of an old one in one step.
 
     Raises:
       AdapterError: see `save_args`.
-      CheckpointError: the folder exists, or holds other files.
+      CheckpointError: the folder exists, or holds other files; or the disk is full.
     """
-    path = absolute(folder)
+    path = target_folder(folder)
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists: pass overwrite=True, or choose another folder")
     if path.exists() and not (path / "metadata").is_dir() and any(path.iterdir()):
         raise CheckpointError(f"{path} holds other files: choose another folder")
     args = save_args(tree, metadata)
-    target = path.parent / f".{path.name}.new" if path.exists() else path
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(target, args=args, force=True)
-    if target != path and jax.process_index() == 0:
-        old = path.parent / f".{path.name}.old"
-        if old.exists():
-            old.rmtree()
-        path.rename(old)
-        target.rename(path)
-        old.rmtree()
+    first = jax.process_index() == 0
+    whole = written_whole(path, own=lambda _: True, overwrite=overwrite)
+    with whole if first else contextlib.nullcontext(path) as given:
+        new = pathlib.Path(same_everywhere(str(given)))
+        with said_once(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(new, args=args, force=True)
 
 
 def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,8 +145,12 @@ def read(
 
 
 def absolute(folder: str | PathLike[str]) -> epath.Path:
-    """Returns the absolute path, as Orbax needs it; `~` is the home folder."""
-    return epath.Path(folder).expanduser().absolute()
+    """Returns the absolute path, as Orbax needs it; `~` is the home folder.
+
+    Raises:
+      CheckpointError: the path is an empty string.
+    """
+    return epath.Path(given_folder(folder))
 
 
 def encode_json(value: Any, name: str = "metadata") -> Any:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WEIGHTS = (FILE, "model-*-of-*.safetensors", INDEX)
+"""The names of files with weights, as patterns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +123,7 @@ def assign(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."])
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files of a folder that hold weights, and their index."""
-    patterns = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
-    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
 
 
 def _files(folder: pathlib.Path) -> str | dict[str, set[str]]:

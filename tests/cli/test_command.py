@@ -30,7 +30,7 @@ def test_errors_are_one_line_and_statuses_are_those_of_the_help(folder, tmp_path
         (2, ("diff", folder, broken), "damaged or incomplete"),
         (2, ("diff", folder, peft), "convert one of them"),
         (1, ("convert", PEFT_FOLDER / "gpt2", tmp_path / "o", *identity), "fan_in_fan_out"),
-        (1, ("convert", folder, folder, "--names", "identity"), "exists"),
+        (1, ("convert", folder, tmp_path, "--names", "identity"), "exists"),
         (1, ("convert", folder, tmp_path / "p", "--names", "llama"), "name map"),
         (1, ("convert", peft, tmp_path / "o", "--names", "bert"), "name map"),
         (1, ("merge", LLAMA_BASE, folder, tmp_path / "m"), "--names"),

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "dora_jax"
 # Each may import those of the lines before its own, and itself.
 ROOMS = """
     errors
+    disk
     validation
     config
     selection
