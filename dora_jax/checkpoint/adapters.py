@@ -14,7 +14,7 @@ from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest, tree_shap
 from dora_jax.checkpoint.checks import check_settings
 from dora_jax.checkpoint.contents import contents, trained
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
-from dora_jax.checkpoint.storage import absolute, read, read_metadata, write
+from dora_jax.checkpoint.storage import absolute, path_of, read, read_metadata, write
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
@@ -217,7 +217,7 @@ def _read(folder: PathLike[str]) -> SavedAdapters:
     base = group_records({p[1:]: x for p, x in arrays.items() if p[0] == "base"})
     adapters = nest({p[1:]: x for p, x in arrays.items() if p[0] == "adapters"})
     axes = {
-        tuple(name.split("/")) if name else (): KernelAxes(*map(tuple, groups))
+        path_of(name) if name else (): KernelAxes(*map(tuple, groups))
         for name, groups in metadata["axes"].items()
     }
     return SavedAdapters(adapters, config, base, axes, metadata["version"])

@@ -41,15 +41,13 @@ def save_args(tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> ocp.args.
       metadata: JSON types and `bytes`.
 
     Raises:
-      AdapterError: a name contains a slash, or metadata is no JSON; names it.
+      AdapterError: metadata is no JSON; names it.
     """
     arrays, manifest = {}, {}
     for path, leaf in flatten(tree).items():
-        if any("/" in name for name in path):
-            raise AdapterError(f"{'.'.join(path)}: a name contains a slash; rename it to save it")
         entry, value = _describe(leaf)
-        manifest["/".join(path)] = entry
-        arrays[path] = value
+        manifest[slashed(path)] = entry
+        arrays[tuple(slashed(path).split("/"))] = value
     content = {"format": FORMAT, "arrays": manifest, "metadata": encode_json(metadata)}
     return ocp.args.Composite(
         arrays=ocp.args.PyTreeSave(nest(arrays)),
@@ -131,17 +129,35 @@ def read(
     """
     path = absolute(folder)
     manifest, _ = read_metadata(path)
-    entries = {tuple(name.split("/")): entry for name, entry in manifest.items()}
-    entries = {name: entry for name, entry in entries.items() if wanted(name)}
+    entries = {name: entry for name, entry in manifest.items() if wanted(path_of(name))}
     if not entries:
         return {}
+    wanted_tree = nest(dict.fromkeys((tuple(name.split("/")) for name in entries), 0))
     try:
-        restored = flatten(_restore(path / "arrays", nest(dict.fromkeys(entries, 0))))
+        restored = flatten(_restore(path / "arrays", wanted_tree))
     except Exception as error:  # of any class: Orbax and TensorStore raise many for damaged files
         raise CheckpointError(
             f"{path / 'arrays'} is damaged or incomplete: {_first_line(error)}"
         ) from error
-    return {name: _checked(path, name, restored.get(name), e) for name, e in entries.items()}
+    return {
+        path_of(name): _checked(path, name, restored.get(tuple(name.split("/"))), entry)
+        for name, entry in entries.items()
+    }
+
+
+def slashed(path: Path) -> str:
+    """Returns the name of a path in a manifest; a slash in a name becomes `~1`, a tilde `~0`.
+
+    Example:
+      >>> slashed(("enc/dec", "kernel")), path_of("enc~1dec/kernel")
+      ('enc~1dec/kernel', ('enc/dec', 'kernel'))
+    """
+    return "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
+
+
+def path_of(name: str) -> Path:
+    """Returns the path of a name that `slashed` made."""
+    return tuple(part.replace("~1", "/").replace("~0", "~") for part in name.split("/"))
 
 
 def absolute(folder: str | PathLike[str]) -> epath.Path:
@@ -201,9 +217,8 @@ def _describe(leaf: Any) -> tuple[dict[str, Any], Any]:
     return entry, leaf if isinstance(leaf, jax.Array) else value
 
 
-def _checked(folder: epath.Path, path: Path, value: Any, entry: Mapping[str, Any]) -> Any:
+def _checked(folder: epath.Path, name: str, value: Any, entry: Mapping[str, Any]) -> Any:
     """Returns an array as it was before it was written; raises `CheckpointError` if damaged."""
-    name = "/".join(path)
     if not isinstance(value, np.ndarray):
         raise CheckpointError(f"{folder}: array {name} is missing")
     given = [list(value.shape), value.dtype.name]
