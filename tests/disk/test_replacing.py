@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import pathlib
-import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +16,7 @@ import dora_jax as dora
 from dora_jax.checkpoint import read_adapters, save
 from dora_jax.disk import read_in_one_piece, replacing, target_folder, unchanged, written_whole
 from dora_jax.errors import CheckpointError
+from tests.support.disk import full_disk
 
 PARTS = ("a", "b", "c")
 
@@ -195,16 +194,12 @@ LAYER = {
 # A thread of TensorStore may come too late to an event loop that ended with the error.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_on_a_full_disk_the_old_version_stays_and_nothing_is_left(tmp_path, caplog):
-    """A limit on the size of files stands for the disk: both end a write in its middle."""
     config, small = dora.DoRAConfig(rank=8), dora.DoRAConfig(rank=0)
     folder, run = tmp_path / "adapter", tmp_path / "run"
     save(folder, small, {"layer": {"magnitude": np.ones(3, np.float32)}})
     with dora.Checkpoints(run, small) as checkpoints:
         checkpoints.save(1, {"layer": {"magnitude": np.ones(3, np.float32)}})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
+    with full_disk(20_000):
         with pytest.raises(CheckpointError, match="adapter cannot be written: File too large"):
             save(folder, config, {"layer": LAYER}, overwrite=True)
         checkpoints = dora.Checkpoints(run, config)
@@ -212,9 +207,6 @@ def test_on_a_full_disk_the_old_version_stays_and_nothing_is_left(tmp_path, capl
             checkpoints.save(2, {"layer": LAYER})
             checkpoints.wait()
         checkpoints.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
     assert read_adapters(folder).config == small and not caplog.records
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "run"}
     assert [path.name for path in run.iterdir()] == ["1"]

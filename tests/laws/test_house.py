@@ -14,6 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dora_jax"
 # Each may import those of the lines before its own, and itself.
 ROOMS = """
+    interrupts
     errors
     disk
     validation
