@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -23,6 +23,7 @@ from dora_jax.huggingface.safetensors import FLOATS, StoredTensor
 from dora_jax.names.name_map import NameMap
 
 if TYPE_CHECKING:
+    import pathlib
     from os import PathLike
 
     from dora_jax.decomposition.axes import KernelAxes
