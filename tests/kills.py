@@ -78,7 +78,7 @@ def quickstart_outcome(folder: Path) -> dict[str, object]:
         "adapters": {path: (x.dtype.name, x.tobytes()) for path, x in adapters.items()},
         "merged": (run / "merged" / "model.safetensors").read_bytes(),
         "metrics": (run / "metrics.jsonl").read_text(),
-        "test": [summary["test_accuracy"], summary["test_loss"], summary["adapter_bytes"]],
+        "test": [summary["test_accuracy"], summary["test_loss"]],
         "files": files(run),
     }
 

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
 
-from dora_jax.adapters.placement import host_value, is_random_key, same_everywhere
+from dora_jax.adapters.placement import host_value, is_random_key, same_everywhere, wait_for_all
 from dora_jax.adapters.trees import flatten, nest
 from dora_jax.disk import given_folder, said_once, target_folder, written_whole
 from dora_jax.errors import AdapterError, CheckpointError, Path
@@ -82,6 +82,7 @@ def write(
         new = pathlib.Path(same_everywhere(str(given)))
         with said_once(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(new, args=args, force=True)
+    wait_for_all(f"dora_jax wrote {path}")
 
 
 def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
