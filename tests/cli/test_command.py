@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from dora_jax.cli.commands import _print
 from tests.cli.folders import FIXTURES, LLAMA_BASE, PEFT_FOLDER
 from tests.support.disk import full_disk
 
@@ -156,3 +157,16 @@ def test_help_names_every_command(run):
         assert command in out
         status, text, _ = run(command, "--help")
         assert status == 0 and "--json" in text
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    _print({"a": [float("nan"), {"b": float("inf")}], "c": 1.5}, "", as_json=True)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": [None, {"b": None}],
+        "c": 1.5,
+    }
+
+
+def test_the_library_leaves_the_signals_of_other_programs_alone():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

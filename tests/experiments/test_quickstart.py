@@ -72,6 +72,8 @@ def test_it_adapts_an_encoder_and_leaves_what_it_says(tiny_checkpoint, tmp_path,
         epochs=1,
         max_length=16,
     )
+    folder.mkdir()  # an earlier attempt was interrupted before its first checkpoint
+    (folder / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 0.5}\n')
     summary = quickstart.run(config)
     check_run(folder, summary, capsys.readouterr().out)
     check_trainable(summary, **trainable(layers=1, hidden=32, intermediate=64, rank=8))
@@ -135,6 +137,7 @@ def _steps_written(folder: Path) -> int:
     return file.read_text().count('"train"') if file.exists() else 0
 
 
+@pytest.mark.full
 def test_a_run_stopped_before_its_first_checkpoint_or_at_its_end_goes_on(tmp_path, monkeypatch):
     """Steps that are taken again have the same metrics, and the test line is written once."""
     config, task = quickstart.Config(epochs=1, batch_size=4), tiny_task()
