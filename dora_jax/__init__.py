@@ -11,6 +11,9 @@ Example:
   >>> optimizer = nnx.Optimizer(model, dora.dora_optimizer(1e-3), wrt=dora.DoRAParam)
 """
 
+from dora_jax import interrupts as interrupts  # before the imports that take seconds
+
+# isort: split
 from dora_jax import adapters as adapters
 from dora_jax import analysis as analysis
 from dora_jax import checkpoint as checkpoint

@@ -63,7 +63,21 @@ def select_layers(
                 raise ConfigError(
                     f"{field} key {pattern!r} matches no adapted layer. {_known(targets)}"
                 )
+        _check_shadowed(field, getattr(config, field), targets)
     return {names[n]: config.layer_settings(names[n]) for n in names if n in targets}
+
+
+def _check_shadowed(field: str, patterns: Mapping[str, float], names: Iterable[str]) -> None:
+    """Raises `ConfigError` for a key whose layers all have another value, from earlier keys."""
+    first = {n: next((p for p in patterns if pattern_matches(p, n)), None) for n in names}
+    for pattern, value in patterns.items():
+        earlier = {first[name] for name in first if pattern_matches(pattern, name)}
+        if pattern not in earlier and any(patterns[p] != value for p in earlier if p is not None):
+            raise ConfigError(
+                f"{field} key {pattern!r} has no effect: {sorted(map(repr, earlier))[0]} comes "
+                f"before it, and the first key that matches counts. Put {pattern!r} first, or "
+                "leave it out"
+            )
 
 
 def _with_indices(config: DoRAConfig, targets: set[str]) -> set[str]:
@@ -129,6 +143,7 @@ def _match(
 
 
 def _ends_in(name: str, suffix: str) -> bool:
+    name = name.replace("/", ".")  # as in the names of a configuration
     return name == suffix or name.endswith("." + suffix)
 
 

@@ -22,17 +22,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 
 from experiments.tasks.task import Task, load_task
 from experiments.tasks.text import train_batches
-from experiments.trainer.command_line import exit_on_interrupt
+from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.memory import keep_freed_memory
 from experiments.trainer.methods import METHODS
 from experiments.trainer.plots import plot_comparison
+from experiments.trainer.run_folder import alone_in
 from experiments.trainer.runs import Run, RunSettings
-from experiments.trainer.training import train_step
+from experiments.trainer.training import check_finite, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +142,13 @@ def time_steps(config: Config, task: Task) -> dict[str, dict[str, float]]:
         for method in order:
             model, optimizer = built[method]
             start = time.perf_counter()
-            jax.block_until_ready((train_step(model, optimizer, batch), nnx.state(optimizer)))
+            (loss, _, squares), _ = jax.block_until_ready(
+                (train_step(model, optimizer, batch), nnx.state(optimizer))
+            )
             seconds[method].append(time.perf_counter() - start)
+            check_finite(
+                len(seconds[method]), float(loss), np.asarray(squares), model, optimizer.wrt
+            )
         order.append(order.pop(0))  # no method always follows the same one
     first = np.array(seconds[config.methods[0]][2:])
     return {
@@ -212,8 +217,8 @@ def report(config: Config, task: Task, rows: dict[str, dict[str, Any]], folder: 
         ]
     )
     (folder / "compare.md").write_text(text, encoding="utf-8")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
-    figures = {"command": command, "machine": machine, "config": settings, "results": rows}
+    fields = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
+    figures = {"command": command, "machine": machine, "config": fields, "results": rows}
     (folder / "compare.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     plot_comparison(rows, folder / "compare.png")
     return text
@@ -221,7 +226,11 @@ def report(config: Config, task: Task, rows: dict[str, dict[str, Any]], folder: 
 
 def run(config: Config) -> str:
     """Trains the unfinished runs, writes the report and returns its Markdown."""
-    config.run_folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(config.run_folder):
+        return _run(config)
+
+
+def _run(config: Config) -> str:
     task = load_task(
         max_length=config.max_length, train=config.train_examples, checkpoint=config.checkpoint
     )
@@ -240,8 +249,8 @@ def run(config: Config) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the settings from the command line and runs."""
     keep_freed_memory()
-    config = tyro.cli(Config, description=__doc__, args=arguments)
-    with exit_on_interrupt("The same command continues from here."):
+    config = settings(Config, __doc__, arguments)
+    with in_one_line("The same command continues from here."):
         print(run(config))
 
 

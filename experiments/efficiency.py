@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 
 from experiments.benchmarks import peft_peer, scaling
 from experiments.benchmarks.abstract_model import measure_abstract
@@ -26,8 +25,9 @@ from experiments.benchmarks.cases import CASES
 from experiments.benchmarks.device_runs import measure_inference, measure_training
 from experiments.benchmarks.report import stamp, write_report
 from experiments.benchmarks.steps import METHODS
-from experiments.trainer.command_line import exit_on_interrupt
+from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.memory import keep_freed_memory
+from experiments.trainer.run_folder import alone_in
 
 Part = Literal["train", "inference", "scaling", "abstract"]
 
@@ -160,10 +160,11 @@ def _abstract() -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the settings from the command line and runs."""
-    config = tyro.cli(Config, description=__doc__, args=arguments)
+    config = settings(Config, __doc__, arguments)
     if config.keep_freed_memory:
         keep_freed_memory()
-    with exit_on_interrupt("The report has all measurements that were finished."):
+    hint = "The report has all measurements that were finished."
+    with in_one_line(hint), alone_in(config.results_folder):
         print(run(config))
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from flax import nnx
 
 import dora_jax as dora
@@ -26,9 +25,10 @@ from experiments.models.huggingface import save_bert
 from experiments.tasks.metrics import MetricsWriter, interval_95, read_metrics
 from experiments.tasks.probe import probe_accuracy
 from experiments.tasks.task import Examples, Task, load_task
-from experiments.trainer.command_line import exit_on_interrupt
+from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.memory import keep_freed_memory
 from experiments.trainer.plots import layer_changes, plot_curves, plot_layer_changes
+from experiments.trainer.run_folder import alone_in, write_whole
 from experiments.trainer.training import Schedule, count, evaluate, fit, logits_of
 
 
@@ -67,8 +67,15 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Runs the experiment, and returns the contents of `summary.json`."""
+    folder = config.run_folder or _new_run_folder()
+    _say(f"Run folder: {folder}")
+    with alone_in(folder):
+        return _run(config, folder)
+
+
+def _run(config: Config, folder: Path) -> dict[str, Any]:
     start = time.monotonic()
-    folder = _open_run_folder(config)
+    _check_settings(config, folder)
     task = _load(config)
     base = task.model(config.seed)
     _say("Fitting a logistic regression on the frozen encoder, for comparison")
@@ -101,21 +108,20 @@ def run(config: Config) -> dict[str, Any]:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     _report(summary, folder)
     return summary
 
 
-def _open_run_folder(config: Config) -> Path:
-    """Makes the run folder and writes the settings into it, or checks that they are the same."""
-    folder = config.run_folder
-    if folder is None:
-        folder = Path("runs") / "quickstart" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder.mkdir(parents=True, exist_ok=True)
-    _say(f"Run folder: {folder}")
-    settings = dataclasses.asdict(config) | {"checkpoint": str(config.checkpoint or "MiniLM")}
-    del settings["run_folder"]
-    text, file = json.dumps(settings, indent=2) + "\n", folder / "config.json"
+def _new_run_folder() -> Path:
+    return Path("runs") / "quickstart" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _check_settings(config: Config, folder: Path) -> None:
+    """Writes the settings into the run folder, or checks that they are the same."""
+    fields = dataclasses.asdict(config) | {"checkpoint": str(config.checkpoint or "MiniLM")}
+    del fields["run_folder"]
+    text, file = json.dumps(fields, indent=2) + "\n", folder / "config.json"
     if (folder / "summary.json").exists():
         raise SystemExit(f"{folder} holds a finished run: choose another --run-folder")
     if file.exists() and file.read_text(encoding="utf-8") != text:
@@ -123,8 +129,7 @@ def _open_run_folder(config: Config) -> Path:
             f"{folder} holds an unfinished run with other settings (see {file}): "
             "choose another --run-folder, or run with those"
         )
-    file.write_text(text, encoding="utf-8")
-    return folder
+    write_whole(file, text)
 
 
 def _load(config: Config) -> Task:
@@ -157,12 +162,13 @@ def _train(
     optimizer = nnx.Optimizer(model, tx, wrt=dora.DoRAParam)
     checkpoints = dora.Checkpoints(folder / "checkpoints", dora_config)
     first = checkpoints.latest_step() or 0
-    with checkpoints, MetricsWriter(folder, resume_step=first + 1 if first else None) as writer:
+    with checkpoints, MetricsWriter(folder, resume_step=first + 1) as writer:
         step_seconds = fit(model, optimizer, task, schedule, writer, checkpoints=checkpoints)
         checkpoints.wait()
         training_seconds = time.monotonic() - start
         test = evaluate(model, task.test)
-        writer.write(schedule.epochs * schedule.steps_per_epoch(task.train), "test", test)
+        if "test" not in {line["split"] for line in read_metrics(folder)}:  # killed after that
+            writer.write(schedule.epochs * schedule.steps_per_epoch(task.train), "test", test)
     return {
         "test_accuracy": test["accuracy"],
         "test_loss": test["loss"],
@@ -200,8 +206,8 @@ def _report(summary: dict[str, Any], folder: Path) -> None:
         "adapter on disk": f"{summary['adapter_bytes'] / 1e6:.2f} MB",
         "adapted - pretrained logits at step 0": f"{summary['step_0_max_difference']} (max abs)",
         "merged - adapted logits": f"{summary['merge_max_difference']:.2g} (max abs)",
-        "training": f"{summary['training_seconds']:.0f} s, "
-        f"{summary['seconds_per_step']:.3f} s/step",
+        "training": f"{summary['training_seconds']:.0f} s"
+        + (f", {seconds:.3f} s/step" if (seconds := summary["seconds_per_step"]) else ""),
         "peak memory": f"{summary['peak_memory_bytes'] / 1e9:.2f} GB",
     }
     _say("\nTest accuracy")
@@ -233,9 +239,10 @@ def _say(text: str) -> None:
 def main() -> None:
     """Reads the settings from the command line and runs."""
     keep_freed_memory()
-    config = tyro.cli(Config, description=__doc__)
-    with exit_on_interrupt("Give the same --run-folder to resume the run."):
-        run(config)
+    config = settings(Config, __doc__)
+    folder = config.run_folder or _new_run_folder()
+    with in_one_line(f"To go on, give the same options with --run-folder {folder}"):
+        run(dataclasses.replace(config, run_folder=folder))
 
 
 if __name__ == "__main__":

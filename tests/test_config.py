@@ -268,6 +268,17 @@ def test_patterns_set_rank_and_alpha_by_layer():
     assert specs["block_0.mlp.up"].parameter_names == ("magnitude",)
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_key_whose_layers_all_have_a_value_from_an_earlier_key_is_named(field):
+    message = rf"{field} key '.*block_1.*' has no effect: '.*query' comes before it.*Put .* first"
+    for wide in ("query", r".*\.query"):
+        with pytest.raises(ConfigError, match=message):
+            selected(target_modules=["query"], **{field: {wide: 4, r"block_1\..*": 2}})
+    # It has an effect on another layer, or asks for what the layers have.
+    selected(target_modules=["query", "value"], **{field: {"query": 4, r"block_1\..*": 2}})
+    selected(target_modules=["query"], **{field: {"query": 4, r"block_1\..*": 4}})
+
+
 @pytest.mark.parametrize("pattern", ["uery", "attention", "block_1"])
 def test_a_pattern_matches_from_a_dot_to_the_end(pattern):
     with pytest.raises(ConfigError, match=f"rank_pattern key '{pattern}' matches no adapted layer"):

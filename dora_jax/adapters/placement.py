@@ -34,6 +34,22 @@ def host_value(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
+def same_everywhere(text: str) -> str:
+    """Returns the text that the first of all processes has, of at most 4,096 bytes."""
+    if jax.process_count() == 1:
+        return text
+    own = np.zeros(4096, np.uint8)
+    data = text.encode()[: own.size]
+    own[: len(data)] = np.frombuffer(data, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(own))).rstrip(b"\0").decode()
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until every process of a run of several has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def is_random_key(x: Any) -> bool:
     """Returns whether an array holds typed random keys."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -18,6 +18,7 @@ from dora_jax.checkpoint.storage import absolute, read, read_metadata, write
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
+from dora_jax.disk import read_in_one_piece
 from dora_jax.errors import CheckpointError, DoRAError, Path
 from dora_jax.json_file import is_folder
 from dora_jax.model import (
@@ -86,7 +87,8 @@ def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) 
         save(path, model, adapters)    the DoRAModel of a Linen model, and its adapters
         save(path, config, adapters)   an adapter tree alone: `load` cannot check the base
 
-    The folder appears only when it is complete; a process killed earlier leaves none. The base is
+    The folder is complete at any moment, or not there: with `overwrite` the new version takes the
+    place of the old one in one step, and several processes may save and load at once. The base is
     not saved.
 
     Args:
@@ -98,7 +100,7 @@ def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) 
     Raises:
       AdapterError: the adapters do not fit the configuration, hold precomputed scales, or are not
         finite; names them.
-      CheckpointError: the folder exists.
+      CheckpointError: the folder exists, or is the current one, or the disk is full.
 
     Example:
       >>> import tempfile
@@ -204,6 +206,10 @@ def read_adapters(path: Folder) -> SavedAdapters:
                 f"{folder} holds checkpoints of a training run: name one, such as "
                 f"{folder / str(steps[-1])}"
             )
+    return read_in_one_piece(folder, lambda: _read(folder))
+
+
+def _read(folder: PathLike[str]) -> SavedAdapters:
     _, metadata = read_metadata(folder)
     if "config" not in metadata:
         raise CheckpointError(f"{folder} holds no configuration of adapters")

@@ -11,6 +11,7 @@ import numpy as np
 from dora_jax.adapters.groups import ADAPTER_ARRAYS
 from dora_jax.adapters.placement import host_value
 from dora_jax.adapters.trees import flatten
+from dora_jax.checkpoint.manifest import path_of
 from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, CheckpointError, Path, layer_name
@@ -104,7 +105,7 @@ def read_axes(axes: Any) -> dict[Path, KernelAxes]:
         if any(type(i) is not int for i in every) or sorted(every) != list(range(len(every))):
             raise CheckpointError(f"axes[{name!r}] is {groups!r:.100}: the folder is damaged")
     return {
-        tuple(name.split("/")) if name else (): KernelAxes(*map(tuple, groups))
+        path_of(name) if name else (): KernelAxes(*map(tuple, groups))
         for name, groups in axes.items()
     }
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dora_jax.adapters.trees import Tree, nest
 from dora_jax.checkpoint.checks import check_settings, check_tree
+from dora_jax.checkpoint.manifest import slashed
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, Path
@@ -74,5 +75,5 @@ def contents(own: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _metadata(config: DoRAConfig, axes: Mapping[Path, KernelAxes]) -> dict[str, Any]:
-    groups = {"/".join(path): [list(group) for group in own] for path, own in axes.items()}
+    groups = {slashed(path): [list(group) for group in own] for path, own in axes.items()}
     return {"version": __version__, "config": config.to_dict(), "axes": groups}

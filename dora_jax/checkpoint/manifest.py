@@ -60,6 +60,21 @@ def read_manifest(file: Any) -> dict[str, Any]:
     return content
 
 
+def slashed(path: Path) -> str:
+    """Returns the name of a path in a manifest; a slash in a name becomes `~1`, a tilde `~0`.
+
+    Example:
+      >>> slashed(("enc/dec", "kernel")), path_of("enc~1dec/kernel")
+      ('enc~1dec/kernel', ('enc/dec', 'kernel'))
+    """
+    return "/".join(part.replace("~", "~0").replace("/", "~1") for part in path)
+
+
+def path_of(name: str) -> Path:
+    """Returns the path of a name that `slashed` made."""
+    return tuple(part.replace("~1", "/").replace("~0", "~") for part in name.split("/"))
+
+
 def check_files(folder: Any) -> None:
     """Raises `CheckpointError` if a folder holds a pipe, a device or a link to nowhere.
 

@@ -7,7 +7,9 @@ the shape, dtype and SHA-256 of every array, and a SHA-256 of itself. Nothing is
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
 
-from dora_jax.adapters.placement import host_value, is_random_key
+from dora_jax.adapters.placement import host_value, is_random_key, same_everywhere, wait_for_all
 from dora_jax.adapters.trees import flatten, nest
 from dora_jax.checkpoint.manifest import (
     FORMAT,
@@ -25,8 +27,11 @@ from dora_jax.checkpoint.manifest import (
     check_files,
     digest,
     is_remote,
+    path_of,
     read_manifest,
+    slashed,
 )
+from dora_jax.disk import given_folder, said_once, target_folder, written_whole
 from dora_jax.errors import AdapterError, CheckpointError, Path
 from dora_jax.json_file import is_folder, reason, shown
 
@@ -42,15 +47,13 @@ def save_args(tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> ocp.args.
       metadata: JSON types and `bytes`.
 
     Raises:
-      AdapterError: a name contains a slash, or metadata is no JSON; names it.
+      AdapterError: metadata is no JSON; names it.
     """
     arrays, manifest = {}, {}
     for path, leaf in flatten(tree).items():
-        if any("/" in name for name in path):
-            raise AdapterError(f"{'.'.join(path)}: a name contains a slash; rename it to save it")
         entry, value = _describe(leaf)
-        manifest["/".join(path)] = entry
-        arrays[path] = value
+        manifest[slashed(path)] = entry
+        arrays[tuple(slashed(path).split("/"))] = value
     content = {"format": FORMAT, "arrays": manifest, "metadata": encode_json(metadata)}
     return ocp.args.Composite(
         arrays=ocp.args.PyTreeSave(nest(arrays)),
@@ -65,30 +68,27 @@ def write(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a tree into a new folder, which appears only when it is complete.
+    """Writes a tree into a folder, which is complete at any moment, or not there.
 
-    With `overwrite`, an existing folder is replaced after the new one has been written.
+    With `overwrite`, the new version takes the place of an old one in one step.
 
     Raises:
       AdapterError: see `save_args`.
-      CheckpointError: the folder exists, or holds other files.
+      CheckpointError: the folder exists, or holds other files; or the disk is full.
     """
-    path = absolute(folder)
+    path = target_folder(folder)
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists: pass overwrite=True, or choose another folder")
     if path.exists() and not (path / "metadata").is_dir() and any(path.iterdir()):
         raise CheckpointError(f"{path} holds other files: choose another folder")
     args = save_args(tree, metadata)
-    target = path.parent / f".{path.name}.new" if path.exists() else path
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(target, args=args, force=True)
-    if target != path and jax.process_index() == 0:
-        old = path.parent / f".{path.name}.old"
-        if old.exists():
-            old.rmtree()
-        path.rename(old)
-        target.rename(path)
-        old.rmtree()
+    first = jax.process_index() == 0
+    whole = written_whole(path, own=lambda _: True, overwrite=overwrite)
+    with whole if first else contextlib.nullcontext(path) as given:
+        new = pathlib.Path(same_everywhere(str(given)))
+        with said_once(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(new, args=args, force=True)
+    wait_for_all(f"dora_jax wrote {path}")
 
 
 def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,23 +129,30 @@ def read(
     """
     path = absolute(folder)
     manifest, _ = read_metadata(path)
-    entries = {tuple(name.split("/")): entry for name, entry in manifest.items()}
-    entries = {name: entry for name, entry in entries.items() if wanted(name)}
+    entries = {name: entry for name, entry in manifest.items() if wanted(path_of(name))}
     if not entries:
         return {}
     check_files(path / "arrays")
+    wanted_tree = nest(dict.fromkeys((tuple(name.split("/")) for name in entries), 0))
     try:
-        restored = flatten(_restore(path / "arrays", nest(dict.fromkeys(entries, 0))))
+        restored = flatten(_restore(path / "arrays", wanted_tree))
     except Exception as error:  # of any class: Orbax and TensorStore raise many for damaged files
         raise CheckpointError(
             f"{path / 'arrays'} is damaged or incomplete: {_first_line(error)}"
         ) from error
-    return {name: _checked(path, name, restored.get(name), e) for name, e in entries.items()}
+    return {
+        path_of(name): _checked(path, name, restored.get(tuple(name.split("/"))), entry)
+        for name, entry in entries.items()
+    }
 
 
 def absolute(folder: str | PathLike[str]) -> epath.Path:
-    """Returns the absolute path, as Orbax needs it; `~` is the home folder."""
-    return epath.Path(folder).expanduser().absolute()
+    """Returns the absolute path, as Orbax needs it; `~` is the home folder.
+
+    Raises:
+      CheckpointError: the path is an empty string.
+    """
+    return epath.Path(given_folder(folder))
 
 
 def encode_json(value: Any, name: str = "metadata") -> Any:
@@ -196,9 +203,8 @@ def _describe(leaf: Any) -> tuple[dict[str, Any], Any]:
     return entry, leaf if isinstance(leaf, jax.Array) else value
 
 
-def _checked(folder: epath.Path, path: Path, value: Any, entry: Mapping[str, Any]) -> Any:
+def _checked(folder: epath.Path, name: str, value: Any, entry: Mapping[str, Any]) -> Any:
     """Returns an array as it was before it was written; raises `CheckpointError` if damaged."""
-    name = "/".join(path)
     if not isinstance(value, np.ndarray):
         raise CheckpointError(f"{folder}: array {name} is missing")
     given = [list(value.shape), value.dtype.name]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +19,7 @@ from dora_jax.checkpoint.contents import Trained, trained
 from dora_jax.checkpoint.step import RestoredRun, StoredStep, read_step, restore_step, step_contents
 from dora_jax.checkpoint.storage import absolute, save_args
 from dora_jax.config import DoRAConfig
+from dora_jax.disk import full_disk, said_once
 from dora_jax.errors import AdapterError, CheckpointError
 from dora_jax.model import carries_arrays
 
@@ -84,6 +87,8 @@ class Checkpoints:
                 get_metric_fn=metric, reverse=mode == "min", n=keep_best
             )
             policies.append(rank)
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(said_once())
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -139,6 +144,8 @@ class Checkpoints:
         Raises:
           AdapterError: adapters are not finite (earlier checkpoints stay), the step is not above
             the newest, the metric is missing, or `data` is no JSON.
+          CheckpointError: the disk is full, for this checkpoint or the one before, which is written
+            in the background; earlier ones stay.
         """
         self._clean()
         if step <= (latest := max(self.steps(), default=-1)):
@@ -153,7 +160,9 @@ class Checkpoints:
         tree, metadata = step_contents(self._trained(adapters), state)
         position = data.get_state() if hasattr(data, "get_state") else data
         metadata |= {"step": step, "data": position, "metrics": dict(metrics or {})}
-        self._manager.save(step, args=save_args(tree, metadata), metrics=metrics)
+        args = save_args(tree, metadata)
+        with self._writing():
+            self._manager.save(step, args=args, metrics=metrics)
 
     def restore(
         self,
@@ -204,12 +213,29 @@ class Checkpoints:
         return restore_step(stored, run, state, data, allow_base_mismatch=allow_base_mismatch)
 
     def wait(self) -> None:
-        """Waits until all checkpoints are written."""
-        self._manager.wait_until_finished()
+        """Waits until all checkpoints are written.
+
+        Raises:
+          CheckpointError: the disk is full; the checkpoints written before stay.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits until all checkpoints are written, and stops the writer."""
-        self._manager.close()
+        """Waits until all checkpoints are written, and stops the writer; errors as for `wait`."""
+        with self._quiet, self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns the errors of a full disk into one, and removes what was written so far."""
+        try:
+            yield
+        except Exception as error:
+            if (full := full_disk(self.folder, error)) is None:
+                raise
+            self._remove_unfinished()
+            raise full from None
 
     def _trained(self, adapters: Any) -> Trained:
         if carries_arrays(adapters):
@@ -234,9 +260,8 @@ class Checkpoints:
         Step 8 can then be saved anew. Only a writer cleans up, at its first `save`; a concurrent
         reader must not modify the folder.
         """
-        if not self._has_saved and jax.process_index() == 0:
-            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                unfinished.rmtree()
+        if not self._has_saved:
+            self._remove_unfinished()
         self._has_saved = True
         if not self._damaged:
             return
@@ -246,6 +271,11 @@ class Checkpoints:
                 _set_aside(self.folder, step)
         self._damaged.clear()
         self._manager.reload()
+
+    def _remove_unfinished(self) -> None:
+        if jax.process_index() == 0:
+            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _set_aside(folder: epath.Path, step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,11 +19,27 @@ from dora_jax.names.name_map import NameMap
 from dora_jax.names.torch_layout import NameMapError
 
 Names = Literal["identity", "bert", "roberta", "llama", "mistral", "qwen2", "qwen3"]
-Folder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-BaseFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
-AdapterFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
-Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
+
+
+def _path(words: list[str]) -> Path:
+    if not words[0].strip():  # as an unset variable of a shell gives; Path("") is Path(".")
+        raise ValueError("the path is empty: is a variable unset?")
+    return Path(words[0])
+
+
+_PATH: Any = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="PATH",
+    instance_from_str=_path,
+    is_instance=lambda value: value is None or isinstance(value, Path),
+    str_from_instance=lambda path: [str(path)],
+)
+GivenPath = Annotated[Path, _PATH]
+Folder = Annotated[GivenPath, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+Source = Annotated[GivenPath, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+BaseFolder = Annotated[GivenPath, tyro.conf.Positional, tyro.conf.arg(metavar="BASE")]
+AdapterFolder = Annotated[GivenPath, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+Target = Annotated[GivenPath, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -100,7 +117,7 @@ class Convert(NameOptions):
     """The folder to write."""
     names: Names
     """Which Hugging Face module each Flax module is; "identity" if their paths are the same."""
-    base: Path | None = None
+    base: Annotated[Path | None, _PATH] = None
     """Hugging Face folder of the base. An Orbax adapter is checked against it. A PEFT adapter is
     saved with its fingerprint, so that it loads without a warning."""
     allow_base_mismatch: Flag = False
@@ -181,4 +198,13 @@ Command = (
 
 
 def _print(report: dict[str, Any], text: str, as_json: bool) -> None:
-    print(json.dumps(report, indent=2) if as_json else text)
+    print(json.dumps(_finite(report), indent=2, allow_nan=False) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """Returns a report with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value

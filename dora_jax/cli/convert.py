@@ -16,6 +16,7 @@ from dora_jax.cli.base_weights import BaseWeights, torch_axes
 from dora_jax.cli.folders import folder_format
 from dora_jax.cli.placeholder import adapted_placeholder, plain_placeholder
 from dora_jax.decomposition.base import FrozenBase, describe_base
+from dora_jax.disk import target_folder
 from dora_jax.errors import AdapterError, CheckpointError, Path
 from dora_jax.model import Plain
 from dora_jax.names.name_map import NameMap
@@ -58,8 +59,9 @@ def convert(
 
     Raises:
       DoRAError: the other format cannot represent the adapter, or the parts do not belong together;
-        names the layer.
+        names the layer. Or `target` is read from.
     """
+    target_folder(target, source, *(() if base is None else (base,)))
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise CheckpointError(f"{target} exists: pass --overwrite, or choose another folder")
     if folder_format(source) == "orbax":

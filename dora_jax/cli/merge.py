@@ -20,10 +20,11 @@ from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.decomposition.axes import Adapter, KernelAxes
 from dora_jax.decomposition.base import describe_base
 from dora_jax.decomposition.merge import merge_kernel
+from dora_jax.disk import target_folder, unchanged, written_whole
 from dora_jax.errors import AdapterError, CheckpointError
 from dora_jax.huggingface.files import save_tensors, weight_files
 from dora_jax.huggingface.safetensors import DTYPES
-from dora_jax.huggingface.saving import complete_folder, copy_companions
+from dora_jax.huggingface.saving import copy_companions, is_weights
 from dora_jax.json_file import read_json
 from dora_jax.names.architectures import NAME_MAPS
 from dora_jax.names.name_map import NameMap
@@ -65,23 +66,23 @@ def merge(
     Raises:
       DoRAError: the adapter does not fit the base; names the layer or tensor.
     """
-    if target.resolve() in (base.resolve(), adapter.resolve()):
-        raise CheckpointError(f"{target} is read from: choose another folder")
-    if weight_files(target) and not overwrite:
+    path = target_folder(target, base, adapter)
+    if weight_files(path) and not overwrite:
         raise CheckpointError(f"{target} holds weights: pass --overwrite, or another folder")
-    config, tensors = _as_peft(base, adapter, names, allow_base_mismatch=allow_base_mismatch)
-    adapters, others = group_tensors(config, tensors)
-    weights = BaseWeights(base, adapters)
-    replaced = _replaced_tensors(weights, others)
-    _check_fits(weights, adapters)
-    merged = {weights.name(f"{module}.weight"): adapter for module, adapter in adapters.items()}
-    sizes = {name: tensor.nbytes for name, tensor in weights.tensors.items()}
-    sizes |= {name: x.nbytes for name, x in replaced.items()}
-    rounding_loss: dict[str, float] = {}
-    make = functools.partial(_make_tensor, weights, config, merged, replaced, rounding_loss)
-    with complete_folder(target) as partial:
-        save_tensors(partial, sizes, make, max_file_bytes)
-        copy_companions(base, partial, set())
+    with unchanged(base):
+        config, tensors = _as_peft(base, adapter, names, allow_base_mismatch=allow_base_mismatch)
+        adapters, others = group_tensors(config, tensors)
+        weights = BaseWeights(base, adapters)
+        replaced = _replaced_tensors(weights, others)
+        _check_fits(weights, adapters)
+        merged = {weights.name(f"{module}.weight"): adapter for module, adapter in adapters.items()}
+        sizes = {name: tensor.nbytes for name, tensor in weights.tensors.items()}
+        sizes |= {name: x.nbytes for name, x in replaced.items()}
+        rounding_loss: dict[str, float] = {}
+        make = functools.partial(_make_tensor, weights, config, merged, replaced, rounding_loss)
+        with written_whole(path, own=is_weights, overwrite=overwrite) as partial:
+            save_tensors(partial, sizes, make, max_file_bytes)
+            copy_companions(base, partial, set())
     return {
         "path": str(target),
         "merged": sorted(merged),

@@ -27,6 +27,8 @@ FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _LARGEST_INDEX = 32_000_000
 _MLX = "a quantised file of MLX: convert it there first (mlx_lm.convert --dequantize)."
+WEIGHTS = (FILE, "model-*-of-*.safetensors", INDEX)
+"""The names of files with weights, as patterns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +138,7 @@ def assign(target: Shaped[np.ndarray, "..."], source: Shaped[np.ndarray, "..."])
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files of a folder that hold weights, and their index."""
-    patterns = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
-    return sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
 
 
 def _files(folder: pathlib.Path) -> str | dict[str, set[str]]:

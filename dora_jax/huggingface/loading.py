@@ -8,14 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
 
+from dora_jax.disk import given_folder, read_in_one_piece
 from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.files import Folder, assign, open_folder
 from dora_jax.huggingface.parameters import Parameter, Slice, parameters_of, replace_parameters
@@ -23,6 +23,7 @@ from dora_jax.huggingface.safetensors import FLOATS, StoredTensor
 from dora_jax.names.name_map import NameMap
 
 if TYPE_CHECKING:
+    import pathlib
     from os import PathLike
 
     from dora_jax.decomposition.axes import KernelAxes
@@ -102,15 +103,31 @@ def load_checkpoint(
       (4, 3)
     """
     parameters = parameters_of(model, shardings=shardings, axes=axes)
-    stored = open_folder(pathlib.Path(folder))
+    path = given_folder(folder)
+
+    def read() -> list[Any]:
+        return _read(path, parameters, names, rules or TensorRules(), progress)
+
+    return replace_parameters(model, read_in_one_piece(path, read))
+
+
+def _read(
+    path: pathlib.Path,
+    parameters: Sequence[Parameter],
+    names: NameMap,
+    rules: TensorRules,
+    progress: bool | None,
+) -> list[Any]:
+    """Returns the values of parameters, in their order."""
+    stored = open_folder(path)
     wanted = {name for parameter in parameters for name in parameter.tensors(names)}
-    found, problems = _match(stored, wanted, rules or TensorRules())
+    found, problems = _match(stored, wanted, rules)
     with _bar(found, progress) as advance:
         values = [_fill(parameter, names, found, problems, advance) for parameter in parameters]
     if problems:
         listing = "\n  ".join(("", *problems))
         raise CheckpointError(f"{stored.weights} does not hold this model's parameters:{listing}")
-    return replace_parameters(model, values)
+    return values
 
 
 def _match(

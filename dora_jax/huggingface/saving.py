@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import fnmatch
 import functools
 import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
+from dora_jax.disk import given_folder, target_folder, written_whole
 from dora_jax.errors import CheckpointError
-from dora_jax.huggingface.files import save_tensors, weight_files
+from dora_jax.huggingface.files import WEIGHTS, save_tensors, weight_files
 from dora_jax.huggingface.parameters import Parameter, parameters_of
 from dora_jax.json_file import read_json
 from dora_jax.names.name_map import NameMap
@@ -75,7 +76,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a model, or a tree of parameters, as a Hugging Face checkpoint folder.
 
-    A new folder is either complete or absent: it is written under another name and then renamed.
+    The folder has all files of the old version or all of the new one at any moment. Its other
+    files stay.
 
     Args:
       folder: where to write.
@@ -89,7 +91,8 @@ def save_checkpoint(
 
     Raises:
       FileExistsError: the folder holds weights, and `options.overwrite` is not set.
-      CheckpointError: a value is not finite, or two tensors have one name; names the tensors.
+      CheckpointError: a value is not finite, or two tensors have one name; names the tensors. Or
+        the folder is the source, or the current one, or the disk is full.
       NameMapError: the map lacks a module.
       AdapterError: the model is adapted.
 
@@ -101,10 +104,9 @@ def save_checkpoint(
       ...     [file.name for file in pathlib.Path(folder, "mlp").iterdir()]
       ['model.safetensors']
     """
-    folder, options = pathlib.Path(folder), options or SaveOptions()
-    if source is not None and folder.resolve() == pathlib.Path(source).resolve():
-        raise CheckpointError(f"{folder} is the source: write the checkpoint to another folder")
-    if weight_files(folder) and not options.overwrite:
+    options = options or SaveOptions()
+    target = target_folder(folder, *(() if source is None else (source,)))
+    if weight_files(target) and not options.overwrite:
         raise FileExistsError(
             f"{folder} holds weights: pass SaveOptions(overwrite=True), or another folder"
         )
@@ -113,7 +115,7 @@ def save_checkpoint(
     sizes = {
         name: dtypes[name].itemsize * math.prod(like.shape) for name, (like, _) in tensors.items()
     }
-    with complete_folder(folder) as partial:
+    with written_whole(target, own=is_weights, overwrite=options.overwrite) as partial:
         save_tensors(
             partial,
             sizes,
@@ -121,7 +123,7 @@ def save_checkpoint(
             options.max_file_bytes,
         )
         if source is not None:
-            copy_companions(pathlib.Path(source), partial, set(dtypes.values()))
+            copy_companions(given_folder(source), partial, set(dtypes.values()))
 
 
 def _cast(name: str, value: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
@@ -167,24 +169,9 @@ def _tensors(
     return tensors
 
 
-@contextlib.contextmanager
-def complete_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields an empty folder, whose files are moved to `folder` if the block raises nothing."""
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if not folder.exists():
-            partial.replace(folder)
-            return
-        for file in weight_files(folder):
-            file.unlink()
-        for file in partial.iterdir():
-            file.replace(folder / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def is_weights(name: str) -> bool:
+    """Whether a file of a folder holds weights, or their index."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in WEIGHTS)
 
 
 def copy_companions(source: pathlib.Path, target: pathlib.Path, dtypes: set[np.dtype[Any]]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dora_jax.disk import Folder, given_folder, read_in_one_piece, target_folder, written_whole
 from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.safetensors import FLOATS, read_header, safetensors
 from dora_jax.json_file import is_folder, read_text, shown
@@ -19,10 +19,10 @@ from dora_jax.peft import config as config_file
 from dora_jax.peft.config import PeftConfig, PeftError
 
 if TYPE_CHECKING:
-    Folder = str | os.PathLike[str]
     Array = np.ndarray[Any, Any]
 
 FILE = "adapter_model.safetensors"
+_FILES = (FILE, config_file.FILE)
 
 # The dtypes of adapters, by their names in safetensors.
 _DTYPES = {name: FLOATS[name] for name in ("BF16", "F16", "F32", "F64")}
@@ -39,7 +39,11 @@ def read(folder: Folder) -> tuple[PeftConfig, dict[str, Array]]:
       PeftError: a file is missing, pickled, damaged, or holds a number that is not finite; names
         the file and the tensor.
     """
-    path = pathlib.Path(folder)
+    path = given_folder(folder)
+    return read_in_one_piece(path, lambda: _read(path))
+
+
+def _read(path: pathlib.Path) -> tuple[PeftConfig, dict[str, Array]]:
     try:
         if not os.path.lexists(path / config_file.FILE):
             raise PeftError(_where_else(path))
@@ -66,8 +70,9 @@ def write(folder: Folder, config: PeftConfig, tensors: Mapping[str, Array]) -> p
 
     Raises:
       PeftError: a tensor is not finite, or of a dtype that adapters do not have.
+      CheckpointError: the folder is the current one, or the disk is full.
     """
-    path = pathlib.Path(folder)
+    path, target = pathlib.Path(folder), target_folder(folder)
     _check_finite(tensors)
     known = list(_DTYPES.values())
     if unknown := [key for key, x in tensors.items() if x.dtype not in known]:
@@ -78,11 +83,9 @@ def write(folder: Folder, config: PeftConfig, tensors: Mapping[str, Array]) -> p
     tensors = {key: x.copy(order="C") for key, x in tensors.items()}
     metadata = {"format": "pt", _DIGEST: _digest(config, tensors)}
     data = safetensors().numpy.save(tensors, metadata)
-    path.mkdir(parents=True, exist_ok=True)
-    for name, content in ((FILE, data), (config_file.FILE, config.to_json().encode())):
-        partial = path / f"{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(path / name)
+    with written_whole(target, own=_FILES.__contains__, overwrite=True) as new:
+        (new / FILE).write_bytes(data)
+        (new / config_file.FILE).write_text(config.to_json(), encoding="utf-8")
     return path
 
 

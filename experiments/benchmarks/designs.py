@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from experiments.benchmarks.timing import Times, time_in_turn
+from experiments.trainer.command_line import in_one_line, settings
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -266,4 +266,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=Options.__doc__))
+    with in_one_line("Nothing is kept."):
+        main(settings(Options, Options.__doc__))

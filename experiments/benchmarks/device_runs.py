@@ -14,6 +14,7 @@ from flax import nnx
 import dora_jax as dora
 from experiments.benchmarks.steps import METHODS, Program, make_program
 from experiments.benchmarks.timing import Times, time_in_turn
+from experiments.trainer.training import DivergedError
 
 if TYPE_CHECKING:
     from experiments.benchmarks.cases import Case
@@ -60,6 +61,8 @@ def measure_training(
         row |= _time_columns(times[variant])
         row["tokens_per_second"] = case.tokens / times[variant].median
         row["loss"] = float(calls[variant]())
+        if not np.isfinite(row["loss"]):
+            raise DivergedError(f"{variant} diverged: after the timed steps the loss is not finite")
         row |= _training_ratios(variant, times)
     for peer, step in (peers or {}).items():
         rows[peer] = {"title": peer, **_time_columns(times[peer])}

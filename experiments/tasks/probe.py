@@ -50,7 +50,13 @@ def logistic_regression(
     """
     classes = int(labels.max()) + 1
     start = {"weights": jnp.zeros((features.shape[1], classes)), "bias": jnp.zeros(classes)}
-    return _fit(start, jnp.asarray(features), jnp.asarray(labels), penalty)
+    fit = _fit(start, jnp.asarray(features), jnp.asarray(labels), penalty)
+    if not all(np.isfinite(x).all() for x in fit.values()):
+        raise FloatingPointError(
+            f"the logistic regression with penalty {penalty:g} is not finite: is the checkpoint "
+            "of the encoder damaged?"
+        )
+    return fit
 
 
 @jax.jit

@@ -1,22 +1,91 @@
-"""Command lines of the experiments."""
+"""Command lines of the experiments: their settings, and how they end."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import NoReturn, TypeVar
+
+import tyro
+
+import dora_jax as dora
+from experiments import end_at_once
+from experiments.models.config_file import ModelConfigError
+from experiments.tasks.download import DownloadError
+from experiments.tasks.metrics import MetricsError
+from experiments.trainer.training import DivergedError
+
+C = TypeVar("C")
+
+# What a user can mend: no network, a damaged file, a learning rate.
+_EXPECTED = (
+    dora.DoRAError,
+    DivergedError,
+    DownloadError,
+    FloatingPointError,
+    MetricsError,
+    ModelConfigError,
+)
+
+
+def settings(kind: type[C], description: str | None, arguments: Sequence[str] | None = None) -> C:
+    """Returns the settings that a command line gives.
+
+    Args:
+        kind: A dataclass, with a field for each option.
+        description: The first lines of the help.
+        arguments: The command line. The default is that of this process.
+
+    Raises:
+        SystemExit: An argument is empty, as an unset variable of a shell gives. An empty path would
+            be the current folder.
+    """
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if not word.strip() or (equals and name.startswith("-") and not value.strip()):
+            named = name.strip() or (words[i - 1] if i else "an argument")
+            print(f"{named} is empty: is a variable unset?", file=sys.stderr)
+            raise SystemExit(2)
+    return tyro.cli(kind, description=description, args=words)
+
+
+class _Interrupt(KeyboardInterrupt):
+    """A signal that asks the process to end."""
 
 
 @contextlib.contextmanager
-def exit_on_interrupt(message: str) -> Iterator[None]:
-    """Ends the process with a message, and without a traceback, when the user presses Ctrl-C.
+def in_one_line(message: str) -> Iterator[None]:
+    """Ends the process with a message, and without a traceback, if it is interrupted or fails.
 
     Args:
         message: Tells how to continue.
 
     Raises:
-        SystemExit: The user interrupted the block.
+        SystemExit: With status 130 after Ctrl-C, 143 after SIGTERM, and 1 where there is no
+            network, no room on the disk, or where the training diverged.
     """
+
+    def raise_once(number: int, _: FrameType | None) -> NoReturn:
+        for each in before:
+            signal.signal(each, end_at_once)
+        raise _Interrupt(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, raise_once)
     try:
         yield
-    except KeyboardInterrupt:
-        raise SystemExit(f"\nInterrupted. {message}") from None
+    except _Interrupt as interrupt:
+        number = interrupt.args[0]
+        word = "Interrupted" if number == signal.SIGINT else "Terminated"
+        print(f"\n{word}. {message}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    except (*_EXPECTED, OSError) as error:
+        raise SystemExit(str(error)) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

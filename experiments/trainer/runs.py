@@ -16,6 +16,7 @@ from flax import nnx
 from experiments.tasks.metrics import MetricsWriter
 from experiments.tasks.task import Task
 from experiments.trainer.methods import METHODS
+from experiments.trainer.run_folder import write_whole
 from experiments.trainer.training import Schedule, count, evaluate, fit, logits_of
 
 
@@ -107,9 +108,7 @@ class Run:
             "validation": evaluate(model, task.validation),
             "trainable_parameters": count(model, METHODS[self.settings.method].trainable),
         }
-        unfinished = self.folder / "result.json.part"
-        unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(self.folder / "result.json")
+        write_whole(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         return result
 
     def build(self, task: Task) -> tuple[nnx.Module, nnx.Optimizer]:

@@ -59,6 +59,10 @@ class Schedule:
         return optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, steps)
 
 
+class DivergedError(RuntimeError):
+    """A loss or a gradient is not finite; names the step and the layers, in one line."""
+
+
 def cross_entropy(model: nnx.Module, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the mean cross-entropy (nats) and the accuracy of a batch, weighted."""
     logits = predict(model, batch)
@@ -79,14 +83,46 @@ jit_predict = nnx.jit(predict)
 @nnx.jit
 def train_step(
     model: nnx.Module, optimizer: nnx.Optimizer, batch: Batch
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Takes one step, in place. The gradient is taken of the trained variables alone."""
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, " variable"]]:
+    """Takes one step, in place. The gradient is taken of the trained variables alone.
+
+    Returns:
+        The loss, the accuracy, and the squared norm of each variable's gradient. Clipping needs
+        those norms anyway.
+    """
     trainable = nnx.DiffState(0, optimizer.wrt)
     (loss, accuracy), grads = nnx.value_and_grad(cross_entropy, argnums=trainable, has_aux=True)(
         model, batch
     )
     optimizer.update(model, grads)
-    return loss, accuracy
+    squares = jnp.stack([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grads)])
+    return loss, accuracy, squares
+
+
+def check_finite(
+    step: int, loss: float, squares: np.ndarray, model: nnx.Module, trained: Any
+) -> None:
+    """Raises `DivergedError` unless the loss and all gradients of a step are finite.
+
+    Args:
+        step: Its number.
+        loss: Its loss.
+        squares: The squared norm of each trained variable's gradient, as `train_step` returns them.
+        model: The model.
+        trained: The type of the variables that are trained.
+    """
+    if np.isfinite(loss) and np.isfinite(squares).all():
+        return
+    paths = [path for path, _ in jax.tree.leaves_with_path(nnx.state(model, trained))]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+    layers = [name.removesuffix(".value").rpartition(".")[0] for name in names]
+    found = list(dict.fromkeys(np.array(layers)[~np.isfinite(squares)].tolist()))
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    where = f"; not finite are the gradients of {', '.join(found[:3])}{more}" if found else ""
+    raise DivergedError(
+        f"The training diverged at step {step}: the loss is {loss:.4g}{where}. Nothing of this "
+        "step is saved, and earlier checkpoints stay. Try a lower learning rate."
+    )
 
 
 def evaluate(model: nnx.Module, examples: Examples) -> dict[str, float]:
@@ -113,7 +149,7 @@ def fit(
     *,
     checkpoints: dora.Checkpoints | None = None,
     title: str = "training",
-) -> float:
+) -> float | None:
     """Trains in place, and evaluates on the validation texts after each epoch.
 
     With `checkpoints`, the run resumes from the newest checkpoint, if there is one. It then ends
@@ -131,6 +167,11 @@ def fit(
 
     Returns:
         Median seconds per step. The first two steps of this process are left out: they compile.
+        None if this process took no others.
+
+    Raises:
+        DivergedError: A loss or a gradient is not finite. The model is then of no use; the
+            checkpoints and the metrics are those of the steps before.
     """
     batches = train_batches(
         task.train.tokens, task.train.labels, schedule.batch_size, seed=schedule.seed
@@ -144,19 +185,21 @@ def fit(
     with _progress(title, total, first, schedule.batch_size) as bar:
         for step in range(first + 1, total + 1):
             start = time.perf_counter()
-            loss, accuracy = (float(x) for x in train_step(model, optimizer, next(batches)))
+            loss, accuracy, squares = map(np.asarray, train_step(model, optimizer, next(batches)))
             seconds.append(time.perf_counter() - start)
+            check_finite(step, float(loss), squares, model, optimizer.wrt)
             writer.write(step, "train", {"loss": loss, "accuracy": accuracy})
             shown = {"loss": f"{loss:.3f}", "accuracy": f"{accuracy:.2f}"}
             bar.set_postfix(step=f"{step}/{total}", **shown, refresh=False)
             bar.update(schedule.batch_size)
             if step % per_epoch == 0:
                 values = evaluate(model, task.validation)
+                check_finite(step, values["loss"], np.zeros(0), model, optimizer.wrt)
                 writer.write(step, "validation", values)
                 _print_validation(bar, f"{step // per_epoch}/{schedule.epochs}", values)
             if checkpoints and (step % schedule.checkpoint_every == 0 or step == total):
                 checkpoints.save(step, model, optimizer, data=batches)
-    return float(np.median(seconds[2:])) if len(seconds) > 2 else float("nan")
+    return float(np.median(seconds[2:])) if len(seconds) > 2 else None
 
 
 def _print_validation(bar: Any, epoch: str, values: dict[str, float]) -> None:

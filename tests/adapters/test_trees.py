@@ -145,3 +145,20 @@ def test_flatten_reads_frozen_dictionaries_too():
     expected = {("block", "query", "lora_a"): 2.0, ("block", "query", "magnitude"): 1.0}
     assert flatten(tree) == expected
     assert flatten(freeze(tree)) == expected
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Pair(tuple):
+    """A node whose keys, a number and a string, look the same."""
+
+    def tree_flatten_with_keys(self):
+        return tuple(zip(map(jax.tree_util.DictKey, (0, "0")), self, strict=True)), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(children)
+
+
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(dora.errors.AdapterError, match=r"two leaves layer\.0: rename one"):
+        flatten({"layer": Pair((1, 2))})

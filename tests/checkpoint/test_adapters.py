@@ -251,3 +251,24 @@ def test_a_folder_is_replaced_only_on_request(folder, tmp_path):
     with pytest.raises(CheckpointError, match="holds other files"):
         save(tmp_path / "mine", model, config, overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_names_with_slashes_and_tildes_come_back(tmp_path):
+    """A slash joins the names of a path in the manifest; here it is part of them."""
+
+    class Named(nnx.Module):
+        def __init__(self):
+            ones = nnx.initializers.ones
+            a, b, c = (nnx.Linear(4, 4, kernel_init=ones, rngs=nnx.Rngs(0)) for _ in range(3))
+            self.d = nnx.Dict({"x/y": a, "x": nnx.Dict({"y": b, "y~1/": c})})
+
+    config = dora.DoRAConfig(rank=2, target_modules=["x/y", "y~1/"])
+    model = dora.apply_dora(Named(), config, rngs=nnx.Rngs(1))
+    model.d["x/y"].magnitude[...] = np.arange(4, dtype=np.float32)
+    save(tmp_path / "a", model, config)
+    loaded = load(tmp_path / "a", Named())
+    assert_same(on_host(dora.get_adapters(loaded)), on_host(dora.get_adapters(model)))
+    state = {"a/b": np.ones(2), "a": {"b": np.zeros(3), "~1": np.ones(1)}}
+    with dora.Checkpoints(tmp_path / "run", config) as checkpoints:
+        checkpoints.save(1, model, state)
+        assert_same(checkpoints.restore(model, state).state, state)

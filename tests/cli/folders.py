@@ -42,7 +42,8 @@ def trained(config, make=chain):
     set_nnx_values(model, nnx.Param, nnx_values(base, nnx.Param))
     records = {}
     for path, layer in dora.model.model_layers(model).items():
-        kernel, (inputs,) = np.asarray(layer.module.kernel[...]), layer.axes.inputs
+        kernel = np.asarray(getattr(layer.module, layer.layout.kernel)[...])
+        (inputs,) = layer.axes.inputs
         norm, row = np.linalg.norm(kernel, axis=inputs), kernel.take(0, axis=inputs)
         records[path] = FrozenBase(jnp.asarray(norm), jnp.asarray(row))
     own, values = dora.get_adapters(model), {}

@@ -179,3 +179,23 @@ def test_a_converted_adapter_loads_into_a_model_without_a_warning(tmp_path, done
     done(*args, "--base", tmp_path / "base")
     loaded = load(tmp_path / "orbax", base)
     assert loaded.layer_1.lora_a.shape == (40, 3)
+
+
+class Table(nnx.Module):
+    def __init__(self, rngs):
+        self.wte = nnx.Embed(6, 6, rngs=rngs)
+
+
+def test_a_square_table_is_told_from_a_dense_layer_by_its_name(tmp_path, done):
+    config = dora.DoRAConfig(rank=2, target_modules=["wte"])
+    model = trained(config, Table)
+    save(tmp_path / "a", model, config)
+    (tmp_path / "base").mkdir()
+    table = np.asarray(model.wte.embedding[...])
+    save_file({"wte.weight": table}, tmp_path / "base" / "model.safetensors")
+    base = ("--base", tmp_path / "base")
+    done("convert", tmp_path / "a", tmp_path / "p", "--names", "identity", *base)
+    tensors = load_file(tmp_path / "p" / "adapter_model.safetensors")
+    np.testing.assert_array_equal(
+        tensors["base_model.model.wte.lora_embedding_A"], np.asarray(model.wte.lora_a[...]).T
+    )

@@ -185,3 +185,19 @@ def test_a_base_without_a_head_lacks_the_prefix_of_its_names(tmp_path, done):
     save_file(bare, tmp_path / "base" / "model.safetensors")
     report = done("merge", tmp_path / "base", PEFT_FOLDER / "bert", tmp_path / "merged", "--json")
     assert report["merged"] and not any(name.startswith("bert.") for name in report["merged"])
+
+
+def test_a_layer_that_is_not_transposed_is_merged_beside_transposed_ones(
+    llama_adapter, tmp_path, done
+):
+    """`fan_in_fan_out` is one field for all layers; their shapes tell which are transposed."""
+    file, merged = llama_adapter / "adapter_config.json", []
+    config = json.loads(file.read_text())
+    for name, transposed in (("one", False), ("other", True)):
+        file.write_text(json.dumps({**config, "fan_in_fan_out": transposed}))
+        done("merge", LLAMA_BASE, llama_adapter, tmp_path / name)
+        merged.append(load_file(tmp_path / name / "model.safetensors"))
+    key = "model.layers.0.mlp.up_proj.weight"
+    one, other = (x[key] for x in merged)
+    assert one.shape[0] != one.shape[1] and (one != llama_base()[key]).any()
+    np.testing.assert_array_equal(one, other)

@@ -1,21 +1,16 @@
 """Checkpoints and data that several tests of the experiments use."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
-from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
-from tokenizers.implementations import BertWordPieceTokenizer
 
 from experiments.models.smollm import smollm2_folder
 from experiments.tasks.download import DownloadError, minilm_folder, sarcasm_file
-from experiments.tasks.sarcasm import load_sarcasm
-
-TINY_BERT = Path(__file__).parents[1] / "fixtures" / "bert" / "bert_tiny"
+from tests.support.tiny_bert import write_tiny_bert
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,16 +30,7 @@ def sarcasm() -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(sarcasm, tmp_path_factory) -> Path:
     """A random BERT of one layer, with a tokenizer for its 100 tokens."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    config = json.loads((TINY_BERT / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    tensors = load_file(TINY_BERT / "model.safetensors")
-    kept = {name: x for name, x in tensors.items() if ".layer.1." not in name}
-    save_file(kept, folder / "model.safetensors")
-    tokenizer = BertWordPieceTokenizer()
-    texts = load_sarcasm(sarcasm).train.texts
-    tokenizer.train_from_iterator(texts, vocab_size=100, limit_alphabet=40, show_progress=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    folder = write_tiny_bert(tmp_path_factory.mktemp("checkpoint"))
     assert Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() <= 100
     return folder
 

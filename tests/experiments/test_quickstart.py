@@ -16,6 +16,7 @@ import dora_jax as dora
 from experiments import quickstart
 from experiments.models.huggingface import load_bert
 from experiments.tasks.metrics import read_metrics
+from tests.experiments.tiny_task import tiny_task
 
 
 def _adapter(folder: Path) -> dict[str, np.ndarray]:
@@ -71,6 +72,8 @@ def test_it_adapts_an_encoder_and_leaves_what_it_says(tiny_checkpoint, tmp_path,
         epochs=1,
         max_length=16,
     )
+    folder.mkdir()  # an earlier attempt was interrupted before its first checkpoint
+    (folder / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 0.5}\n')
     summary = quickstart.run(config)
     check_run(folder, summary, capsys.readouterr().out)
     check_trainable(summary, **trainable(layers=1, hidden=32, intermediate=64, rank=8))
@@ -132,6 +135,55 @@ def test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tiny_che
 def _steps_written(folder: Path) -> int:
     file = folder / "metrics.jsonl"
     return file.read_text().count('"train"') if file.exists() else 0
+
+
+@pytest.mark.full
+def test_a_run_stopped_before_its_first_checkpoint_or_at_its_end_goes_on(tmp_path, monkeypatch):
+    """Steps that are taken again have the same metrics, and the test line is written once."""
+    config, task = quickstart.Config(epochs=1, batch_size=4), tiny_task()
+    adapter = dora.DoRAConfig(rank=2, modules_to_save=["classifier"])
+
+    def train(folder):
+        model = dora.apply_dora(task.model(0), adapter, rngs=nnx.Rngs(2))
+        return quickstart._train(config, adapter, model, task, folder)
+
+    def stop(*_):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.trainer.training.evaluate", stop)
+        with pytest.raises(InterruptedError):
+            train(tmp_path)
+    first = read_metrics(tmp_path)
+    assert [line["split"] for line in first] == 5 * ["train"]
+    one = train(tmp_path)
+    lines = read_metrics(tmp_path)
+    assert lines[:5] == first and [line["split"] for line in lines[5:]] == ["validation", "test"]
+    other = train(tmp_path)  # all was done but what follows the training
+    assert read_metrics(tmp_path) == lines
+    assert (one["resumed_from_step"], other["resumed_from_step"]) == (0, 5)
+    assert other["seconds_per_step"] is None and other["test_loss"] == one["test_loss"]
+
+
+def test_a_second_run_in_the_folder_is_refused_and_a_killed_one_leaves_it_free(tmp_path):
+    code = """if True:
+        import sys, time
+        from pathlib import Path
+        from experiments.trainer.run_folder import alone_in
+        with alone_in(Path(sys.argv[1])):
+            print("in", flush=True)
+            time.sleep(100)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"in\n"
+        with pytest.raises(SystemExit, match="another process is running in"):
+            quickstart.run(quickstart.Config(run_folder=tmp_path))
+        process.kill()
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(SystemExit, match="finished run"):
+        quickstart.run(quickstart.Config(run_folder=tmp_path))
 
 
 def test_a_run_of_other_settings_is_not_overwritten(tmp_path):

@@ -85,7 +85,7 @@ def test_weights_are_replaced_only_when_asked_and_then_wholly(tmp_path):
         save_checkpoint(out, model, NAMES)
     save_checkpoint(out, model, NAMES, options=SaveOptions(overwrite=True))
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "notes.txt"}
-    with pytest.raises(CheckpointError, match="is the source"):
+    with pytest.raises(CheckpointError, match="is read from"):
         save_checkpoint(out, model, NAMES, source=out, options=SaveOptions(overwrite=True))
 
 

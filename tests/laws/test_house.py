@@ -14,8 +14,9 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dora_jax"
 # Each may import those of the lines before its own, and itself.
 ROOMS = """
+    interrupts
     errors
-    patterns json_file
+    patterns json_file disk
     validation
     config
     selection

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,8 +11,17 @@ from flax import nnx
 
 import dora_jax as dora
 from experiments.tasks.metrics import MetricsWriter, read_metrics
-from experiments.trainer.training import Schedule, evaluate, fit, logits_of
-from tests.experiments.tiny_task import tiny_task
+from experiments.tasks.task import Examples
+from experiments.tasks.text import train_batches
+from experiments.trainer.training import (
+    DivergedError,
+    Schedule,
+    check_finite,
+    evaluate,
+    fit,
+    logits_of,
+)
+from tests.experiments.tiny_task import WORDS, tiny_task
 
 SCHEDULE = Schedule(1e-2, epochs=2, batch_size=4, checkpoint_every=3)
 CONFIG = dora.DoRAConfig(rank=2, modules_to_save=["classifier"])
@@ -61,6 +72,48 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_unbroken_one(whole, tmp_path):
         np.testing.assert_array_equal, dora.get_adapters(model), dora.get_adapters(expected)
     )
     assert read_metrics(tmp_path) == read_metrics(folder)
+
+
+def diverging_task():
+    """A task whose last batch alone has a word whose embedding is not finite."""
+    words, tokens = TASK.train.tokens.input_ids.copy(), TASK.train.tokens
+    numbered = dataclasses.replace(tokens, input_ids=words * 0 + np.arange(len(words))[:, None])
+    batches = train_batches(numbered, TASK.train.labels, SCHEDULE.batch_size, seed=0)
+    words[words == WORDS - 1] = 0
+    words[[next(batches) for _ in range(5)][-1]["input_ids"][0, 0], 0] = WORDS - 1
+    train = Examples(dataclasses.replace(tokens, input_ids=words), TASK.train.labels)
+    return dataclasses.replace(TASK, train=train)
+
+
+def test_the_first_loss_that_is_not_finite_stops_the_run_and_its_checkpoints_stay(tmp_path):
+    model, optimizer = adapted()
+    model.embed.embedding[...] = model.embed.embedding[...].at[WORDS - 1].set(np.nan)
+    with (
+        dora.Checkpoints(tmp_path / "checkpoints", CONFIG) as checkpoints,
+        MetricsWriter(tmp_path) as metrics,
+        pytest.raises(DivergedError) as raised,
+    ):
+        fit(model, optimizer, diverging_task(), SCHEDULE, metrics, checkpoints=checkpoints)
+    message = str(raised.value)
+    assert "\n" not in message and "at step 5: the loss is nan" in message
+    assert "the gradients of classifier, hidden" in message
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    fresh, optimizer = adapted()
+    with dora.Checkpoints(tmp_path / "checkpoints", CONFIG) as checkpoints:
+        assert checkpoints.steps() == [3]
+        checkpoints.restore(fresh, optimizer)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(dora.get_adapters(fresh)))
+
+
+def test_a_gradient_that_is_not_finite_is_named_by_its_layer(whole):
+    _, model = whole
+    paths = [path for path, _ in jax.tree.leaves_with_path(nnx.state(model, dora.DoRAParam))]
+    squares = np.ones(len(paths), np.float32)
+    check_finite(3, 1.0, squares, model, dora.DoRAParam)
+    squares[["hidden" in jax.tree_util.keystr(path) for path in paths].index(True)] = np.inf
+    message = "at step 3: the loss is 1; not finite are the gradients of hidden. Nothing"
+    with pytest.raises(DivergedError, match=message):
+        check_finite(3, 1.0, squares, model, dora.DoRAParam)
 
 
 def test_every_step_and_every_epoch_has_its_metrics(whole):

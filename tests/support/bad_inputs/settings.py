@@ -183,6 +183,12 @@ SELECTION = [
         "^rank_pattern key 'head' matches no adapted layer. .*: layers.0.up",
     ),
     BadInput(
+        "a rank after a pattern that matches all its layers",
+        lambda: adapt(target_modules=["up"], rank_pattern={"up": 1, "layers.*": 2}),
+        ConfigError,
+        r"^rank_pattern key 'layers\.\*' has no effect: 'up' comes before it",
+    ),
+    BadInput(
         "a rank above the kernel's",
         lambda: adapt_linen(rank=4),
         ConfigError,

@@ -1,0 +1,94 @@
+"""The error of a full disk, whichever library reports it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import pathlib
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from dora_jax.errors import CheckpointError, DoRAError
+
+# By the number of Python's errors, and as TensorStore and safetensors write it.
+_FULL = {
+    errno.ENOSPC: r"No space left on device|os error 28\b",
+    errno.EDQUOT: r"Disk quota exceeded|os error 122\b",
+    errno.EFBIG: r"File too large|os error 27\b",
+}
+
+
+def full_disk(target: pathlib.Path, error: BaseException) -> CheckpointError | None:
+    """Returns the error to raise, in one line, if another one comes from a full disk; else None.
+
+    Args:
+      target: what was to be written.
+      error: of any library.
+
+    Example:
+      >>> print(full_disk(pathlib.Path("/a"), OSError(errno.ENOSPC, "No space left on device")))
+      /a cannot be written: No space left on device. Make room, or choose another disk
+    """
+    if isinstance(error, DoRAError):
+        return None
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    for one in chain:
+        for number, says in _FULL.items():
+            given = getattr(one, "errno", None)
+            if given == number or (given is None and re.search(says, str(one), re.IGNORECASE)):
+                return CheckpointError(
+                    f"{target} cannot be written: {os.strerror(number)}. Make room, or choose "
+                    "another disk"
+                )
+    return None
+
+
+class _Repeats(logging.Filter):
+    """Drops what Orbax logs, with tracebacks of its threads, of errors that it raises as well."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        text = Exception(record.getMessage())
+        return not any(e and full_disk(pathlib.Path(), e) for e in (error, text))
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Keeps Orbax, its threads and asyncio from repeating the error of a full disk."""
+    loggers, repeats = [logging.getLogger(name) for name in ("absl", "asyncio")], _Repeats()
+    raised, ignored = sys.excepthook, sys.unraisablehook
+
+    def on_raised(kind: Any, error: BaseException, traceback: Any) -> None:
+        if not _of_ended_loop(error):
+            raised(kind, error, traceback)
+
+    def on_ignored(what: Any) -> None:
+        if not _of_ended_loop(what.exc_value):
+            ignored(what)
+
+    sys.excepthook, sys.unraisablehook = on_raised, on_ignored
+    for logger in loggers:
+        logger.addFilter(repeats)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(repeats)
+        if sys.excepthook is on_raised:
+            sys.excepthook = raised
+        if sys.unraisablehook is on_ignored:
+            sys.unraisablehook = ignored
+
+
+def _of_ended_loop(error: BaseException | None) -> bool:
+    """Whether a thread of TensorStore reports to an event loop that ended with the first error."""
+    main = threading.current_thread() is threading.main_thread()
+    return not main and str(error) == "Event loop is closed"
