@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from dora_jax.config import DoRAConfig, LayerSettings, pattern_matches
@@ -94,6 +95,63 @@ def check_indices(config: DoRAConfig, adapted: Mapping[Path, LayerSettings]) -> 
             f"selects has such a number in its path (layers_pattern={config.layers_pattern!r}), "
             "nor is one a stack"
         )
+
+
+def check_reached(
+    config: DoRAConfig, reached: Iterable[Path], unreached: Mapping[Path, bool]
+) -> None:
+    """Checks that the traced call of a model reaches the modules that a configuration names.
+
+    Args:
+      config: the configuration.
+      reached: every module that the call runs.
+      unreached: other modules that hold parameters; True if `"all-linear"` would cover them.
+
+    Raises:
+      ConfigError: an entry of `target_modules` or `modules_to_save` names such a module alone.
+
+    Warns:
+      UserWarning: the targets cover such modules too, which get no adapter; names them.
+    """
+    known = [".".join(path) for path in reached]
+    missed = {".".join(path): is_dense for path, is_dense in unreached.items()}
+    advice = "inputs=ExampleCall(...) of a call that does, or leave it out"
+    for field in ("target_modules", "modules_to_save"):
+        patterns = getattr(config, field)
+        for pattern in () if isinstance(patterns, str) else patterns:
+            found = [name for name in missed if _ends_in(name, pattern)]
+            if found and not any(_ends_in(name, pattern) for name in known):
+                raise ConfigError(
+                    f"{field} entry {pattern!r} names {', '.join(found)}, which the traced call "
+                    f"does not reach: give {advice}"
+                )
+    names = sorted(name for name, dense in missed.items() if _targets(config, name, dense))
+    if names:
+        warnings.warn(
+            f"the traced call does not reach {', '.join(names)}, so that what it computes there "
+            f"gets no adapter: give {advice}",
+            stacklevel=6,
+        )
+
+
+def _targets(config: DoRAConfig, name: str, is_dense: bool) -> bool:
+    """Returns whether a configuration selects a module by its name, as far as that tells."""
+    targets, excluded = config.target_modules, config.exclude_modules
+    others = (
+        config.modules_to_save
+        if isinstance(excluded, str)
+        else (*config.modules_to_save, *excluded)
+    )
+    ancestors = [name[: m.start()] for m in re.finditer(r"\.", name)] + [name]
+    if any(_ends_in(ancestor, other) for ancestor in ancestors for other in others):
+        return False
+    if isinstance(excluded, str) and any(re.fullmatch(excluded, a) for a in ancestors):
+        return False
+    if targets == ALL_LINEAR:
+        return is_dense
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(_ends_in(name, target) for target in targets)
 
 
 def match_modules(patterns: Sequence[str], modules: Iterable[str], field: str) -> set[str]:

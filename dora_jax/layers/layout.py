@@ -30,6 +30,12 @@ TIED = (
     "merging would change what the model computes: leave it out of target_modules"
 )
 
+# Why a layer cannot be adapted whose kernel is used outside of it.
+READ = (
+    "the model computes with its kernel outside of the layer too, which would not see the adapter, "
+    "and merging would change what the model computes: exclude_modules"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerCall:
@@ -122,6 +128,11 @@ class Layout:
         By default the stack axes come first, then those of the inputs, then the out axes.
         """
         return (*axes.stack, ..., *axes.outputs)
+
+    @property
+    def read_elsewhere(self) -> str:
+        """Why a layer cannot be adapted whose kernel the model uses outside of it, with the fix."""
+        return TIED if self.attend else READ
 
     @property
     def methods(self) -> tuple[str, ...]:
