@@ -90,7 +90,8 @@ class DoRAConfig:
       layers_pattern: the name that the number follows (`"layers"`), if it is not the first.
       init: how the low-rank factors start. With `lora_b` at zero, `lora_a` is drawn as
         "kaiming_uniform", `U(-1/sqrt(in), 1/sqrt(in))`, "gaussian", `N(0, 1/rank^2)` (both as in
-        PEFT), or "orthogonal" (orthonormal columns). "pissa" (arXiv 2404.02948) starts from the
+        PEFT), or "orthogonal" (orthonormal columns; rows where the rank is above the kernel's in
+        side). "pissa" (arXiv 2404.02948) starts from the
         largest singular vectors of the kernel, "olora" (arXiv 2406.01775) from its QR
         decomposition. There only the change of the product counts, so that the kernel stays the
         pretrained one, and the start is an identity to rounding.
@@ -262,6 +263,18 @@ class DoRAConfig:
                 if self.layers_pattern in (None, name):
                     numbers.append(int(match[2]))
         return numbers[0] if numbers else None
+
+
+class TrainedConfig(DoRAConfig):
+    """The configuration that a trained adapter has: nobody chose it now, so nothing warns of it.
+
+    It equals the `DoRAConfig` of the same fields.
+    """
+
+    @classmethod
+    def of(cls, config: DoRAConfig) -> TrainedConfig:
+        """Returns a configuration as that of a trained adapter."""
+        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

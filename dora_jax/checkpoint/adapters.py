@@ -15,7 +15,7 @@ from dora_jax.checkpoint.checks import check_settings
 from dora_jax.checkpoint.contents import contents, trained
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
 from dora_jax.checkpoint.storage import absolute, read, read_metadata, write
-from dora_jax.config import DoRAConfig
+from dora_jax.config import DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import CheckpointError, Path
@@ -206,7 +206,7 @@ def read_adapters(path: Folder) -> SavedAdapters:
     _, metadata = read_metadata(folder)
     if not isinstance(metadata, dict) or "config" not in metadata:
         raise CheckpointError(f"{folder} holds no configuration of adapters")
-    config = DoRAConfig.from_json(json.dumps(metadata["config"]))
+    config = TrainedConfig.of(DoRAConfig.from_json(json.dumps(metadata["config"])))
     arrays = read(folder, lambda path: path[0] in ("adapters", "base"))
     base = group_records({p[1:]: x for p, x in arrays.items() if p[0] == "base"})
     adapters = nest({p[1:]: x for p, x in arrays.items() if p[0] == "adapters"})

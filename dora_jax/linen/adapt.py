@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, tree_shapes
-from dora_jax.config import DoRAConfig, LayerSettings
+from dora_jax.config import DoRAConfig, LayerSettings, TrainedConfig
 from dora_jax.errors import AdapterError, ConfigError, Path
 from dora_jax.layers.adapted import AdaptedLayer
 from dora_jax.layers.plan import (
@@ -75,7 +75,8 @@ def apply_dora(
       >>> jax.tree.map(jnp.shape, adapters)
       {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}
     """
-    return adapt_model(module, config, params=params, rng=rng, inputs=inputs, chosen=True)
+    chosen = not isinstance(config, TrainedConfig)
+    return adapt_model(module, config, params=params, rng=rng, inputs=inputs, chosen=chosen)
 
 
 def adapt_model(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dora_jax.config import DoRAConfig
+from dora_jax.config import DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.adapted import AdaptedLayer
@@ -64,7 +64,8 @@ def apply_dora(
       >>> bool((adapted(x) == model(x)).all()), adapted.magnitude.shape
       (True, (3,))
     """
-    return adapt_model(model, config, rngs=rngs, inputs=inputs, chosen=True)
+    chosen = not isinstance(config, TrainedConfig)
+    return adapt_model(model, config, rngs=rngs, inputs=inputs, chosen=chosen)
 
 
 def adapt_model(

@@ -183,12 +183,6 @@ SELECTION = [
         "^rank_pattern key 'head' matches no adapted layer. .*: layers.0.up",
     ),
     BadInput(
-        "a rank above the kernel's",
-        lambda: adapt_linen(rank=4),
-        ConfigError,
-        r"^head: rank 4 is above the smaller side of its kernel \(6 in, 3 out\); .*rank_pattern",
-    ),
-    BadInput(
         "the number of no layer",
         lambda: adapt(layers_to_transform=[0, 2]),
         ConfigError,
