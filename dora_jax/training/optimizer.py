@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+from flax import nnx
 
 from dora_jax.adapters.groups import label_adapters
-from dora_jax.errors import ConfigError
+from dora_jax.errors import AdapterError, ConfigError
+from dora_jax.nnx.variables import DoRAParam
 
 
 def dora_optimizer(
@@ -22,7 +25,7 @@ def dora_optimizer(
     weight_decay: float = 0.0,
     magnitude_weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
-    optimizer: Callable[..., optax.GradientTransformation] = optax.adamw,
+    optimizer: Callable[..., optax.GradientTransformation] | None = None,
 ) -> optax.GradientTransformation:
     """An `optax.multi_transform` that gives each kind of adapter array its own learning rate.
 
@@ -39,11 +42,17 @@ def dora_optimizer(
       weight_decay: decoupled decay of all arrays except magnitudes.
       magnitude_weight_decay: decoupled decay of magnitudes.
       max_grad_norm: clips the norm of all gradients together; None does not clip.
-      optimizer: called as `optimizer(learning_rate=..., weight_decay=...)` for each group.
+      optimizer: called as `optimizer(learning_rate=..., weight_decay=...)` for each group; None is
+        `optax.adamw`. Name it in `static_args` of `optax.inject_hyperparams`, which takes functions
+        for schedules.
 
     Raises:
       ConfigError: a learning rate, ratio, decay or norm is negative or no finite number.
-      AdapterError: from `init`, if the tree holds frozen kernels, or no adapter.
+      AdapterError: from `init`, if the tree holds frozen kernels.
+
+    Warns:
+      UserWarning: from `init`, if a tree of Linen's holds no adapter: it is that of a configuration
+        with `modules_to_save` alone, or the base's parameters by mistake.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,13 +74,42 @@ def dora_optimizer(
         "saved": learning_rate,
     }
     decays = dict.fromkeys(rates, weight_decay) | {"magnitude": magnitude_weight_decay}
-    groups = optax.multi_transform(
-        {k: optimizer(learning_rate=rates[k], weight_decay=decays[k]) for k in rates},
+    make = optax.adamw if optimizer is None else optimizer
+    if not callable(make):
+        raise ConfigError(
+            f"optimizer must be a function such as optax.adamw, got {type(make).__name__}. Under "
+            "optax.inject_hyperparams pass static_args=('optimizer',)"
+        )
+    groups: optax.GradientTransformation = optax.multi_transform(
+        {k: make(learning_rate=rates[k], weight_decay=decays[k]) for k in rates},
         label_adapters,
     )
-    if max_grad_norm is None:
-        return groups
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), groups)
+    if max_grad_norm is not None:
+        groups = optax.chain(optax.clip_by_global_norm(max_grad_norm), groups)
+
+    def init(params: optax.Params) -> optax.OptState:
+        _check_trained(params)
+        return groups.init(params)
+
+    return groups._replace(init=init)
+
+
+def _check_trained(params: Any) -> None:
+    """Checks that a tree without an adapter is of modules trained in full, as far as it shows."""
+    if set(jax.tree.leaves(label_adapters(params))) != {"saved"}:
+        return
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    if any(isinstance(leaf, nnx.Variable) and not isinstance(leaf, DoRAParam) for leaf in leaves):
+        raise AdapterError(
+            "no adapter among the parameters to optimise: give wrt=DoRAParam, not the base's "
+            "parameters"
+        )
+    if not any(isinstance(leaf, nnx.Variable) for leaf in leaves):
+        warnings.warn(
+            "no adapter among the parameters to optimise: all of them are trained in full. That is "
+            "right if modules_to_save alone names modules; else give the adapter tree, not params",
+            stacklevel=3,
+        )
 
 
 def _check_rates(learning_rate: Any, magnitude_lr_ratio: Any, lora_b_lr_ratio: Any) -> None:
