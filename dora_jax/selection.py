@@ -136,22 +136,23 @@ def check_reached(
 
 def _targets(config: DoRAConfig, name: str, is_dense: bool) -> bool:
     """Returns whether a configuration selects a module by its name, as far as that tells."""
-    targets, excluded = config.target_modules, config.exclude_modules
-    others = (
-        config.modules_to_save
-        if isinstance(excluded, str)
-        else (*config.modules_to_save, *excluded)
-    )
-    ancestors = [name[: m.start()] for m in re.finditer(r"\.", name)] + [name]
-    if any(_ends_in(ancestor, other) for ancestor in ancestors for other in others):
+    parts = name.split(".")
+    inside = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    if _names_any(config.exclude_modules, inside) or _names_any(config.modules_to_save, inside):
         return False
-    if isinstance(excluded, str) and any(re.fullmatch(excluded, a) for a in ancestors):
-        return False
-    if targets == ALL_LINEAR:
+    if config.target_modules == ALL_LINEAR:
         return is_dense
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(_ends_in(name, target) for target in targets)
+    return _names_any(config.target_modules, [name])
+
+
+def _names_any(patterns: str | Sequence[str], names: Sequence[str]) -> bool:
+    """Returns whether a regular expression, or one of several suffixes, matches a name."""
+    for pattern in [patterns] if isinstance(patterns, str) else [(p,) for p in patterns]:
+        try:
+            return bool(_match(pattern, names, "", names))
+        except ConfigError:
+            continue
+    return False
 
 
 def match_modules(patterns: Sequence[str], modules: Iterable[str], field: str) -> set[str]:

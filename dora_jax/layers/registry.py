@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copyreg
 import inspect
+from typing import Any
 
 from flax import linen, nnx
 
@@ -50,6 +52,23 @@ def register_layout(layer_class: type, layout: Layout) -> None:
             "argument that the kernel is multiplied with"
         )
     LAYOUTS[layer_class] = layout
+    copyreg.pickle(type(layout), _reduce_layout)
+
+
+def _reduce_layout(layout: Layout) -> Any:
+    """Tells pickle to find a layout by its class: it may hold functions without names."""
+    for layer_class, known in LAYOUTS.items():
+        if known == layout:
+            return _registered, (layer_class,)
+    return object.__reduce_ex__(layout, 2)
+
+
+def _registered(layer_class: type) -> Layout:
+    """Returns the layout that a class was registered with."""
+    if layer_class not in LAYOUTS:
+        name = layer_class.__name__
+        raise LayoutError(f"{name} is not registered here: register_layout({name}, ...) first")
+    return LAYOUTS[layer_class]
 
 
 def find_layout(layer_class: type) -> Layout | None:

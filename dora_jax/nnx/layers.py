@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
-from typing import Any
+import types
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,20 @@ from dora_jax.layers.layout import Arguments, LayerCall, bind_call
 from dora_jax.layers.registry import find_layout
 from dora_jax.nnx.variables import BaseParam, DoRAParam
 
+if TYPE_CHECKING:
+    from flax.nnx.module import ModuleMeta
+else:
+    ModuleMeta = type(nnx.Module)
+
 # The attributes of a layer that hold the arrays of its `FrozenBase`: `base_norm` and so on.
 BASE_PREFIX = "base_"
 
 
-class DoRALayer(nnx.Module):
+class AdaptedClass(ModuleMeta):
+    """The type of adapted classes, so that pickle makes one anew from the plain class."""
+
+
+class DoRALayer(nnx.Module, metaclass=AdaptedClass):
     """Mixed into a layer's class by `apply_dora`.
 
     Attributes:
@@ -70,7 +81,34 @@ def dora_class(layer_class: type[nnx.Module]) -> type[nnx.Module]:
         return DoRAEmbed
     layout = find_layout(layer_class)
     methods = {"attend": _attend} if layout is not None and layout.attend else {}
-    return type(f"DoRA{layer_class.__name__}", (DoRALayer, layer_class), methods)
+    metaclass: Any = type(layer_class)
+    made = types.new_class(
+        f"DoRA{layer_class.__name__}",
+        (DoRALayer, layer_class),
+        {"metaclass": _metaclass(metaclass)},
+        lambda namespace: namespace.update(methods),
+    )
+    return cast("type[nnx.Module]", made)
+
+
+@functools.cache
+def _metaclass(of_layer: type) -> type:
+    """Returns the type of the adapted classes of layer classes that have a metaclass."""
+    if issubclass(AdaptedClass, of_layer):
+        return AdaptedClass
+    both = type("AdaptedClass", (AdaptedClass, of_layer), {})
+    copyreg.pickle(both, _reduce_class)
+    return both
+
+
+def _reduce_class(adapted_class: Any) -> str | tuple[Any, ...]:
+    """Tells pickle how an adapted class is found: by its name, or by the class that was adapted."""
+    if adapted_class.__module__ == __name__ and adapted_class.__name__ in globals():
+        return str(adapted_class.__name__)
+    return dora_class, (plain_class(adapted_class),)
+
+
+copyreg.pickle(AdaptedClass, _reduce_class)
 
 
 def plain_class(adapted_class: type[nnx.Module]) -> type[nnx.Module]:

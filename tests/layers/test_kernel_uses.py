@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -292,6 +293,41 @@ def test_layers_that_the_traced_call_does_not_reach_are_named():
     with warnings.catch_warnings(action="error"):
         assert list(adapt((X,))) == ["one", "other"]
         assert list(adapt((X, "one"), exclude_modules=["other"])) == ["one"]
+
+
+class Optional(nn.Module):
+    """A call with arguments that are no arrays."""
+
+    @nn.compact
+    def __call__(self, x, mask=None, train=False, act="relu", *, steps=1):
+        for _ in range(steps):
+            x = nn.Dense(4)(x if mask is None else x * mask)
+        return {"relu": nn.relu, "tanh": nn.tanh}[act](x) if train else x
+
+
+class NNXOptional(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x, mask=None, train=False, act="relu"):
+        x = self.dense(x if mask is None else x * mask)
+        return {"relu": nnx.relu, "tanh": nnx.tanh}[act](x) if train else x
+
+
+MASK = jax.ShapeDtypeStruct((3, 1), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "inputs", [(X, None, True), (X, MASK, False, "tanh"), [X, np.ones((3, 1)), True, "tanh"]]
+)
+def test_arguments_that_are_no_arrays_are_static(inputs):
+    params = jax.eval_shape(Optional().init, jax.random.key(0), X)["params"]
+    call = dora.linen.ExampleCall((X,), {"mask": MASK, "train": True, "steps": 1, "act": "relu"})
+    key, config = jax.random.key(1), dora.DoRAConfig(rank=2)
+    for example in (inputs, call):
+        dora.apply_dora(Optional(), config, params=params, rng=key, inputs=example)
+    model = nnx.eval_shape(lambda: NNXOptional(nnx.Rngs(0)))
+    dora.apply_dora(model, config, rngs=nnx.Rngs(1), inputs=inputs)
 
 
 class NNXModel(nnx.Module):
