@@ -56,6 +56,8 @@ def adapted_placeholder(
         "target_modules": [".".join(path) for path in layers],
         "exclude_modules": [],
     }
+    if not any(saved.config.layer_settings(path).indices for path in layers):  # no stack
+        config |= {"layers_to_transform": None, "layers_pattern": None}
     adapted, _ = adapt(model, DoRAConfig(**config), Plain())
     return with_base_records(adapted, saved.base) if saved.base else adapted
 

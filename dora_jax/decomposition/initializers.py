@@ -57,9 +57,8 @@ def init_layer(
       UserWarning: columns of the kernel are exactly zero; they stay zero.
     """
     name = layer_name(path)
-    if settings.indices is not None and max(settings.indices) >= (
-        length := kernel.shape[axes.stack[0]]
-    ):
+    length = kernel.shape[axes.stack[0]] if axes.stack else 0
+    if settings.indices is not None and not set(settings.indices) <= {*range(-length, length)}:
         raise ConfigError(
             f"{name}: layers_to_transform asks for {list(settings.indices)}, but the stack has "
             f"{length} layers"
@@ -107,7 +106,7 @@ def _build(
         adapter["lora_b"] = jnp.zeros(shapes["lora_b"], dtype)
     if settings.indices is not None:
         stack = tuple(kernel.shape[i] for i in axes.stack)
-        chosen = jnp.isin(jnp.arange(stack[0]), jnp.array(settings.indices))
+        chosen = jnp.array([settings.adapts(i, stack[0]) for i in range(stack[0])])
         kept["mask"] = jnp.broadcast_to(chosen.reshape((-1,) + (1,) * (len(stack) - 1)), stack)
     if settings.has_magnitude:
         adapter["magnitude"] = base.norm.astype(dtype)

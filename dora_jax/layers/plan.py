@@ -66,11 +66,12 @@ def start_layers(
     settings: Mapping[Path, LayerSettings],
     kernels: Mapping[Path, StoredKernel],
     key: jax.Array,
+    modules: Iterable[Path],
 ) -> dict[Path, LayerStart]:
     """Returns the adapter of each selected layer, and what it keeps of its kernel.
 
     A layer that `layers_to_transform` could only select as a slice of a stack is left out if it is
-    no stack.
+    no stack. `modules` are all paths of modules, as for `plan_layers`.
 
     Raises:
       ConfigError: `layers_to_transform` finds no layer; names the layer.
@@ -81,7 +82,8 @@ def start_layers(
         if is_selected(own, kernel.axes):
             adapter, base = init_layer(config, own, path, key, *kernel)
             started[path] = LayerStart(own, adapter, base)
-    check_indices(config, {path: start.settings for path, start in started.items()})
+    adapted = {path: start.settings for path, start in started.items()}
+    check_indices(config, adapted, modules)
     return started
 
 

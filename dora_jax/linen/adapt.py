@@ -109,7 +109,7 @@ def adapt_model(
     }
     if chosen:
         warn_of_high_ranks(settings, kernels)
-    started = start_layers(config, settings, kernels, rng)
+    started = start_layers(config, settings, kernels, rng, modules)
     layers = {path: stored[path] for path in started}
     base = {path: start.base for path, start in started.items()}
     adapters = _adapter_tree(started, params, saved_paths(config, trace.modules))

@@ -98,7 +98,8 @@ def adapt_model(
         warn_of_high_ranks(settings, kernels)
         if inputs is None and settings:
             warn_of_unchecked(settings, [m for path, m in modules.items() if path not in layouts])
-    for path, start in start_layers(config, settings, kernels, rngs.params()).items():
+    started = start_layers(config, settings, kernels, rngs.params(), modules)
+    for path, start in started.items():
         layer, layout = layers[path]
         place = tuple(key for key in path if not key.isdigit())
         record = AdaptedLayer(start.settings, layout, axes[path], place)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import optax
@@ -43,16 +44,12 @@ def dora_optimizer(
       magnitude_weight_decay: decoupled decay of magnitudes.
       max_grad_norm: clips the norm of all gradients together; None does not clip.
       optimizer: called as `optimizer(learning_rate=..., weight_decay=...)` for each group; None is
-        `optax.adamw`. Name it in `static_args` of `optax.inject_hyperparams`, which takes functions
-        for schedules.
+        `optax.adamw`. `optax.inject_hyperparams` needs it among its `static_args`.
 
     Raises:
       ConfigError: a learning rate, ratio, decay or norm is negative or no finite number.
-      AdapterError: from `init`, if the tree holds frozen kernels.
-
-    Warns:
-      UserWarning: from `init`, if a tree of Linen's holds no adapter: it is that of a configuration
-        with `modules_to_save` alone, or the base's parameters by mistake.
+      AdapterError: from `init`, if the tree holds frozen kernels. A Linen tree without an adapter
+        may be of `modules_to_save` alone, so that `init` warns.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,24 +71,18 @@ def dora_optimizer(
         "saved": learning_rate,
     }
     decays = dict.fromkeys(rates, weight_decay) | {"magnitude": magnitude_weight_decay}
-    make = optax.adamw if optimizer is None else optimizer
-    if not callable(make):
-        raise ConfigError(
-            f"optimizer must be a function such as optax.adamw, got {type(make).__name__}. Under "
-            "optax.inject_hyperparams pass static_args=('optimizer',)"
-        )
-    groups: optax.GradientTransformation = optax.multi_transform(
-        {k: make(learning_rate=rates[k], weight_decay=decays[k]) for k in rates},
-        label_adapters,
+    make = _checked_optimizer(optimizer)
+    groups = optax.multi_transform(
+        {k: make(learning_rate=rates[k], weight_decay=decays[k]) for k in rates}, label_adapters
     )
     if max_grad_norm is not None:
         groups = optax.chain(optax.clip_by_global_norm(max_grad_norm), groups)
+    return groups._replace(init=functools.partial(_init, groups.init))
 
-    def init(params: optax.Params) -> optax.OptState:
-        _check_trained(params)
-        return groups.init(params)
 
-    return groups._replace(init=init)
+def _init(init: Callable[[Any], Any], params: Any) -> Any:
+    _check_trained(params)
+    return init(params)
 
 
 def _check_trained(params: Any) -> None:
@@ -110,6 +101,18 @@ def _check_trained(params: Any) -> None:
             "right if modules_to_save alone names modules; else give the adapter tree, not params",
             stacklevel=3,
         )
+
+
+def _checked_optimizer(optimizer: Any) -> Callable[..., optax.GradientTransformation]:
+    """Returns the function that makes each group's optimiser."""
+    if optimizer is None:
+        return optax.adamw
+    if not callable(optimizer):
+        raise ConfigError(
+            f"optimizer must be a function such as optax.adamw, got {type(optimizer).__name__}. "
+            "Under optax.inject_hyperparams pass static_args=('optimizer',)"
+        )
+    return cast("Callable[..., optax.GradientTransformation]", optimizer)
 
 
 def _check_rates(learning_rate: Any, magnitude_lr_ratio: Any, lora_b_lr_ratio: Any) -> None:
