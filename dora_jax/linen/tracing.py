@@ -11,12 +11,19 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from dora_jax.adapters.trees import Tree, get_in, has_path, set_in
+from dora_jax.adapters.trees import Tree, flatten, get_in, has_path, set_in
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.adapted import compute_dtype
-from dora_jax.layers.layout import Layout, Unsupported, bind_call
-from dora_jax.layers.registry import find_layout, unsupported_reason
+from dora_jax.layers.layout import (
+    Layout,
+    Unsupported,
+    bind_call,
+    further_kernels,
+    is_array,
+    quantised,
+)
+from dora_jax.layers.registry import check_not_intercepted, find_layout, unsupported_reason
 from dora_jax.linen.stack_axes import PositionBox, axes_of_stack
 from dora_jax.ops.kernel_uses import kernel_uses, tag_kernel, trace_call
 
@@ -93,6 +100,7 @@ def trace_layers(
       ambiguous: paths of kernels whose shapes do not tell where lifted transforms take their stack
         axes; for these the trace finds it.
     """
+    _check_arrays(params)
     trace, checked = Trace({}, {}), set[Path]()
 
     def run(params: Tree, given: tuple[Any, ...]) -> Any:
@@ -125,6 +133,16 @@ def trace_layers(
             trace.modules[path] = Unsupported(reason, layer.layout.all_linear)
             del trace.layers[path]
     return trace
+
+
+def _check_arrays(params: Tree, path: Path = ()) -> None:
+    """Raises `LayoutError` for parameters that qwix has quantised; names the first."""
+    for name, value in params.items():
+        inner = meta.unbox(value)
+        if isinstance(inner, Mapping):
+            _check_arrays(inner, (*path, name))
+        elif type(inner).__module__.startswith("qwix."):
+            raise LayoutError(f"{layer_name(path)} cannot be adapted: {quantised(inner)}")
 
 
 def stored_kernel_axes(
@@ -166,6 +184,7 @@ def _recorder(trace: Trace, params: Tree, checked: set[Path]) -> Callable[..., A
         if inside:
             return next_call(*args, **kwargs)
         layer = context.module
+        check_not_intercepted(layer.path, type(layer))
         layout, own = find_layout(type(layer)), layer.variables.get("params", {})
         trace.modules.setdefault(layer.path, unsupported_reason(type(layer)))
         if layout is None or context.method_name not in layout.methods:
@@ -183,6 +202,12 @@ def _recorder(trace: Trace, params: Tree, checked: set[Path]) -> Callable[..., A
             return next_call(*args, **kwargs)
         box = own[layout.kernel]
         kernel = meta.unbox(box)
+        reason = further_kernels(layout, flatten(meta.unbox(own)))
+        if not is_array(kernel):
+            reason = quantised(kernel)
+        if reason:
+            trace.modules[layer.path] = Unsupported(reason, layout.all_linear)
+            return next_call(*args, **kwargs)
         tagged = tag_kernel(kernel, _label((*layer.path, layout.kernel)))
         trace.layers[layer.path] = TracedLayer(
             layout,

@@ -10,11 +10,11 @@ from flax import nnx
 
 from dora_jax.config import DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
-from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.errors import AdapterError, LayoutError, Path, layer_name
 from dora_jax.layers.adapted import AdaptedLayer
-from dora_jax.layers.layout import Layout, stored_axes
+from dora_jax.layers.layout import Layout, further_kernels, stored_axes
 from dora_jax.layers.plan import StoredKernel, plan_layers, start_layers, warn_of_high_ranks
-from dora_jax.layers.registry import find_layout
+from dora_jax.layers.registry import check_not_intercepted, find_layout
 from dora_jax.nnx.layers import attach
 from dora_jax.nnx.model import adapted_layers, copy_model, named_modules
 from dora_jax.nnx.tracing import (
@@ -25,7 +25,7 @@ from dora_jax.nnx.tracing import (
     warn_of_uncalled,
     warn_of_unchecked,
 )
-from dora_jax.nnx.variables import M, SavedParam, retype_parameters
+from dora_jax.nnx.variables import M, SavedParam, nnx_values, retype_parameters
 from dora_jax.selection import saved_paths
 
 
@@ -89,6 +89,8 @@ def adapt_model(
         )
     model = copy_model(model)
     modules: dict[Path, Any] = dict(named_modules(model))
+    for path, module in modules.items():
+        check_not_intercepted(path, type(module))
     layouts = {p: layout for p, m in modules.items() if (layout := find_layout(type(m)))}
     settings = plan_layers(config, layouts, modules, find_unsupported(modules, layouts))
     layers = {path: (modules[path], layouts[path]) for path in settings}
@@ -130,6 +132,9 @@ def _stored_kernel(path: Path, layer: Any, layout: Layout, call_axes: KernelAxes
     """Returns the kernel that a layer stores, whose stack axes stand in front."""
     kernel = getattr(layer, layout.kernel).get_value()
     axes = stored_axes(call_axes, kernel.ndim, layer_name(path))
+    own = nnx_values(layer, nnx.Param)
+    if reason := further_kernels(layout, own, kernel.ndim - call_axes.ndim):
+        raise LayoutError(f"{layer_name(path)} cannot be adapted: {reason}")
     check_stored_shape(path, layer, kernel)
     return StoredKernel(kernel, axes)
 

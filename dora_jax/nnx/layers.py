@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dora_jax.decomposition.base import FrozenBase
+from dora_jax.errors import AdapterError, layer_name
 from dora_jax.layers.adapted import AdaptedLayer, AttendCall, adapted_attend, adapted_output
-from dora_jax.layers.layout import Arguments, LayerCall, bind_call
+from dora_jax.layers.layout import Arguments, LayerCall, bind_call, is_array, quantised_since
 from dora_jax.layers.registry import find_layout
 from dora_jax.nnx.variables import BaseParam, DoRAParam
 
@@ -59,7 +60,7 @@ class DoRALinear(DoRALayer, nnx.Linear):
 def _attend(self: Any, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """Attends over the adapted table, as the layer's own `attend` over the plain one."""
     layer_class: Any = plain_class(type(self))
-    kernel = getattr(self, self.adapted.layout.kernel)[...]
+    kernel = kernel_of(self)[...]
     call = AttendCall(
         self, query, kernel, lambda query: layer_class.attend(self, query, *args, **kwargs)
     )
@@ -126,6 +127,19 @@ def adapter_of(layer: Any) -> dict[str, jax.Array]:
     return {name: getattr(layer, name)[...] for name in layer.adapted.settings.parameter_names}
 
 
+def kernel_of(layer: Any) -> nnx.Variable:
+    """Returns the variable of a layer's frozen kernel.
+
+    Raises:
+      AdapterError: it is none any more, because the model was quantised.
+    """
+    kernel = getattr(layer, layer.adapted.layout.kernel)
+    if isinstance(kernel, nnx.Variable) and is_array(kernel.get_value()):
+        return kernel
+    value = kernel.get_value() if isinstance(kernel, nnx.Variable) else kernel
+    raise AdapterError(f"{layer_name(layer.adapted.path)}: {quantised_since(value)}")
+
+
 def base_of(layer: Any) -> FrozenBase:
     """Returns what an adapted layer keeps of its frozen kernel."""
     named = ((name.removeprefix(BASE_PREFIX), name) for name in _base_attributes(layer))
@@ -171,12 +185,13 @@ def _base_attributes(layer: Any) -> list[str]:
 def _layer_call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
     """Returns the record of a call, with the plain layer's output."""
     layer_class, layout = plain_class(type(layer)), layer.adapted.layout
+    kernel = kernel_of(layer)
     bias = getattr(layer, layout.bias, None)
     return LayerCall(
         layer=layer,
         arguments=bind_call(layer_class.__call__, (layer, *args), kwargs),
         plain_output=layer_class.__call__(_with_zero_bias(layer, layout.bias), *args, **kwargs),
-        kernel=getattr(layer, layout.kernel)[...],
+        kernel=kernel[...],
         bias=None if bias is None else bias[...],
         dropout=layer.lora_dropout,
         run=functools.partial(_run, layer, layer_class),

@@ -11,7 +11,14 @@ from flax import nnx
 
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import LayoutError, Path, layer_name
-from dora_jax.layers.layout import Arguments, Layout, Unsupported, bind_call
+from dora_jax.layers.layout import (
+    Arguments,
+    Layout,
+    Unsupported,
+    bind_call,
+    is_array,
+    quantised,
+)
 from dora_jax.layers.registry import unsupported_reason
 from dora_jax.nnx.layers import set_class, view_of
 from dora_jax.nnx.model import named_modules
@@ -36,10 +43,14 @@ def find_unsupported(
                 holders.setdefault(id(value), []).append(".".join((*path, name)))
     for path, layout in layouts.items():
         layer = modules[path]
-        own = ".".join((*path, layout.kernel))
-        others = [name for name in holders[id(getattr(layer, layout.kernel))] if name != own]
+        own, kernel = ".".join((*path, layout.kernel)), getattr(layer, layout.kernel)
+        others = [name for name in holders.get(id(kernel), []) if name != own]
         reason = ""
-        if id(layer) in wrapped:
+        if not isinstance(kernel, nnx.Variable):
+            reason = quantised(kernel)
+        elif not is_array(kernel.get_value()):
+            reason = quantised(kernel.get_value())
+        elif id(layer) in wrapped:
             reason = f"{wrapped[id(layer)]} overwrites its kernel in each call: exclude_modules"
         elif others:
             reason = (
