@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -13,15 +14,20 @@ from dora_jax.errors import ConfigError, Path
 from dora_jax.patterns import compiled
 from dora_jax.validation import (
     ALL_LINEAR,
+    answer_to,
     check_positive,
     check_rank,
     check_regex,
+    ends_in,
     entries,
     float_dtype_name,
-    is_index,
+    is_integer,
     is_number,
     module_patterns,
+    name_or_names,
     pattern_dict,
+    python_value,
+    with_words_of_peft,
 )
 
 NormGradient = Literal["exact", "detached"]
@@ -47,6 +53,10 @@ class LayerSettings:
     precomputed: bool = False
     indices: tuple[int, ...] | None = None
 
+    def adapts(self, index: int, length: int) -> bool:
+        """Whether `layers_to_transform` selects a layer of a stack of some length."""
+        return self.indices is None or index in self.indices or index - length in self.indices
+
     @property
     def has_magnitude(self) -> bool:
         """Whether the layer trains a magnitude (`decompose` and `magnitude_trainable`)."""
@@ -61,9 +71,12 @@ class LayerSettings:
         return low_rank + (("magnitude",) if self.has_magnitude else ())
 
 
+@with_words_of_peft
 @dataclasses.dataclass(frozen=True, eq=False)
 class DoRAConfig:
     r"""Which layers are adapted, and how. Frozen, validated when made, round-trips through JSON.
+
+    Numbers and lists may be NumPy's; they become Python's.
 
     Attributes:
       rank: rank r of the low-rank direction; 0 trains the magnitude alone.
@@ -71,7 +84,8 @@ class DoRAConfig:
       dropout: rate applied to the input of the low-rank branch only, in [0, 1).
       target_modules: names or dotted path suffixes (`["query", "attention.value"]`), a regular
         expression that must match the whole dotted path (`r".*attention\.(query|value)"`), or
-        `"all-linear"` (every dense kernel outside `modules_to_save`; not convolutions, embeddings).
+        `"all-linear"` (every dense kernel outside `modules_to_save`; not convolutions, embeddings),
+        alone or in a list with names.
       exclude_modules: modules left alone, with all inside them, although targeted; same forms as
         `target_modules`.
       rank_pattern: rank by layer; a key matches a path as `(.*\.)?(KEY)$`, the first that does
@@ -87,11 +101,14 @@ class DoRAConfig:
         (DoRA, section 4.3; what PEFT does).
       layers_to_transform: indices of the layers adapted, out of those that `target_modules`
         selects; a layer's index is the first number in its path (`layers.3.mlp`, `block_3.mlp`),
-        or the position in the outermost stack of scanned and vmapped layers.
-      layers_pattern: the name that the number follows (`"layers"`), if it is not the first.
+        or the position in the outermost stack of scanned and vmapped layers. A negative one counts
+        from the last layer, -1.
+      layers_pattern: the name or names that the number follows (`"layers"`, `"decoder.layers"`), if
+        it is not the first number.
       init: how the low-rank factors start. With `lora_b` at zero, `lora_a` is drawn as
         "kaiming_uniform", `U(-1/sqrt(in), 1/sqrt(in))`, "gaussian", `N(0, 1/rank^2)` (both as in
-        PEFT), or "orthogonal" (orthonormal columns). "pissa" (arXiv 2404.02948) starts from the
+        PEFT), or "orthogonal" (orthonormal columns; rows where the rank is above the kernel's in
+        side). "pissa" (arXiv 2404.02948) starts from the
         largest singular vectors of the kernel, "olora" (arXiv 2406.01775) from its QR
         decomposition. There only the change of the product counts, so that the kernel stays the
         pretrained one, and the start is an identity to rounding.
@@ -121,7 +138,7 @@ class DoRAConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
     layers_to_transform: Sequence[int] | None = None
-    layers_pattern: str | None = None
+    layers_pattern: str | Sequence[str] | None = None
     use_rslora: bool = False
     magnitude_trainable: bool = True
     normalize: bool = True
@@ -132,26 +149,25 @@ class DoRAConfig:
     adapter_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for field in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, field, module_patterns(field, getattr(self, field)))
+        put = functools.partial(object.__setattr__, self)
+        for own in dataclasses.fields(self):
+            put(own.name, python_value(own.name, getattr(self, own.name)))
         if isinstance(self.modules_to_save, str):
             raise ConfigError(
                 f"modules_to_save must be a list of names: [{self.modules_to_save!r}]"
             )
-        object.__setattr__(
-            self, "modules_to_save", module_patterns("modules_to_save", self.modules_to_save)
-        )
+        for field in ("target_modules", "exclude_modules", "modules_to_save"):
+            put(field, module_patterns(field, getattr(self, field)))
         for field in ("rank_pattern", "alpha_pattern"):
-            object.__setattr__(self, field, pattern_dict(field, getattr(self, field)))
-        object.__setattr__(self, "adapter_dtype", float_dtype_name(self.adapter_dtype))
+            put(field, pattern_dict(field, getattr(self, field)))
+        put("adapter_dtype", float_dtype_name(self.adapter_dtype))
         if self.layers_to_transform is not None:
-            indices = entries("layers_to_transform", self.layers_to_transform)
-            object.__setattr__(self, "layers_to_transform", indices)
+            put("layers_to_transform", entries("layers_to_transform", self.layers_to_transform))
+        put("layers_pattern", name_or_names("layers_pattern", self.layers_pattern))
         self._validate()
         for field in ("alpha", "dropout", "eps"):
-            object.__setattr__(self, field, float(getattr(self, field)))
-        alphas = {pattern: float(alpha) for pattern, alpha in self.alpha_pattern.items()}
-        object.__setattr__(self, "alpha_pattern", alphas)
+            put(field, float(getattr(self, field)))
+        put("alpha_pattern", {key: float(alpha) for key, alpha in self.alpha_pattern.items()})
 
     def __eq__(self, other: object) -> bool:
         # Compare JSON: pattern dicts are ordered, since the first match wins.
@@ -181,16 +197,10 @@ class DoRAConfig:
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field} must be True or False, got {getattr(self, field)!r}")
         indices = self.layers_to_transform
-        if indices is not None and (not indices or not all(is_index(i) for i in indices)):
-            raise ConfigError(
-                f"layers_to_transform must hold integers of at least 0, got {list(indices)}"
-            )
+        if indices is not None and (not indices or not all(is_integer(i) for i in indices)):
+            raise ConfigError(f"layers_to_transform must hold integers, got {list(indices)}")
         if self.layers_pattern is not None and indices is None:
             raise ConfigError("layers_pattern needs layers_to_transform")
-        if not isinstance(self.layers_pattern, str | None):
-            raise ConfigError(
-                f"layers_pattern must be one name, such as 'layers', got {self.layers_pattern!r}"
-            )
         has_magnitude = self.decompose and self.magnitude_trainable
         if 0 in (self.rank, *self.rank_pattern.values()) and not has_magnitude:
             raise ConfigError(
@@ -225,7 +235,8 @@ class DoRAConfig:
             raise ConfigError(f"a DoRA configuration is a JSON object, got {type(fields).__name__}")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
-            raise ConfigError(f"unknown fields {unknown}; the known ones are {sorted(known)}")
+            answer = answer_to(unknown) or f"the known ones are {sorted(known)}"
+            raise ConfigError(f"unknown fields {unknown}; {answer}")
         return cls(**fields)
 
     def layer_settings(self, path: Path) -> LayerSettings:
@@ -245,24 +256,37 @@ class DoRAConfig:
             norm_gradient=self.norm_gradient,
             eps=self.eps,
             indices=tuple(self.layers_to_transform)
-            if self.layers_to_transform is not None and self.layer_index(path) is None
+            if self.layers_to_transform is not None and self.layer_place(path) is None
             else None,
         )
 
-    def layer_index(self, path: Path) -> int | None:
-        """Returns the number of the layer that a path is in, None if the path has none.
+    def layer_place(self, path: Path) -> tuple[Path, int] | None:
+        """Returns which numbered layers a path is in, and its number; None if it has none.
 
         Example:
-          >>> DoRAConfig().layer_index(("layers", "3", "mlp"))
-          3
+          >>> DoRAConfig().layer_place(("layers", "3", "mlp")), DoRAConfig().layer_place(("h_3",))
+          ((('layers',), 3), (('h',), 3))
         """
-        numbers = []
+        names = self.layers_pattern
+        patterns = (names,) if isinstance(names, str) else names
         for i, part in enumerate(path):
             if match := re.fullmatch(r"(?:(.*)_)?(\d{1,18})", part):
-                name = match[1] or (path[i - 1] if i else "")
-                if self.layers_pattern in (None, name):
-                    numbers.append(int(match[2]))
-        return numbers[0] if numbers else None
+                before = path[:i] + ((match[1],) if match[1] else ())
+                if patterns is None or any(ends_in(".".join(before), p) for p in patterns):
+                    return before, int(match[2])
+        return None
+
+
+class TrainedConfig(DoRAConfig):
+    """The configuration that a trained adapter has: nobody chose it now, so nothing warns of it.
+
+    It equals the `DoRAConfig` of the same fields.
+    """
+
+    @classmethod
+    def of(cls, config: DoRAConfig) -> TrainedConfig:
+        """Returns a configuration as that of a trained adapter."""
+        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
 
 
 def pattern_matches(pattern: str, name: str) -> bool:

@@ -112,12 +112,12 @@ def adapt(model: Any, config: DoRAConfig, plain: Plain) -> tuple[AdaptedModel, d
         if plain.params is not None:
             raise TypeError("an NNX model carries its arrays: leave out params")
         rngs = nnx.Rngs(0) if plain.rngs is None else plain.rngs
-        model = dora_nnx.apply_dora(model, config, rngs=rngs, inputs=plain.inputs)
+        model = dora_nnx.adapt_model(model, config, rngs=rngs, inputs=plain.inputs)
         return model, dora_nnx.get_adapters(model)
     if plain.params is None or plain.inputs is None:
         raise TypeError("a Linen module needs params and inputs too")
     rng = jax.random.key(0) if plain.rngs is None else plain.rngs
-    return dora_linen.apply_dora(model, config, params=plain.params, rng=rng, inputs=plain.inputs)
+    return dora_linen.adapt_model(model, config, params=plain.params, rng=rng, inputs=plain.inputs)
 
 
 def adapt_abstract(model: Any, config: DoRAConfig, plain: Plain) -> AdaptedModel:

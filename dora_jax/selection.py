@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from dora_jax.config import DoRAConfig, LayerSettings, pattern_matches
 from dora_jax.errors import ConfigError, LayoutError, Path
 from dora_jax.patterns import compiled
-from dora_jax.validation import ALL_LINEAR
+from dora_jax.validation import ALL_LINEAR, ends_in
 
 
 def select_layers(
@@ -39,18 +40,19 @@ def select_layers(
       >>> list(select_layers(DoRAConfig(target_modules=["up"]), layers, layers))
       [('mlp', 'up')]
     """
+    modules = list(modules)
     all_names = {".".join(path) for path in modules}
     names = {".".join(path): path for path in layers}
     reasons = {".".join(path): why for path, why in (unsupported or {}).items()}
     saved = match_modules(config.modules_to_save, all_names, "modules_to_save")
     excluded = _match(config.exclude_modules, all_names, "exclude_modules", all_names)
-    if config.target_modules == ALL_LINEAR:
-        targets = {n for n, path in names.items() if layers[path]}
-        targets |= {n for n, (_, all_linear) in reasons.items() if all_linear}
-    else:
-        targets = _match(config.target_modules, {*names, *reasons}, "target_modules", all_names)
+    chosen, all_linear = _all_linear_apart(config.target_modules)
+    targets = _match(chosen, {*names, *reasons}, "target_modules", all_names)
+    if all_linear:
+        targets |= {n for n, path in names.items() if layers[path]}
+        targets |= {n for n, (_, covered) in reasons.items() if covered}
     targets = {t for t in targets if not any(_is_inside(t, e) for e in saved | excluded)}
-    targets = _with_indices(config, targets)
+    targets = _with_indices(config, targets, modules)
     for name in sorted(targets & reasons.keys()):
         raise LayoutError(f"{name or 'the model'} cannot be adapted: {reasons[name][0]}")
     if not targets and not saved:
@@ -80,34 +82,128 @@ def _check_shadowed(field: str, patterns: Mapping[str, float], names: Iterable[s
             )
 
 
-def _with_indices(config: DoRAConfig, targets: set[str]) -> set[str]:
+def _all_linear_apart(
+    targets: str | Sequence[str],
+) -> tuple[str | tuple[str, ...], bool]:
+    """Returns the targets without "all-linear", and whether it was among them."""
+    if targets == ALL_LINEAR:
+        return (), True
+    if isinstance(targets, str):
+        return targets, False
+    return tuple(target for target in targets if target != ALL_LINEAR), ALL_LINEAR in targets
+
+
+def _with_indices(config: DoRAConfig, targets: set[str], modules: Iterable[Path]) -> set[str]:
     """Returns the targets of `layers_to_transform`; those without a number may be a stack."""
     if config.layers_to_transform is None:
         return targets
-    indices = {name: config.layer_index(tuple(name.split("."))) for name in targets}
-    missing = set(config.layers_to_transform) - set(indices.values())
-    if missing and None not in indices.values():
+    found = {".".join(p): i for p, i in _indices(config, _paths(targets), modules).items()}
+    missing = set(config.layers_to_transform).difference(*found.values())
+    if missing and targets == found.keys():
+        places = [config.layer_place(path) for path in _paths(targets)]
         raise ConfigError(
             f"layers_to_transform asks for {sorted(missing)}, but the layers selected have the "
-            f"numbers {sorted({i for i in indices.values() if i is not None})}"
+            f"numbers {sorted({place[1] for place in places if place})}"
         )
-    return {n for n, i in indices.items() if i is None or i in config.layers_to_transform}
+    return {name for name in targets if found.get(name, {None})}
 
 
-def check_indices(config: DoRAConfig, adapted: Mapping[Path, LayerSettings]) -> None:
+def _paths(names: Iterable[str]) -> list[Path]:
+    return [tuple(name.split(".")) for name in names]
+
+
+def _indices(
+    config: DoRAConfig, paths: Iterable[Path], modules: Iterable[Path]
+) -> dict[Path, set[int]]:
+    """Returns which of `layers_to_transform` each numbered layer is, counted from either end."""
+    counts: dict[Path, int] = {}
+    for place in map(config.layer_place, modules):
+        if place:
+            counts[place[0]] = max(counts.get(place[0], 0), place[1] + 1)
+    places = {path: place for path in paths if (place := config.layer_place(path))}
+    asked = set(config.layers_to_transform or ())
+    return {path: asked & {i, i - counts[before]} for path, (before, i) in places.items()}
+
+
+def check_indices(
+    config: DoRAConfig, adapted: Mapping[Path, LayerSettings], modules: Iterable[Path]
+) -> None:
     """Checks that `layers_to_transform` found every layer, now that stacks are known as such.
+
+    Args:
+      config: the configuration.
+      adapted: the settings of the adapted layers.
+      modules: every module of the model.
 
     Raises:
       ConfigError: there is no layer of some number, and no stack that it could be a place in.
     """
     if config.layers_to_transform is None or any(settings.indices for settings in adapted.values()):
         return
-    if missing := set(config.layers_to_transform) - {config.layer_index(p) for p in adapted}:
+    found = _indices(config, adapted, modules).values()
+    if missing := set(config.layers_to_transform).difference(*found):
         raise ConfigError(
             f"layers_to_transform asks for {sorted(missing)}, but no layer that target_modules "
             f"selects has such a number in its path (layers_pattern={config.layers_pattern!r}), "
             "nor is one a stack"
         )
+
+
+def check_reached(
+    config: DoRAConfig, reached: Iterable[Path], unreached: Mapping[Path, bool]
+) -> None:
+    """Checks that the traced call of a model reaches the modules that a configuration names.
+
+    Args:
+      config: the configuration.
+      reached: every module that the call runs.
+      unreached: other modules that hold parameters; True if `"all-linear"` would cover them.
+
+    Raises:
+      ConfigError: an entry of `target_modules` or `modules_to_save` names such a module alone.
+
+    Warns:
+      UserWarning: the targets cover such modules too, which get no adapter; names them.
+    """
+    known = [".".join(path) for path in reached]
+    missed = {".".join(path): is_dense for path, is_dense in unreached.items()}
+    advice = "inputs=ExampleCall(...) of a call that does, or leave it out"
+    for field in ("target_modules", "modules_to_save"):
+        patterns = getattr(config, field)
+        for pattern in () if isinstance(patterns, str) else patterns:
+            found = [name for name in missed if ends_in(name, pattern)]
+            if found and not any(ends_in(name, pattern) for name in known):
+                raise ConfigError(
+                    f"{field} entry {pattern!r} names {', '.join(found)}, which the traced call "
+                    f"does not reach: give {advice}"
+                )
+    names = sorted(name for name, dense in missed.items() if _targets(config, name, dense))
+    if names:
+        warnings.warn(
+            f"the traced call does not reach {', '.join(names)}, so that what it computes there "
+            f"gets no adapter: give {advice}",
+            stacklevel=6,
+        )
+
+
+def _targets(config: DoRAConfig, name: str, is_dense: bool) -> bool:
+    """Returns whether a configuration selects a module by its name, as far as that tells."""
+    parts = name.split(".")
+    inside = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    if _names_any(config.exclude_modules, inside) or _names_any(config.modules_to_save, inside):
+        return False
+    chosen, all_linear = _all_linear_apart(config.target_modules)
+    return (all_linear and is_dense) or _names_any(chosen, [name])
+
+
+def _names_any(patterns: str | Sequence[str], names: Sequence[str]) -> bool:
+    """Returns whether a regular expression, or one of several suffixes, matches a name."""
+    for pattern in [patterns] if isinstance(patterns, str) else [(p,) for p in patterns]:
+        try:
+            return bool(_match(pattern, names, "", names))
+        except ConfigError:
+            continue
+    return False
 
 
 def match_modules(patterns: Sequence[str], modules: Iterable[str], field: str) -> set[str]:
@@ -129,8 +225,8 @@ def _match(
         return found
     found = set()
     for pattern in patterns:
-        matched = {name for name in names if _ends_in(name, pattern)}
-        if not matched and any(_ends_in(name, pattern) for name in modules):
+        matched = {name for name in names if ends_in(name, pattern)}
+        if not matched and any(ends_in(name, pattern) for name in modules):
             raise LayoutError(
                 f"{field} names {pattern!r}, but that module is no layer whose kernel layout is "
                 f"known. Name the layers inside it, or leave it out. {_known(names)}"
@@ -140,11 +236,6 @@ def _match(
             raise ConfigError(f"{field} entry {pattern!r} matches nothing. Nearest names: {near}")
         found |= matched
     return found
-
-
-def _ends_in(name: str, suffix: str) -> bool:
-    name = name.replace("/", ".")  # as in the names of a configuration
-    return name == suffix or name.endswith("." + suffix)
 
 
 def _is_inside(name: str, module: str) -> bool:

@@ -29,7 +29,14 @@ from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.memory import keep_freed_memory
 from experiments.trainer.plots import layer_changes, plot_curves, plot_layer_changes
 from experiments.trainer.run_folder import alone_in, write_whole
-from experiments.trainer.training import Schedule, count, evaluate, fit, logits_of
+from experiments.trainer.training import (
+    Schedule,
+    count,
+    evaluate,
+    example_call,
+    fit,
+    logits_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +91,8 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     dora_config = dora.DoRAConfig(
         rank=config.rank, alpha=config.alpha, dropout=config.dropout, modules_to_save=["classifier"]
     )
-    model = dora.apply_dora(base, dora_config, rngs=nnx.Rngs(config.seed + 1))
+    rngs, call = nnx.Rngs(config.seed + 1), example_call(task.train)
+    model = dora.apply_dora(base, dora_config, rngs=rngs, inputs=call)
     step_0 = _max_difference(model, base, task.validation)
     training = _train(config, dora_config, model, task, folder)
 

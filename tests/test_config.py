@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import math
 import pickle
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -78,7 +82,9 @@ UPS = {"block_0.mlp.up", "block_1.mlp.up"}
         ({"target_modules": [""]}, r"^target_modules must hold non-empty strings, got ''"),
         ({"exclude_modules": [3]}, r"^exclude_modules must hold non-empty strings, got 3"),
         ({"modules_to_save": "head"}, r"^modules_to_save must be a list of names: \['head'\]"),
-        ({"layers_to_transform": [-1]}, r"^layers_to_transform must hold integers of at least 0"),
+        ({"layers_to_transform": [0.5]}, r"^layers_to_transform must hold integers, got \[0.5\]"),
+        ({"layers_to_transform": [0], "layers_pattern": [3]}, r"^layers_pattern must be a name"),
+        ({"layers_to_transform": [0], "layers_pattern": []}, r"^layers_pattern must be a name"),
         ({"layers_to_transform": [True]}, r"^layers_to_transform must hold integers"),
         ({"layers_pattern": "layers"}, r"^layers_pattern needs layers_to_transform"),
         ({"rank_pattern": {"query": -2}}, r"^rank_pattern\['query'\] must be an integer"),
@@ -110,7 +116,7 @@ EVERY_FIELD = DoRAConfig(
     alpha_pattern={"query": 1.0},
     modules_to_save=["head"],
     layers_to_transform=[0, 2],
-    layers_pattern="layers",
+    layers_pattern=["layers", "decoder.h"],
     use_rslora=True,
     normalize=False,
     norm_gradient="detached",
@@ -144,6 +150,71 @@ def test_every_valid_configuration_round_trips(rank, alpha, dropout, names, rslo
     assert DoRAConfig.from_json(config.to_json()) == config
     scaling = config.layer_settings(("any",)).scaling
     assert scaling == alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def as_numpy(value):
+    """Returns a field's value as it comes out of a computation."""
+    if isinstance(value, dict):
+        return {np.str_(k): as_numpy(v) for k, v in value.items()}
+    return np.asarray(value)[()]  # a scalar, or an array
+
+
+def test_fields_may_be_of_numpy_and_jax():
+    fields = EVERY_FIELD.to_dict()
+    other = {k: as_numpy(v) for k, v in fields.items()}
+    arrays = {
+        "rank": jnp.array(4),
+        "alpha": jnp.float32(3.5),
+        "layers_to_transform": jnp.array([0, 2]),
+        "use_rslora": np.array(True),
+        "target_modules": [np.str_(name) for name in fields["target_modules"]],
+    }
+    for given in (other, {**fields, **arrays}):
+        config = DoRAConfig(**given)
+        assert config == EVERY_FIELD
+        assert DoRAConfig.from_json(config.to_json()) == EVERY_FIELD
+        assert {type(v) for v in config.to_dict().values()} <= {int, float, bool, str, list, dict}
+
+
+def test_a_traced_field_is_named():
+    with pytest.raises(ConfigError, match="alpha is traced: make the configuration outside of"):
+        jax.eval_shape(lambda x: jnp.zeros(DoRAConfig(alpha=x).rank), 2.0)
+
+
+def test_words_of_peft_are_answered_with_ours():
+    def of_json(**fields):
+        return DoRAConfig.from_json(json.dumps(fields))
+
+    for make in (DoRAConfig, functools.partial(dataclasses.replace, DoRAConfig()), of_json):
+        for fields, answer in (
+            ({"r": 8}, "Write rank for r"),
+            ({"lora_alpha": 8, "lora_dropout": 0.1}, "alpha for lora_alpha; dropout for lora_drop"),
+            ({"rank": 4, "task_type": "CAUSAL_LM"}, "nothing for task_type"),
+            ({"use_dora": True}, "decompose for use_dora"),
+        ):
+            with pytest.raises(ConfigError, match=answer):
+                make(**fields)
+    assert list(inspect.signature(DoRAConfig).parameters)[:2] == ["rank", "alpha"]
+
+
+def test_numbered_layers_are_counted_from_the_end_of_each_list():
+    """Also where the last layers hold no target."""
+    layers = {("enc", "layers", str(i), "up"): True for i in range(4)} | {
+        ("dec", f"layers_{i}", "up"): True for i in range(2)
+    }
+    modules = [*layers, ("enc", "layers", "4"), ("enc", "layers", "5")]
+
+    def chosen(**fields):
+        config = DoRAConfig(**fields)
+        return {".".join(path) for path in select_layers(config, layers, modules)}
+
+    assert chosen(layers_to_transform=[-1, -3]) == {"enc.layers.3.up", "dec.layers_1.up"}
+    enc, dec = {f"enc.layers.{i}.up" for i in range(4)}, {f"dec.layers_{i}.up" for i in range(2)}
+    for pattern, others in (("enc.layers", dec), (["dec/layers", "h"], enc)):
+        own = chosen(
+            layers_to_transform=[0], layers_pattern=pattern, exclude_modules=sorted(others)
+        )
+        assert own == {sorted((enc | dec) - others)[0]}
 
 
 def test_every_field_tells_configurations_apart():
@@ -226,6 +297,20 @@ def test_a_bad_json_configuration_says_what_is_wrong(text, message):
         ({"target_modules": ["query"], "layers_to_transform": [0, 1]}, QUERIES),
         (
             {"target_modules": ["up"], "layers_to_transform": [0], "layers_pattern": "block"},
+            {"block_0.mlp.up"},
+        ),
+        ({"target_modules": ["all-linear", "embed"]}, QUERIES | VALUES | UPS | {"head", "embed"}),
+        (
+            {"target_modules": ["query"], "layers_to_transform": [-1]},
+            {"block_1.attention.query"},
+        ),
+        ({"target_modules": ["up"], "layers_to_transform": [-2, 1]}, UPS),
+        (
+            {
+                "target_modules": ["up"],
+                "layers_to_transform": [-2],
+                "layers_pattern": ["h", "block"],
+            },
             {"block_0.mlp.up"},
         ),
     ],
@@ -327,6 +412,11 @@ def test_switches_say_which_arrays_are_trained(switches, names):
             {"target_modules": ["query"], "layers_to_transform": [1, 7]},
             ConfigError,
             r"layers_to_transform asks for \[7\], but the layers selected have .* \[0, 1\]",
+        ),
+        (
+            {"target_modules": ["query"], "layers_to_transform": [-3, -1]},
+            ConfigError,
+            r"layers_to_transform asks for \[-3\], but the layers selected have .* \[0, 1\]",
         ),
         ({"exclude_modules": ".*"}, ConfigError, "no layer matched target_modules='all-linear'"),
         ({"alpha_pattern": {"key": 2.0}}, ConfigError, "alpha_pattern key 'key' matches no adapt"),

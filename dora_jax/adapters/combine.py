@@ -13,7 +13,7 @@ import numpy as np
 
 from dora_jax.adapters.groups import label_adapters
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, get_in, set_in, tree_shapes
-from dora_jax.config import DoRAConfig
+from dora_jax.config import DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, Path, layer_name
 
@@ -116,13 +116,14 @@ def _join_factors(
 def _with_rank_times(config: DoRAConfig, k: int) -> DoRAConfig:
     """Returns a configuration of k times the rank, with the same scaling."""
     alpha = math.sqrt(k) if config.use_rslora else k
-    return dataclasses.replace(
+    many = dataclasses.replace(
         config,
         rank=k * config.rank,
         alpha=alpha * config.alpha,
         rank_pattern={p: k * r for p, r in config.rank_pattern.items()},
         alpha_pattern={p: alpha * a for p, a in config.alpha_pattern.items()},
     )
+    return TrainedConfig.of(many)
 
 
 def diff(one: Tree, other: Tree) -> dict[str, float]:

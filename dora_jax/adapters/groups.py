@@ -27,7 +27,7 @@ def label_adapters(adapters: Any) -> Any:
     trained in full; its group is `saved`.
 
     Raises:
-      AdapterError: the tree holds a frozen kernel or a precomputed scale, or no adapter array.
+      AdapterError: the tree holds a frozen kernel or a precomputed scale.
 
     Example:
       >>> label_adapters({"query": {"lora_a": 0, "magnitude": 0}, "head": {"bias": 0}})
@@ -35,11 +35,6 @@ def label_adapters(adapters: Any) -> Any:
     """
     paths = [_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(adapters)[0]]
     adapted = {path[:-1] for path in paths if path[-1] in ADAPTER_ARRAYS}
-    if paths and not adapted:
-        raise AdapterError(
-            "no adapter among the parameters to optimise: give the adapter tree (Linen) or "
-            "wrt=DoRAParam (NNX), not the base's parameters"
-        )
     for path in paths:
         if path[-1] == "scale" and path[:-1] in adapted:
             raise AdapterError(

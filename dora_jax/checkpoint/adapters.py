@@ -15,7 +15,7 @@ from dora_jax.checkpoint.checks import check_ranks, check_settings, read_axes
 from dora_jax.checkpoint.contents import contents, trained
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
 from dora_jax.checkpoint.storage import absolute, read, read_metadata, write
-from dora_jax.config import DoRAConfig
+from dora_jax.config import DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.disk import read_in_one_piece
@@ -214,7 +214,7 @@ def _read(folder: PathLike[str]) -> SavedAdapters:
     if "config" not in metadata:
         raise CheckpointError(f"{folder} holds no configuration of adapters")
     try:
-        config = DoRAConfig.from_json(json.dumps(metadata["config"]))
+        config = TrainedConfig.of(DoRAConfig.from_json(json.dumps(metadata["config"])))
         axes, version = read_axes(metadata.get("axes")), metadata.get("version")
     except DoRAError as error:
         raise CheckpointError(f"{folder}: {error}") from error

@@ -53,7 +53,7 @@ def check_same_base(
     Warns:
       UserWarning: the adapters were saved without records, so that nothing can be checked.
     """
-    if not saved and not allow_base_mismatch:
+    if not saved and base_records(model) and not allow_base_mismatch:
         warnings.warn(
             "the adapters were saved without the fingerprint of their base, so their base cannot "
             "be checked; pass allow_base_mismatch=True to load them without this warning",

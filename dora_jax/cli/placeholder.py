@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dora_jax.api import apply_dora
 from dora_jax.checkpoint.adapters import SavedAdapters
 from dora_jax.cli.base_weights import BaseWeights
 from dora_jax.cli.folders import kernel_axes, layer_arrays
 from dora_jax.config import DoRAConfig
 from dora_jax.errors import AdapterError, Path, layer_name
-from dora_jax.model import abstract, with_base_records
+from dora_jax.model import Plain, abstract, adapt, with_base_records
 from dora_jax.names.hf_module import HFModule
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft.config import PeftError
@@ -57,7 +56,9 @@ def adapted_placeholder(
         "target_modules": [".".join(path) for path in layers],
         "exclude_modules": [],
     }
-    adapted = apply_dora(model, DoRAConfig(**config), rngs=nnx.Rngs(0))
+    if not any(saved.config.layer_settings(path).indices for path in layers):  # no stack
+        config |= {"layers_to_transform": None, "layers_pattern": None}
+    adapted, _ = adapt(model, DoRAConfig(**config), Plain())
     return with_base_records(adapted, saved.base) if saved.base else adapted
 
 

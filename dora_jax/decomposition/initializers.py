@@ -51,22 +51,14 @@ def init_layer(
       `{"lora_a", "lora_b", "magnitude"}`, as far as the settings have them, and the `FrozenBase`.
 
     Raises:
-      ConfigError: the rank is above the smaller side of the kernel, or `layers_to_transform` has an
-        index past the end of the stack.
+      ConfigError: `layers_to_transform` has an index past the end of the stack.
 
     Warns:
       UserWarning: columns of the kernel are exactly zero; they stay zero.
     """
     name = layer_name(path)
-    sides = [math.prod(kernel.shape[i] for i in group) for group in (axes.inputs, axes.outputs)]
-    if settings.rank > min(sides):
-        raise ConfigError(
-            f"{name}: rank {settings.rank} is above the smaller side of its kernel "
-            f"({sides[0]} in, {sides[1]} out); lower it with rank_pattern"
-        )
-    if settings.indices is not None and max(settings.indices) >= (
-        length := kernel.shape[axes.stack[0]]
-    ):
+    length = kernel.shape[axes.stack[0]] if axes.stack else 0
+    if settings.indices is not None and not set(settings.indices) <= {*range(-length, length)}:
         raise ConfigError(
             f"{name}: layers_to_transform asks for {list(settings.indices)}, but the stack has "
             f"{length} layers"
@@ -104,7 +96,7 @@ def _build(
         factors = (_singular_vectors if init == "pissa" else _orthogonal_basis)(
             _as_matrices(kernel, axes), settings.rank
         )
-        for name, factor in zip("ab", factors, strict=True):
+        for name, factor in zip("ab", _with_rank(factors, settings.rank, key), strict=True):
             # Divide each factor by sqrt(s), so that s*A*B is the product.
             start = factor.reshape(shapes[f"lora_{name}"]) / math.sqrt(settings.scaling)
             adapter[f"lora_{name}"] = kept[f"init_{name}"] = start.astype(dtype)
@@ -114,7 +106,7 @@ def _build(
         adapter["lora_b"] = jnp.zeros(shapes["lora_b"], dtype)
     if settings.indices is not None:
         stack = tuple(kernel.shape[i] for i in axes.stack)
-        chosen = jnp.isin(jnp.arange(stack[0]), jnp.array(settings.indices))
+        chosen = jnp.array([settings.adapts(i, stack[0]) for i in range(stack[0])])
         kept["mask"] = jnp.broadcast_to(chosen.reshape((-1,) + (1,) * (len(stack) - 1)), stack)
     if settings.has_magnitude:
         adapter["magnitude"] = base.norm.astype(dtype)
@@ -129,8 +121,11 @@ def _draw(init: str, key: Array, shape: tuple[int, ...], fan_in: int, rank: int)
     if init == "gaussian":
         return jax.random.normal(key, shape) / rank
     if init == "orthogonal":
-        matrices = (math.prod(shape) // (fan_in * rank), fan_in, rank)
-        return jnp.linalg.qr(jax.random.normal(key, matrices))[0].reshape(shape)
+        stack = math.prod(shape) // (fan_in * rank)
+        if rank > fan_in:  # orthonormal rows
+            wide = jnp.linalg.qr(jax.random.normal(key, (stack, rank, fan_in)))[0]
+            return jnp.swapaxes(wide, 1, 2).reshape(shape)
+        return jnp.linalg.qr(jax.random.normal(key, (stack, fan_in, rank)))[0].reshape(shape)
     bound = 1 / math.sqrt(fan_in)
     # Drawn flat: the same numbers, and XLA compiles it up to six times faster.
     flat = jax.random.uniform(key, (math.prod(shape),), minval=-bound, maxval=bound)
@@ -159,6 +154,22 @@ def _orthogonal_basis(
     """Returns the first columns of Q and the first rows of R of `W0 = Q R` (OLoRA, section 3)."""
     q, r = jnp.linalg.qr(kernel)
     return q[..., :rank], r[..., :rank, :]
+
+
+def _with_rank(
+    factors: tuple[Float[Array, "*stack in k"], Float[Array, "*stack k out"]], rank: int, key: Array
+) -> tuple[Float[Array, "*stack in r"], Float[Array, "*stack r out"]]:
+    """Returns factors of a rank above the kernel's smaller side, with the same product.
+
+    The kernel has no further directions: those of `lora_a` are drawn, and their `lora_b` is zero.
+    """
+    a, b = factors
+    if (more := rank - a.shape[-1]) <= 0:
+        return factors
+    *stack, fan_in, _ = a.shape
+    drawn = _draw("kaiming_uniform", key, (*stack, fan_in, more), fan_in, more)
+    zero = jnp.zeros((*stack, more, b.shape[-1]))
+    return jnp.concatenate([a, drawn], axis=-1), jnp.concatenate([b, zero], axis=-2)
 
 
 def _warn_of_zero_columns(name: str, norm: Array) -> None:

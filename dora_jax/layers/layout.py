@@ -11,8 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from dora_jax.decomposition.axes import KernelAxes
-from dora_jax.errors import LayoutError
+from dora_jax.errors import LayoutError, Path
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -28,6 +31,12 @@ OutputAxes = Sequence["int | EllipsisType | None"]
 TIED = (
     "a tied head reads its table without calling it (attend), so it would not see the adapter, and "
     "merging would change what the model computes: leave it out of target_modules"
+)
+
+# Why a layer cannot be adapted whose kernel is used outside of it.
+READ = (
+    "the model computes with its kernel outside of the layer too, which would not see the adapter, "
+    "and merging would change what the model computes: exclude_modules"
 )
 
 
@@ -124,9 +133,59 @@ class Layout:
         return (*axes.stack, ..., *axes.outputs)
 
     @property
+    def read_elsewhere(self) -> str:
+        """Why a layer cannot be adapted whose kernel the model uses outside of it, with the fix."""
+        return TIED if self.attend else READ
+
+    @property
     def methods(self) -> tuple[str, ...]:
         """The methods of a layer that use its kernel."""
         return ("__call__", "attend") if self.attend else ("__call__",)
+
+
+def is_array(value: Any) -> bool:
+    """Returns whether a parameter is an array, or the shape of one; a quantised one is a record."""
+    return hasattr(value, "dtype") and jax.tree_util.all_leaves([value])
+
+
+def quantised(value: Any) -> str:
+    """Returns why a layer whose kernel is no array cannot be adapted, with the fix."""
+    return (
+        f"its kernel is a {type(value).__name__}, no array: a base that is quantised, as by qwix, "
+        "is not adapted yet. Adapt the float model, or exclude_modules"
+    )
+
+
+def quantised_since(value: Any) -> str:
+    """Returns why an adapted layer cannot be used whose kernel is no array any more."""
+    return (
+        f"its kernel is a {type(value).__name__}, no array: it was quantised after it was adapted. "
+        "Merge the adapter into the float model first"
+    )
+
+
+def further_kernels(layout: Layout, params: Mapping[Path, Any], stack: int = 0) -> str:
+    """Returns why a layer with more than one kernel cannot be adapted; "" if it has one.
+
+    Args:
+      layout: of the layer's class.
+      params: the layer's own parameters by path, those of modules inside it too.
+      stack: how many stack axes each has in front.
+    """
+    others = [
+        ".".join(path)
+        for path, value in params.items()
+        if path not in ((layout.kernel,), (layout.bias,))
+        and is_array(value)
+        and len(value.shape) - stack >= 2
+        and jnp.issubdtype(value.dtype, jnp.inexact)
+    ]
+    if not others:
+        return ""
+    return (
+        f"it has {', '.join(others)} next to its kernel {layout.kernel}, and a layout describes a "
+        "layer of one kernel: make each a layer of its own, or exclude_modules"
+    )
 
 
 class Unsupported(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.decomposition.initializers import init_layer, is_selected
-from dora_jax.errors import Path
+from dora_jax.errors import Path, layer_name
 from dora_jax.layers.layout import Layout, Unsupported
 from dora_jax.selection import check_indices, select_layers
 
@@ -64,14 +66,15 @@ def start_layers(
     settings: Mapping[Path, LayerSettings],
     kernels: Mapping[Path, StoredKernel],
     key: jax.Array,
+    modules: Iterable[Path],
 ) -> dict[Path, LayerStart]:
     """Returns the adapter of each selected layer, and what it keeps of its kernel.
 
     A layer that `layers_to_transform` could only select as a slice of a stack is left out if it is
-    no stack.
+    no stack. `modules` are all paths of modules, as for `plan_layers`.
 
     Raises:
-      ConfigError: a rank is too high, or `layers_to_transform` finds no layer; names the layer.
+      ConfigError: `layers_to_transform` finds no layer; names the layer.
     """
     started = {}
     for path, own in settings.items():
@@ -79,5 +82,25 @@ def start_layers(
         if is_selected(own, kernel.axes):
             adapter, base = init_layer(config, own, path, key, *kernel)
             started[path] = LayerStart(own, adapter, base)
-    check_indices(config, {path: start.settings for path, start in started.items()})
+    adapted = {path: start.settings for path, start in started.items()}
+    check_indices(config, adapted, modules)
     return started
+
+
+def warn_of_high_ranks(
+    settings: Mapping[Path, LayerSettings], kernels: Mapping[Path, StoredKernel]
+) -> None:
+    """Warns of ranks above the smaller side of their kernel, where a user chose them."""
+    high = []
+    for path, own in settings.items():
+        shape, axes = kernels[path].value.shape, kernels[path].axes
+        inner, outer = (math.prod(shape[i] for i in group) for group in (axes.inputs, axes.outputs))
+        if own.rank > min(inner, outer):
+            high.append(f"{layer_name(path)} (rank {own.rank}, {inner} in, {outer} out)")
+    if high:
+        warnings.warn(
+            f"the rank is above the smaller side of the kernel: {', '.join(high)}. Such a product "
+            "trains more numbers than it has freedoms: train the layer in full (modules_to_save), "
+            "leave it out (exclude_modules), or lower its rank (rank_pattern)",
+            stacklevel=5,
+        )

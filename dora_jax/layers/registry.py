@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copyreg
 import inspect
+from typing import Any
 
 from flax import linen, nnx
 
-from dora_jax.errors import LayoutError
+from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.conv import ConvLayout
 from dora_jax.layers.dense import DenseLayout, EmbedLayout, GeneralLayout
 from dora_jax.layers.einsum import EinsumLayout
@@ -21,7 +23,8 @@ def register_layout(layer_class: type, layout: Layout) -> None:
 
     Raises:
       TypeError: what is given is no class, or no `Layout`.
-      LayoutError: the layout names an argument that the class's `__call__` does not take.
+      LayoutError: the layout names an argument that the class's `__call__` does not take, or more
+        than one kernel.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,6 +46,11 @@ def register_layout(layer_class: type, layout: Layout) -> None:
     """
     if not (isinstance(layer_class, type) and isinstance(layout, Layout)):
         raise TypeError(f"expected a class and a Layout, got {layer_class!r} and {type(layout)}")
+    if not isinstance(layout.kernel, str):
+        raise LayoutError(
+            f"the layout of {layer_class.__name__} names {layout.kernel!r}: a layout describes a "
+            "layer of one kernel. Make each a layer of its own"
+        )
     arguments = list(inspect.signature(layer_class.__call__).parameters)[1:]
     if layout.inputs not in arguments:
         raise LayoutError(
@@ -50,6 +58,23 @@ def register_layout(layer_class: type, layout: Layout) -> None:
             "argument that the kernel is multiplied with"
         )
     LAYOUTS[layer_class] = layout
+    copyreg.pickle(type(layout), _reduce_layout)
+
+
+def _reduce_layout(layout: Layout) -> Any:
+    """Tells pickle to find a layout by its class: it may hold functions without names."""
+    for layer_class, known in LAYOUTS.items():
+        if known == layout:
+            return _registered, (layer_class,)
+    return object.__reduce_ex__(layout, 2)
+
+
+def _registered(layer_class: type) -> Layout:
+    """Returns the layout that a class was registered with."""
+    if layer_class not in LAYOUTS:
+        name = layer_class.__name__
+        raise LayoutError(f"{name} is not registered here: register_layout({name}, ...) first")
+    return LAYOUTS[layer_class]
 
 
 def find_layout(layer_class: type) -> Layout | None:
@@ -62,6 +87,18 @@ def find_layout(layer_class: type) -> Layout | None:
         if known in LAYOUTS:
             return None if _own_method(layer_class, known) else LAYOUTS[known]
     return None
+
+
+def check_not_intercepted(path: Path, layer_class: type) -> None:
+    """Raises `LayoutError` for a module whose products qwix replaces while it runs.
+
+    It would replace those of the adapter too, or take them for the layer's.
+    """
+    if hasattr(layer_class, "_unquantized_type"):
+        raise LayoutError(
+            f"{layer_name(path)} runs under qwix (quantize_model or apply_lora_to_model), which is "
+            "not adapted yet: adapt the model as it was before"
+        )
 
 
 def _own_method(layer_class: type, known: type) -> str | None:

@@ -6,18 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from dora_jax.adapters.trees import Tree, get_in, set_in, tree_shapes
-from dora_jax.config import DoRAConfig, LayerSettings
+from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, tree_shapes
+from dora_jax.config import DoRAConfig, LayerSettings, TrainedConfig
 from dora_jax.errors import AdapterError, ConfigError, Path
 from dora_jax.layers.adapted import AdaptedLayer
-from dora_jax.layers.plan import LayerStart, StoredKernel, plan_layers, start_layers
+from dora_jax.layers.plan import (
+    LayerStart,
+    StoredKernel,
+    plan_layers,
+    start_layers,
+    warn_of_high_ranks,
+)
 from dora_jax.linen.model import DoRAModel, StoredLayer
 from dora_jax.linen.stack_axes import is_in_front
 from dora_jax.linen.tracing import ExampleCall, Trace, stored_kernel_axes, trace_layers
-from dora_jax.selection import saved_paths
+from dora_jax.selection import check_reached, saved_paths
 
 
 def apply_dora(
@@ -40,9 +47,9 @@ def apply_dora(
       config: which layers, and how.
       params: the module's `params` collection (not the dict around it).
       rng: draws `lora_a`.
-      inputs: arguments of a call, arrays or `jax.ShapeDtypeStruct`: the call is traced, not run, to
-        see which layers there are. An `ExampleCall` for one with keyword arguments, another method
-        or further collections.
+      inputs: arguments of a call, arrays or `jax.ShapeDtypeStruct`; anything else (True, None, a
+        name) is static. The call is traced, not run, to see which layers there are. An
+        `ExampleCall` for one with keyword arguments, another method or further collections.
 
     Returns:
       The model, for `model.apply({"params": params, "dora": adapters}, *inputs)`, and the adapter
@@ -50,8 +57,13 @@ def apply_dora(
 
     Raises:
       AdapterError: the module is adapted already, or the call does not use its parameters.
-      ConfigError: a pattern matches nothing, or a rank is too high; names the layer.
-      LayoutError: a named layer is of a class whose layout is not known.
+      ConfigError: a pattern matches nothing that the call reaches; names the nearest layers.
+      LayoutError: a named layer is of a class whose layout is not known, or the model computes
+        its kernel, or with it outside of the layer.
+
+    Warns:
+      UserWarning: a rank is above the smaller side of its kernel, or `params` has selected layers
+        that the call does not reach; names the layers.
 
     Example:
       >>> import dora_jax as dora, jax.numpy as jnp
@@ -63,6 +75,23 @@ def apply_dora(
       >>> jax.tree.map(jnp.shape, adapters)
       {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}
     """
+    chosen = not isinstance(config, TrainedConfig)
+    return adapt_model(module, config, params=params, rng=rng, inputs=inputs, chosen=chosen)
+
+
+def adapt_model(
+    module: nn.Module | DoRAModel,
+    config: DoRAConfig,
+    *,
+    params: Tree,
+    rng: jax.Array,
+    inputs: Sequence[Any] | ExampleCall,
+    chosen: bool = False,
+) -> tuple[DoRAModel, dict[str, Any]]:
+    """Does what `apply_dora` does; warns of ranks if a user `chosen` them.
+
+    A trained adapter has the configuration that it has.
+    """
     if isinstance(module, DoRAModel):
         raise AdapterError("the module is adapted already: merge it first")
     if "params" in params:
@@ -70,16 +99,31 @@ def apply_dora(
     call = inputs if isinstance(inputs, ExampleCall) else ExampleCall(inputs)
     trace = trace_layers(module, params, call)
     layouts = {path: layer.layout for path, layer in trace.layers.items()}
-    settings = plan_layers(config, layouts, trace.modules, trace.unsupported)
+    unreached = _unreached(params, trace)
+    check_reached(config, trace.modules, unreached)
+    modules = [*trace.modules, *unreached]
+    settings = plan_layers(config, layouts, modules, trace.unsupported)
     stored = _stored_layers(module, params, call, trace, settings)
     kernels = {
         path: StoredKernel(layer.kernel(params), layer.axes) for path, layer in stored.items()
     }
-    started = start_layers(config, settings, kernels, rng)
+    if chosen:
+        warn_of_high_ranks(settings, kernels)
+    started = start_layers(config, settings, kernels, rng, modules)
     layers = {path: stored[path] for path in started}
     base = {path: start.base for path, start in started.items()}
     adapters = _adapter_tree(started, params, saved_paths(config, trace.modules))
     return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
+
+
+def _unreached(params: Tree, trace: Trace) -> dict[Path, bool]:
+    """Returns the modules whose parameters the call does not reach, and which are dense layers."""
+    found: dict[Path, bool] = {}
+    for (*path, name), leaf in flatten(meta.unbox(params)).items():
+        if (module := tuple(path)) not in trace.modules:
+            is_dense = name == "kernel" and np.ndim(leaf) >= 2
+            found[module] = found.get(module, False) or is_dense
+    return found
 
 
 def _adapter_tree(

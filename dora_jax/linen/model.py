@@ -16,8 +16,9 @@ from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase, check_kernel
 from dora_jax.decomposition.scale import KernelProduct
-from dora_jax.errors import AdapterError, Path
+from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.adapted import AdaptedLayer
+from dora_jax.layers.layout import is_array, quantised_since
 from dora_jax.linen.interceptor import ADAPTER_KEY, intercept
 from dora_jax.linen.stack_axes import stack_at
 
@@ -46,9 +47,16 @@ class StoredLayer:
         return KernelProduct(self.axes, self.dtype, getattr(self.module, "precision", None))
 
     def kernel(self, params: Tree) -> Any:
-        """Returns the layer's kernel out of the model's parameters, without its box."""
+        """Returns the layer's kernel out of the model's parameters, without its box.
+
+        Raises:
+          AdapterError: it is no array, because the parameters were quantised.
+        """
         path = self.adapted.path
-        return meta.unbox(get_in(params, (*path, self.adapted.layout.kernel)))
+        kernel = meta.unbox(get_in(params, (*path, self.adapted.layout.kernel)))
+        if not is_array(kernel):
+            raise AdapterError(f"{layer_name(path)}: {quantised_since(kernel)}")
+        return kernel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,6 +151,7 @@ class DoRAModel:
         """
         result = overlay(params, saved_modules(self.layers, adapters))
         for path, layer in self.layers.items():
+            layer.kernel(params)  # it may be quantised
             kept: Any = {"adapter": dict(get_in(adapters, path)), "base": self.base[path]}
             if any(layer.positions):
                 place = functools.partial(

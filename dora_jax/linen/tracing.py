@@ -11,15 +11,21 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from dora_jax.adapters.trees import Tree, get_in, has_path, set_in
+from dora_jax.adapters.trees import Tree, flatten, get_in, has_path, set_in
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.adapted import compute_dtype
-from dora_jax.layers.layout import TIED, Layout, Unsupported, bind_call
-from dora_jax.layers.registry import find_layout, unsupported_reason
-from dora_jax.linen.interceptor import call_plain
+from dora_jax.layers.layout import (
+    Layout,
+    Unsupported,
+    bind_call,
+    further_kernels,
+    is_array,
+    quantised,
+)
+from dora_jax.layers.registry import check_not_intercepted, find_layout, unsupported_reason
 from dora_jax.linen.stack_axes import PositionBox, axes_of_stack
-from dora_jax.ops.kernel_uses import kernel_uses, tag_kernel
+from dora_jax.ops.kernel_uses import kernel_uses, tag_kernel, trace_call
 
 _COMPUTED = (
     "the model computes its kernel from the stored one (as nn.WeightNorm, nn.SpectralNorm and "
@@ -32,8 +38,9 @@ class ExampleCall:
     """One call of a Linen module, to be traced: `apply_dora(..., inputs=ExampleCall((x,), ...))`.
 
     Attributes:
-      args: positional arguments, arrays or `jax.ShapeDtypeStruct`.
-      kwargs: keyword arguments of the call.
+      args: positional arguments: arrays or `jax.ShapeDtypeStruct`, or trees of these. Anything else
+        (True, None, a name) is static.
+      kwargs: keyword arguments of the call, likewise.
       method: the method to trace, if not `__call__`.
       variables: further collections that the call reads, such as `batch_stats`.
     """
@@ -93,35 +100,49 @@ def trace_layers(
       ambiguous: paths of kernels whose shapes do not tell where lifted transforms take their stack
         axes; for these the trace finds it.
     """
-    trace = Trace({}, {})
+    _check_arrays(params)
+    trace, checked = Trace({}, {}), set[Path]()
 
-    def run(params: Tree, inputs: tuple[Any, ...]) -> Any:
+    def run(params: Tree, given: tuple[Any, ...]) -> Any:
+        args, kwargs, variables = given
         for path in ambiguous:
             params = set_in(params, path, PositionBox(get_in(params, path)))
-        with nn.intercept_methods(_recorder(trace, params)):
-            key = jax.random.key(0)
-            return module.apply(
-                {**call.variables, "params": params},
-                *inputs,
-                rngs={"params": key, "dropout": key},
+        with nn.intercept_methods(_recorder(trace, params, checked)):
+            output, updated = module.apply(
+                {**variables, "params": params},
+                *args,
+                rngs=_example_rngs(),
                 method=call.method,
                 mutable=True,
-                **call.kwargs,
+                **kwargs,
             )
+        return output, {name: tree for name, tree in updated.items() if name != "params"}
 
-    program = jax.make_jaxpr(run)(params, tuple(call.args)).jaxpr
+    program = trace_call(run, params, (tuple(call.args), dict(call.kwargs), call.variables))
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     labels = {var: _label(_dict_keys(key)) for var, (key, _) in zip(program.invars, leaves)}  # noqa: B905
     uses = kernel_uses(program, labels)
     for path, layer in list(trace.layers.items()):
         label = _label((*path, layer.layout.kernel))
-        reason = _COMPUTED if label in uses.computed else ""
-        if layer.layout.attend and label in uses.read:
-            reason = TIED
+        reason = ""
+        if label in uses.computed:
+            reason = _COMPUTED
+        elif path in checked and label in uses.read:
+            reason = layer.layout.read_elsewhere
         if reason:
             trace.modules[path] = Unsupported(reason, layer.layout.all_linear)
             del trace.layers[path]
     return trace
+
+
+def _check_arrays(params: Tree, path: Path = ()) -> None:
+    """Raises `LayoutError` for parameters that qwix has quantised; names the first."""
+    for name, value in params.items():
+        inner = meta.unbox(value)
+        if isinstance(inner, Mapping):
+            _check_arrays(inner, (*path, name))
+        elif type(inner).__module__.startswith("qwix."):
+            raise LayoutError(f"{layer_name(path)} cannot be adapted: {quantised(inner)}")
 
 
 def stored_kernel_axes(
@@ -146,8 +167,12 @@ def stored_kernel_axes(
     return positions, axes
 
 
-def _recorder(trace: Trace, params: Tree) -> Callable[..., Any]:
-    """Returns an interceptor that records every module it sees, and tags kernels in the program."""
+def _recorder(trace: Trace, params: Tree, checked: set[Path]) -> Callable[..., Any]:
+    """Returns an interceptor that records every module it sees, and tags kernels in the program.
+
+    It adds to `checked` the layers that run on their tagged kernels, so that other uses show.
+    """
+    inside = False  # a layer that runs on its tagged kernel
 
     def record(
         next_call: Callable[..., Any],
@@ -155,7 +180,11 @@ def _recorder(trace: Trace, params: Tree) -> Callable[..., Any]:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
+        nonlocal inside
+        if inside:
+            return next_call(*args, **kwargs)
         layer = context.module
+        check_not_intercepted(layer.path, type(layer))
         layout, own = find_layout(type(layer)), layer.variables.get("params", {})
         trace.modules.setdefault(layer.path, unsupported_reason(type(layer)))
         if layout is None or context.method_name not in layout.methods:
@@ -173,6 +202,12 @@ def _recorder(trace: Trace, params: Tree) -> Callable[..., Any]:
             return next_call(*args, **kwargs)
         box = own[layout.kernel]
         kernel = meta.unbox(box)
+        reason = further_kernels(layout, flatten(meta.unbox(own)))
+        if not is_array(kernel):
+            reason = quantised(kernel)
+        if reason:
+            trace.modules[layer.path] = Unsupported(reason, layout.all_linear)
+            return next_call(*args, **kwargs)
         tagged = tag_kernel(kernel, _label((*layer.path, layout.kernel)))
         trace.layers[layer.path] = TracedLayer(
             layout,
@@ -182,13 +217,31 @@ def _recorder(trace: Trace, params: Tree) -> Callable[..., Any]:
             layer.clone(parent=None, name=None),
             box.positions if isinstance(box, PositionBox) else None,
         )
-        if not layout.attend:
+        if any(isinstance(value, Mapping) for value in own.values()):  # layers inside a layer
             return next_call(*args, **kwargs)
-        # Run on the tagged table, so that any other use of it shows.
-        own = {**own, layout.kernel: tagged}
-        return call_plain(layer, own, *args, method=context.method_name, **kwargs)
+        checked.add(layer.path)
+        inside = True
+        try:
+            return _call_with(layer, layout.kernel, tagged, context.method_name, args, kwargs)
+        finally:
+            inside = False
 
     return record
+
+
+def _call_with(
+    layer: nn.Module, name: str, kernel: Any, method: str, args: Sequence[Any], kwargs: Tree
+) -> Any:
+    """Runs a method of a layer on another kernel; what it writes to its variables is lost."""
+    variables = layer.variables
+    variables = {**variables, "params": {**variables["params"], name: kernel}}
+    plain = layer.clone(parent=None, name=None)
+    rngs = _example_rngs()
+    return plain.apply(variables, *args, rngs=rngs, method=method, mutable=True, **kwargs)[0]
+
+
+def _example_rngs() -> dict[str, jax.Array]:
+    return dict.fromkeys(("params", "dropout"), jax.random.key(0))
 
 
 def _label(path: Path) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from dora_jax.config import DoRAConfig
+from dora_jax.config import DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
-from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.errors import AdapterError, LayoutError, Path, layer_name
 from dora_jax.layers.adapted import AdaptedLayer
-from dora_jax.layers.layout import Layout, stored_axes
-from dora_jax.layers.plan import StoredKernel, plan_layers, start_layers
-from dora_jax.layers.registry import find_layout
+from dora_jax.layers.layout import Layout, further_kernels, stored_axes
+from dora_jax.layers.plan import StoredKernel, plan_layers, start_layers, warn_of_high_ranks
+from dora_jax.layers.registry import check_not_intercepted, find_layout
 from dora_jax.nnx.layers import attach
 from dora_jax.nnx.model import adapted_layers, copy_model, named_modules
 from dora_jax.nnx.tracing import (
@@ -23,8 +23,9 @@ from dora_jax.nnx.tracing import (
     find_unsupported,
     trace_axes,
     warn_of_uncalled,
+    warn_of_unchecked,
 )
-from dora_jax.nnx.variables import M, SavedParam, retype_parameters
+from dora_jax.nnx.variables import M, SavedParam, nnx_values, retype_parameters
 from dora_jax.selection import saved_paths
 
 
@@ -40,15 +41,20 @@ def apply_dora(
       model: any `nnx.Module`; its arrays may be abstract (`nnx.eval_shape`).
       config: which layers, and how.
       rngs: draws `lora_a` (stream `params`), and serves the adapters' dropout.
-      inputs: arguments of a call of the model, arrays or `jax.ShapeDtypeStruct`; it is traced, not
-        run. Needed for layers whose equation is given with each call, and to find that a tied head
-        reads an embedding that is adapted.
+      inputs: arguments of a call of the model, arrays or `jax.ShapeDtypeStruct`; anything else is
+        static. The call is traced, not run. Needed for layers whose equation is given with each
+        call, and to find what reads the kernel of an adapted layer outside of it (a tied head).
 
     Raises:
       TypeError: `rngs` is a key.
       AdapterError: the model is adapted already.
-      ConfigError: a pattern matches nothing, or a rank is too high; names the layer.
-      LayoutError: a named layer is of a class whose layout is not known.
+      ConfigError: a pattern matches nothing; names the nearest layers.
+      LayoutError: a named layer is of a class whose layout is not known, or the traced call uses
+        its kernel outside of it too.
+
+    Warns:
+      UserWarning: a rank is above the smaller side of its kernel; the traced call does not call an
+        adapted layer; or no call was traced. Each names the layers.
 
     Example:
       >>> import dora_jax as dora, jax.numpy as jnp
@@ -57,6 +63,22 @@ def apply_dora(
       >>> x = jnp.ones((5, 4))
       >>> bool((adapted(x) == model(x)).all()), adapted.magnitude.shape
       (True, (3,))
+    """
+    chosen = not isinstance(config, TrainedConfig)
+    return adapt_model(model, config, rngs=rngs, inputs=inputs, chosen=chosen)
+
+
+def adapt_model(
+    model: M,
+    config: DoRAConfig,
+    *,
+    rngs: nnx.Rngs,
+    inputs: Sequence[Any] | None = None,
+    chosen: bool = False,
+) -> M:
+    """Does what `apply_dora` does; warns of ranks and of what is not checked if a user `chosen` it.
+
+    A trained adapter has the configuration that it has.
     """
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs must be an nnx.Rngs, as in rngs=nnx.Rngs(0), got {type(rngs)}")
@@ -67,12 +89,19 @@ def apply_dora(
         )
     model = copy_model(model)
     modules: dict[Path, Any] = dict(named_modules(model))
+    for path, module in modules.items():
+        check_not_intercepted(path, type(module))
     layouts = {p: layout for p, m in modules.items() if (layout := find_layout(type(m)))}
     settings = plan_layers(config, layouts, modules, find_unsupported(modules, layouts))
     layers = {path: (modules[path], layouts[path]) for path in settings}
     axes = _call_axes(model, layers, inputs)
     kernels = {path: _stored_kernel(path, *layers[path], axes[path]) for path in settings}
-    for path, start in start_layers(config, settings, kernels, rngs.params()).items():
+    if chosen:
+        warn_of_high_ranks(settings, kernels)
+        if inputs is None and settings:
+            warn_of_unchecked(settings, [m for path, m in modules.items() if path not in layouts])
+    started = start_layers(config, settings, kernels, rngs.params(), modules)
+    for path, start in started.items():
         layer, layout = layers[path]
         place = tuple(key for key in path if not key.isdigit())
         record = AdaptedLayer(start.settings, layout, axes[path], place)
@@ -103,6 +132,9 @@ def _stored_kernel(path: Path, layer: Any, layout: Layout, call_axes: KernelAxes
     """Returns the kernel that a layer stores, whose stack axes stand in front."""
     kernel = getattr(layer, layout.kernel).get_value()
     axes = stored_axes(call_axes, kernel.ndim, layer_name(path))
+    own = nnx_values(layer, nnx.Param)
+    if reason := further_kernels(layout, own, kernel.ndim - call_axes.ndim):
+        raise LayoutError(f"{layer_name(path)} cannot be adapted: {reason}")
     check_stored_shape(path, layer, kernel)
     return StoredKernel(kernel, axes)
 

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
-from typing import Any
+import types
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dora_jax.decomposition.base import FrozenBase
+from dora_jax.errors import AdapterError, layer_name
 from dora_jax.layers.adapted import AdaptedLayer, AttendCall, adapted_attend, adapted_output
-from dora_jax.layers.layout import Arguments, LayerCall, bind_call
+from dora_jax.layers.layout import Arguments, LayerCall, bind_call, is_array, quantised_since
 from dora_jax.layers.registry import find_layout
 from dora_jax.nnx.variables import BaseParam, DoRAParam
+
+if TYPE_CHECKING:
+    from flax.nnx.module import ModuleMeta
+else:
+    ModuleMeta = type(nnx.Module)
 
 # The attributes of a layer that hold the arrays of its `FrozenBase`: `base_norm` and so on.
 BASE_PREFIX = "base_"
 
 
-class DoRALayer(nnx.Module):
+class AdaptedClass(ModuleMeta):
+    """The type of adapted classes, so that pickle makes one anew from the plain class."""
+
+
+class DoRALayer(nnx.Module, metaclass=AdaptedClass):
     """Mixed into a layer's class by `apply_dora`.
 
     Attributes:
@@ -48,7 +60,7 @@ class DoRALinear(DoRALayer, nnx.Linear):
 def _attend(self: Any, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """Attends over the adapted table, as the layer's own `attend` over the plain one."""
     layer_class: Any = plain_class(type(self))
-    kernel = getattr(self, self.adapted.layout.kernel)[...]
+    kernel = kernel_of(self)[...]
     call = AttendCall(
         self, query, kernel, lambda query: layer_class.attend(self, query, *args, **kwargs)
     )
@@ -70,7 +82,34 @@ def dora_class(layer_class: type[nnx.Module]) -> type[nnx.Module]:
         return DoRAEmbed
     layout = find_layout(layer_class)
     methods = {"attend": _attend} if layout is not None and layout.attend else {}
-    return type(f"DoRA{layer_class.__name__}", (DoRALayer, layer_class), methods)
+    metaclass: Any = type(layer_class)
+    made = types.new_class(
+        f"DoRA{layer_class.__name__}",
+        (DoRALayer, layer_class),
+        {"metaclass": _metaclass(metaclass)},
+        lambda namespace: namespace.update(methods),
+    )
+    return cast("type[nnx.Module]", made)
+
+
+@functools.cache
+def _metaclass(of_layer: type) -> type:
+    """Returns the type of the adapted classes of layer classes that have a metaclass."""
+    if issubclass(AdaptedClass, of_layer):
+        return AdaptedClass
+    both = type("AdaptedClass", (AdaptedClass, of_layer), {})
+    copyreg.pickle(both, _reduce_class)
+    return both
+
+
+def _reduce_class(adapted_class: Any) -> str | tuple[Any, ...]:
+    """Tells pickle how an adapted class is found: by its name, or by the class that was adapted."""
+    if adapted_class.__module__ == __name__ and adapted_class.__name__ in globals():
+        return str(adapted_class.__name__)
+    return dora_class, (plain_class(adapted_class),)
+
+
+copyreg.pickle(AdaptedClass, _reduce_class)
 
 
 def plain_class(adapted_class: type[nnx.Module]) -> type[nnx.Module]:
@@ -86,6 +125,19 @@ def set_class(layer: nnx.Module, layer_class: type[nnx.Module]) -> None:
 def adapter_of(layer: Any) -> dict[str, jax.Array]:
     """Returns the arrays of a layer's adapter, by name."""
     return {name: getattr(layer, name)[...] for name in layer.adapted.settings.parameter_names}
+
+
+def kernel_of(layer: Any) -> nnx.Variable:
+    """Returns the variable of a layer's frozen kernel.
+
+    Raises:
+      AdapterError: it is none any more, because the model was quantised.
+    """
+    kernel = getattr(layer, layer.adapted.layout.kernel)
+    if isinstance(kernel, nnx.Variable) and is_array(kernel.get_value()):
+        return kernel
+    value = kernel.get_value() if isinstance(kernel, nnx.Variable) else kernel
+    raise AdapterError(f"{layer_name(layer.adapted.path)}: {quantised_since(value)}")
 
 
 def base_of(layer: Any) -> FrozenBase:
@@ -133,12 +185,13 @@ def _base_attributes(layer: Any) -> list[str]:
 def _layer_call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
     """Returns the record of a call, with the plain layer's output."""
     layer_class, layout = plain_class(type(layer)), layer.adapted.layout
+    kernel = kernel_of(layer)
     bias = getattr(layer, layout.bias, None)
     return LayerCall(
         layer=layer,
         arguments=bind_call(layer_class.__call__, (layer, *args), kwargs),
         plain_output=layer_class.__call__(_with_zero_bias(layer, layout.bias), *args, **kwargs),
-        kernel=getattr(layer, layout.kernel)[...],
+        kernel=kernel[...],
         bias=None if bias is None else bias[...],
         dropout=layer.lora_dropout,
         run=functools.partial(_run, layer, layer_class),

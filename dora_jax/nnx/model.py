@@ -14,7 +14,7 @@ from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import check_kernel
 from dora_jax.errors import AdapterError, Path
 from dora_jax.layers.layout import stored_axes
-from dora_jax.nnx.layers import DoRALayer, base_of
+from dora_jax.nnx.layers import DoRALayer, base_of, kernel_of
 from dora_jax.nnx.variables import DoRAParam, M
 
 
@@ -44,7 +44,7 @@ def copy_model(model: M) -> M:
 
 def kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
     """Returns the frozen kernel of an adapted layer, and the axes of what is stored."""
-    kernel = getattr(layer, layer.adapted.layout.kernel)
+    kernel = kernel_of(layer)
     return kernel, stored_axes(layer.adapted.axes, kernel.ndim, type(layer).__name__)
 
 

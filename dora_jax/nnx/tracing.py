@@ -11,11 +11,18 @@ from flax import nnx
 
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import LayoutError, Path, layer_name
-from dora_jax.layers.layout import TIED, Arguments, Layout, Unsupported, bind_call
+from dora_jax.layers.layout import (
+    Arguments,
+    Layout,
+    Unsupported,
+    bind_call,
+    is_array,
+    quantised,
+)
 from dora_jax.layers.registry import unsupported_reason
 from dora_jax.nnx.layers import set_class, view_of
 from dora_jax.nnx.model import named_modules
-from dora_jax.ops.kernel_uses import kernel_uses, tag_kernel
+from dora_jax.ops.kernel_uses import kernel_uses, tag_kernel, trace_call
 
 
 def find_unsupported(
@@ -36,10 +43,14 @@ def find_unsupported(
                 holders.setdefault(id(value), []).append(".".join((*path, name)))
     for path, layout in layouts.items():
         layer = modules[path]
-        own = ".".join((*path, layout.kernel))
-        others = [name for name in holders[id(getattr(layer, layout.kernel))] if name != own]
+        own, kernel = ".".join((*path, layout.kernel)), getattr(layer, layout.kernel)
+        others = [name for name in holders.get(id(kernel), []) if name != own]
         reason = ""
-        if id(layer) in wrapped:
+        if not isinstance(kernel, nnx.Variable):
+            reason = quantised(kernel)
+        elif not is_array(kernel.get_value()):
+            reason = quantised(kernel.get_value())
+        elif id(layer) in wrapped:
             reason = f"{wrapped[id(layer)]} overwrites its kernel in each call: exclude_modules"
         elif others:
             reason = (
@@ -86,7 +97,7 @@ def trace_axes(
     While the call is traced, every layer is of a subclass that records how it is called.
 
     Raises:
-      LayoutError: an embedding's table is used outside of its layer; names it.
+      LayoutError: a kernel is used outside of its layer; names the layer.
     """
     found: dict[Path, KernelAxes] = {}
 
@@ -101,19 +112,18 @@ def trace_axes(
             return layer_class.attend(tagged(self), *args, **kwargs)
 
         def tagged(self: Any) -> Any:
-            if not layout.attend:
-                return self
-            table = tag_kernel(getattr(self, layout.kernel)[...], ".".join(path))
-            return view_of(self, **{layout.kernel: nnx.Param(table)})
+            kernel = tag_kernel(getattr(self, layout.kernel)[...], ".".join(path))
+            return view_of(self, **{layout.kernel: nnx.Param(kernel)})
 
         methods = {"__call__": call} | ({"attend": attend} if layout.attend else {})
         return type(layer_class.__name__, (layer_class,), methods)
 
-    def run(tables: dict[Path, jax.Array], state: Any, inputs: tuple[Any, ...]) -> Any:
+    def run(arrays: tuple[dict[Path, jax.Array], Any], inputs: tuple[Any, ...]) -> Any:
+        kernels, state = arrays
         copy = nnx.merge(graphdef, state, copy=True)
         modules = dict(named_modules(copy))
-        for path, table in tables.items():
-            getattr(modules[path], layers[path][1].kernel).set_value(table)
+        for path, kernel in kernels.items():
+            getattr(modules[path], layers[path][1].kernel).set_value(kernel)
         return jax.tree.leaves(copy(*inputs))
 
     plain = {path: layer.__class__ for path, (layer, _) in layers.items()}
@@ -121,26 +131,46 @@ def trace_axes(
         set_class(layer, recorder(path, plain[path], layout))
     try:
         graphdef, state = nnx.split(model)
-        tables = {
+        kernels = {
             path: getattr(layer, layout.kernel).get_value()
             for path, (layer, layout) in sorted(layers.items())
-            if layout.attend
         }
-        program = jax.make_jaxpr(run)(tables, state, inputs).jaxpr
+        program = trace_call(run, (kernels, state), inputs)
     finally:
         for path, (layer, _) in layers.items():
             set_class(layer, plain[path])
-    labels = {var: ".".join(path) for var, path in zip(program.invars, tables, strict=False)}
-    for name in sorted(kernel_uses(program, labels).read):
-        raise LayoutError(f"{name} cannot be adapted: {TIED}")
+    labels = {var: ".".join(path) for var, path in zip(program.invars, kernels, strict=False)}
+    read = kernel_uses(program, labels).read
+    for path, (_, layout) in sorted(layers.items()):
+        if ".".join(path) in read:
+            raise LayoutError(f"{layer_name(path)} cannot be adapted: {layout.read_elsewhere}")
     return found
 
 
 def warn_of_uncalled(paths: Iterable[Path]) -> None:
     """Warns of selected layers that the traced call does not call."""
-    for name in sorted(".".join(path) for path in paths):
+    for name in sorted(layer_name(path) for path in paths):
         warnings.warn(
             f"{name}: the traced call does not call this layer. If the model reads its kernel "
             "instead, the adapter has no effect until it is merged: leave the layer out",
-            stacklevel=4,
+            stacklevel=6,
         )
+
+
+def warn_of_unchecked(adapted: Iterable[Path], others: Iterable[Any]) -> None:
+    """Warns that no call was traced, where a class that is not Flax's may read a kernel itself.
+
+    Args:
+      adapted: the adapted layers.
+      others: the modules that hold layers.
+    """
+    if all(type(module).__module__.startswith("flax.") for module in others):
+        return
+    names = [layer_name(path) for path in adapted]
+    shown = ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
+    warnings.warn(
+        "apply_dora traced no call, so it could not check that the model calls each adapted layer "
+        "and that nothing else reads their kernels (as a head tied to an embedding does): "
+        f"{shown}. Pass inputs=(x,), the arguments of a call",
+        stacklevel=5,
+    )

@@ -34,7 +34,8 @@ def scaled(h: Float[Array, "..."], d: Float[Array, "..."]) -> Float[Array, "..."
 
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Returns float32, or the dtype itself if it is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
+    narrow = jnp.dtype(dtype).itemsize < 4  # float8 has no promotion of its own
+    return jnp.dtype(jnp.float32) if narrow else jnp.promote_types(dtype, jnp.float32)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

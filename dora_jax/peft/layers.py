@@ -71,7 +71,7 @@ class Layer:
         """Returns the Hugging Face name and the index of every slice that is adapted."""
         names = self.module.names(self.stack)
         for name, index in zip(names, np.ndindex(*self.stack), strict=True):
-            if self.settings.indices is None or index[0] in self.settings.indices:
+            if not index or self.settings.adapts(index[0], self.stack[0]):
                 yield name, index
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen, nnx
 
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest
-from dora_jax.config import DoRAConfig
+from dora_jax.config import DoRAConfig, TrainedConfig
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.model import (
     Plain,
@@ -177,7 +177,7 @@ def read_adapters(
     read = {(*path, name): x for path, own in arrays.items() for name, x in own.items()}
     tree = nest(saved | read)
     check_shapes(tree, adapter_shapes(adapted))
-    return tree, wanted
+    return tree, TrainedConfig.of(wanted)
 
 
 def adapt_with(model: Any, adapters: Tree, config: DoRAConfig, plain: Plain) -> Any:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import optax
+from flax import nnx
 
 from dora_jax.adapters.groups import label_adapters
-from dora_jax.errors import ConfigError
+from dora_jax.errors import AdapterError, ConfigError
+from dora_jax.nnx.variables import DoRAParam
 
 
 def dora_optimizer(
@@ -22,7 +26,7 @@ def dora_optimizer(
     weight_decay: float = 0.0,
     magnitude_weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
-    optimizer: Callable[..., optax.GradientTransformation] = optax.adamw,
+    optimizer: Callable[..., optax.GradientTransformation] | None = None,
 ) -> optax.GradientTransformation:
     """An `optax.multi_transform` that gives each kind of adapter array its own learning rate.
 
@@ -39,11 +43,13 @@ def dora_optimizer(
       weight_decay: decoupled decay of all arrays except magnitudes.
       magnitude_weight_decay: decoupled decay of magnitudes.
       max_grad_norm: clips the norm of all gradients together; None does not clip.
-      optimizer: called as `optimizer(learning_rate=..., weight_decay=...)` for each group.
+      optimizer: called as `optimizer(learning_rate=..., weight_decay=...)` for each group; None is
+        `optax.adamw`. `optax.inject_hyperparams` needs it among its `static_args`.
 
     Raises:
       ConfigError: a learning rate, ratio, decay or norm is negative or no finite number.
-      AdapterError: from `init`, if the tree holds frozen kernels, or no adapter.
+      AdapterError: from `init`, if the tree holds frozen kernels. A Linen tree without an adapter
+        may be of `modules_to_save` alone, so that `init` warns.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,13 +71,48 @@ def dora_optimizer(
         "saved": learning_rate,
     }
     decays = dict.fromkeys(rates, weight_decay) | {"magnitude": magnitude_weight_decay}
+    make = _checked_optimizer(optimizer)
     groups = optax.multi_transform(
-        {k: optimizer(learning_rate=rates[k], weight_decay=decays[k]) for k in rates},
-        label_adapters,
+        {k: make(learning_rate=rates[k], weight_decay=decays[k]) for k in rates}, label_adapters
     )
-    if max_grad_norm is None:
-        return groups
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), groups)
+    if max_grad_norm is not None:
+        groups = optax.chain(optax.clip_by_global_norm(max_grad_norm), groups)
+    return groups._replace(init=functools.partial(_init, groups.init))
+
+
+def _init(init: Callable[[Any], Any], params: Any) -> Any:
+    _check_trained(params)
+    return init(params)
+
+
+def _check_trained(params: Any) -> None:
+    """Checks that a tree without an adapter is of modules trained in full, as far as it shows."""
+    if set(jax.tree.leaves(label_adapters(params))) != {"saved"}:
+        return
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    if any(isinstance(leaf, nnx.Variable) and not isinstance(leaf, DoRAParam) for leaf in leaves):
+        raise AdapterError(
+            "no adapter among the parameters to optimise: give wrt=DoRAParam, not the base's "
+            "parameters"
+        )
+    if not any(isinstance(leaf, nnx.Variable) for leaf in leaves):
+        warnings.warn(
+            "no adapter among the parameters to optimise: all of them are trained in full. That is "
+            "right if modules_to_save alone names modules; else give the adapter tree, not params",
+            stacklevel=3,
+        )
+
+
+def _checked_optimizer(optimizer: Any) -> Callable[..., optax.GradientTransformation]:
+    """Returns the function that makes each group's optimiser."""
+    if optimizer is None:
+        return optax.adamw
+    if not callable(optimizer):
+        raise ConfigError(
+            f"optimizer must be a function such as optax.adamw, got {type(optimizer).__name__}. "
+            "Under optax.inject_hyperparams pass static_args=('optimizer',)"
+        )
+    return cast("Callable[..., optax.GradientTransformation]", optimizer)
 
 
 def _check_rates(learning_rate: Any, magnitude_lr_ratio: Any, lora_b_lr_ratio: Any) -> None:

@@ -33,12 +33,17 @@ class Method:
         """The type of the variables that the method trains."""
         return nnx.Param if self.switches is None else dora.DoRAParam
 
-    def adapt(self, model: M, *, rank: int, alpha: float, seed: int) -> M:
-        """Returns the model with adapters in all linear layers and with a trainable head."""
+    def adapt(
+        self, model: M, *, rank: int, alpha: float, seed: int, call: tuple[Any, ...] | None = None
+    ) -> M:
+        """Returns the model with adapters in all linear layers and with a trainable head.
+
+        With `call`, the arguments of a call, the kernels are checked to be the layers' alone.
+        """
         if self.switches is None:
             return model
         config = dora.DoRAConfig(rank=rank, alpha=alpha, modules_to_save=[HEAD], **self.switches)
-        return dora.apply_dora(model, config, rngs=nnx.Rngs(seed))
+        return dora.apply_dora(model, config, rngs=nnx.Rngs(seed), inputs=call)
 
     def optimizer(
         self, learning_rate: optax.ScalarOrSchedule, magnitude_lr_ratio: float

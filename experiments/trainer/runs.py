@@ -17,7 +17,7 @@ from experiments.tasks.metrics import MetricsWriter
 from experiments.tasks.task import Task
 from experiments.trainer.methods import METHODS
 from experiments.trainer.run_folder import write_whole
-from experiments.trainer.training import Schedule, count, evaluate, fit, logits_of
+from experiments.trainer.training import Schedule, count, evaluate, example_call, fit, logits_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,7 @@ class Run:
             rank=settings.rank,
             alpha=settings.alpha,
             seed=1000 + settings.seed,
+            call=example_call(task.train),
         )
         steps = settings.epochs * settings.schedule().steps_per_epoch(task.train)
         schedule = dataclasses.replace(settings.schedule(), seed=0)

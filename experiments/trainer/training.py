@@ -140,6 +140,12 @@ def logits_of(model: nnx.Module, examples: Examples) -> np.ndarray:
     return np.concatenate([np.asarray(jit_predict(evaluated, b)) for b in batches])[: len(examples)]
 
 
+def example_call(examples: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the arguments of a model's call on the first example."""
+    tokens = examples.first(1).tokens
+    return tokens.input_ids, tokens.attention_mask
+
+
 def fit(
     model: nnx.Module,
     optimizer: nnx.Optimizer,

@@ -22,6 +22,7 @@ CONFIGS = {
     "pissa": dora.DoRAConfig(rank=3, init="pissa"),
     "patterns": dora.DoRAConfig(rank=3, rank_pattern={"layer_1": 2}, use_rslora=True),
     "saved": dora.DoRAConfig(rank=3, modules_to_save=["layer_1"]),
+    "saved alone": dora.DoRAConfig(target_modules=(), modules_to_save=["layer_1"]),
     "bfloat16": dora.DoRAConfig(rank=3, adapter_dtype="bfloat16"),
 }
 moved = random_adapters

@@ -198,6 +198,30 @@ def test_orthogonal_columns_are_orthonormal(name):
         assert not np.allclose(a[0], a[1])
 
 
+# A rank above the smaller side of the kernel.
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("name", ["dense", "two out axes behind a stack of two axes"])
+def test_a_rank_above_the_smaller_side_has_the_whole_kernel_or_a_product_of_zero(name, init):
+    rank = 30
+    adapter, base, kernel = start(init, name, rank=rank)
+    axes, shape = KERNELS[name]
+    assert {k: v.shape for k, v in adapter.items()} == axes.shapes(shape, rank)
+    w = reference.as_stack_of_matrices(np.asarray(kernel, np.float64), axes)
+    a = np.asarray(adapter["lora_a"], np.float64).reshape(len(w), -1, rank)
+    b = np.asarray(adapter["lora_b"], np.float64).reshape(len(w), rank, -1)
+    if init in FROM_KERNEL:
+        assert reference.relative_error(16 / rank * a @ b, w) <= 1e-5
+        assert same(base.init_a, adapter["lora_a"])
+        assert np.all(np.any(a != 0, axis=1))  # each direction can be trained
+    else:
+        assert np.all(b == 0)
+    if init == "orthogonal":
+        for matrix in a:
+            np.testing.assert_allclose(matrix @ matrix.T, np.eye(len(matrix)), atol=1e-6)
+
+
 def test_kaiming_uniform_is_bounded_by_the_fan_in():
     """`U(-1/sqrt(in), 1/sqrt(in))`: of variance 1 / (3 in)."""
     for name in ("dense", "two in axes"):

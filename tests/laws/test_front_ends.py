@@ -332,6 +332,22 @@ def test_saved_modules_are_trained_with_the_adapters_and_restored_by_merge(front
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients["layer_1"]))
 
 
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_rank_above_the_smaller_side_is_computed_merged_and_warned_of_once(front_end):
+    settings, widths = config(rank=6, rank_pattern={"layer_1": 5}), (8, 5, 3)
+    with pytest.warns(UserWarning, match="the rank is above") as warned:
+        chain = adapted_chain(front_end, settings, widths)
+    (message,) = {str(w.message) for w in warned if "the rank is" in str(w.message)}
+    assert "layer_0 (rank 6, 8 in, 5 out), layer_1 (rank 5, 5 in, 3 out)" in message
+    assert all(f in message for f in ("modules_to_save", "exclude_modules", "rank_pattern"))
+    x, adapters = inputs(7, 8), random_adapters(chain.adapters)
+    assert same(chain.apply(chain.params, chain.adapters, x), chain.base(chain.params, x))
+    y = chain.apply(chain.params, adapters, x)
+    assert reference.relative_error(y, expected_output(settings, chain.params, adapters, x)) <= 2e-6
+    merged = chain.merge(chain.params, adapters)
+    assert reference.relative_error(y, chain.base(merged, x)) <= 2e-6
+
+
 @pytest.mark.rows(2)
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)

@@ -106,6 +106,9 @@ def test_layers_are_selected_by_their_number(front_end):
         "layers.2.up",
         "layers.2.down",
     }
+    assert selected(front_end, layers_to_transform=[-3, -1]) == selected(
+        front_end, layers_to_transform=[0, 2]
+    )
     only_up = selected(front_end, target_modules=["up"], layers_to_transform=[1])
     assert only_up == {"layers.1.up"}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from typing import Any
 
 import jax
@@ -101,6 +103,23 @@ def test_adapting_changes_no_bit_in_mixed_dtypes(row, dtype, param_dtype):
     assert same(jax.jit(adapted.apply)(adapted.adapters, xs), before)
 
 
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    table(
+        SINGLE, ("e4m3fn", "e5m2"), default=lambda row, kind: row is SINGLE[0] and kind[1] == "4"
+    ),
+)
+def test_a_float8_kernel_is_adapted_and_merged(row, kind):
+    dtype = getattr(jnp, f"float8_{kind}")
+    params, trained, xs = numbers(row, dtype)
+    adapted = model(row, jnp.float32, dtype, PLAIN).adapt(config(row), params, xs)
+    merged = adapted.merge(trained)
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(dtype)}
+    assert all(np.isfinite(leaf.astype(jnp.float32)).all() for leaf in jax.tree.leaves(merged))
+    before = jax.jit(functools.partial(model(row, jnp.float32, dtype, PLAIN).base, params))(xs)
+    assert same(jax.jit(adapted.apply)(adapted.adapters, xs), before)
+
+
 @pytest.mark.rows(11)
 @pytest.mark.parametrize("row", SINGLE, ids=str)
 def test_the_backward_pass_of_a_bfloat16_layer_keeps_no_float32_activation(row):
@@ -153,6 +172,25 @@ def test_an_adapted_nnx_layer_still_is_what_it_was(row):
         elif not name.startswith("_"):
             assert getattr(adapted.layer, name) == value
     assert same(nnx.state(adapted, nnx.Param), nnx.state(base, nnx.Param))
+    for again in (pickle.loads(pickle.dumps(adapted.layer)), copy.deepcopy(adapted.layer)):
+        (graphdef, state), (wanted, expected) = nnx.split(again), nnx.split(adapted.layer)
+        assert graphdef == wanted
+        assert same(state, expected)
+
+
+class OfOwnClass(type(nnx.Module)):
+    """A metaclass of a user's own."""
+
+
+class OwnLinear(nnx.Linear, metaclass=OfOwnClass):
+    """A layer of that metaclass."""
+
+
+def test_an_adapted_layer_of_a_metaclass_of_its_own_is_pickled():
+    model = nnx.eval_shape(lambda: OwnLinear(4, 3, rngs=nnx.Rngs(0)))
+    adapted = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
+    assert type(pickle.loads(pickle.dumps(adapted))) is type(adapted)
+    assert isinstance(adapted, OwnLinear)
 
 
 @for_all(st.sampled_from(NNX), st.booleans(), few=4, many=40)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -191,6 +193,144 @@ def test_a_table_that_a_head_attends_to_is_adapted():
     assert list(adapters) == ["embed"]
 
 
+class Transposing(nn.Dense):
+    """Its product is `nn.Dense`'s, and it has another one."""
+
+    def back(self, y):
+        return y @ self.variables["params"]["kernel"].T
+
+
+def own_kernel(layer):
+    return layer.variables["params"]["kernel"]
+
+
+class ScannedRead(nn.Module):
+    @nn.compact
+    def __call__(self, carry, _):
+        layer = nn.Dense(4, name="layer")
+        return layer(carry) @ own_kernel(layer).T, None
+
+
+def _read(make, use):
+    """A model that runs a layer, and then uses its kernel."""
+
+    def run(module, x):
+        del module
+        layer = make(name="layer")
+        return use(layer(x), layer)
+
+    return run
+
+
+READS = {
+    "Dense": _read(functools.partial(nn.Dense, 5), lambda y, layer: y @ own_kernel(layer).T),
+    "Dense, by jit": _read(
+        functools.partial(nn.Dense, 5), lambda y, layer: y @ jnp.swapaxes(own_kernel(layer), 0, 1)
+    ),
+    "a method": _read(functools.partial(Transposing, 5), lambda y, layer: layer.back(y)),
+    "returned": _read(functools.partial(nn.Dense, 5), lambda y, layer: (y, own_kernel(layer))),
+    "returned by jit": _read(
+        functools.partial(nn.Dense, 5), lambda y, layer: (y, jax.jit(jnp.copy)(own_kernel(layer)))
+    ),
+    "a slice": _read(
+        functools.partial(nn.Dense, 5), lambda y, layer: y[:, :2] @ own_kernel(layer)[:, :2].T
+    ),
+    "a penalty": _read(
+        functools.partial(nn.DenseGeneral, (5, 2)), lambda y, layer: (own_kernel(layer) ** 2).sum()
+    ),
+    "Einsum": _read(
+        functools.partial(nn.Einsum, (4, 5), "bi,io->bo"), lambda y, layer: own_kernel(layer) @ y.T
+    ),
+    "Conv": _read(
+        functools.partial(nn.Conv, 5, (2,)), lambda y, layer: y + own_kernel(layer)[0, 0]
+    ),
+    "a scan": lambda m, x: nn.scan(
+        ScannedRead, variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+    )(name="stack")(x, None)[0],
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_kernel_that_is_read_outside_its_layer_is_refused(name):
+    module = Model(READS[name])
+    params = jax.eval_shape(module.init, jax.random.key(0), X)["params"]
+    config = dora.DoRAConfig(rank=2, target_modules=["layer"])
+    with pytest.raises(
+        dora.errors.LayoutError, match=r"layer cannot be adapted: .* outside of the layer too"
+    ):
+        dora.apply_dora(module, config, params=params, rng=jax.random.key(1), inputs=(X,))
+
+
+def _two_ways(module, x, way="both"):
+    one, other = nn.Dense(4, name="one"), nn.Dense(5, name="other")
+    return {"both": lambda: other(one(x)), "one": lambda: one(x)}[way]()
+
+
+class TwoWays(nn.Module):
+    run: Any = _two_ways
+
+    @nn.compact
+    def __call__(self, x, way="both"):
+        return self.run(self, x, way)
+
+
+def test_layers_that_the_traced_call_does_not_reach_are_named():
+    module = TwoWays()
+    params = jax.eval_shape(module.init, jax.random.key(0), X)["params"]
+
+    def adapt(inputs, **fields):
+        config = dora.DoRAConfig(rank=2, **fields)
+        return dora.apply_dora(module, config, params=params, rng=jax.random.key(1), inputs=inputs)[
+            1
+        ]
+
+    with pytest.warns(UserWarning, match="the traced call does not reach other, so .*inputs="):
+        assert list(adapt((X, "one"))) == ["one"]
+    for field in ("target_modules", "modules_to_save"):
+        with pytest.raises(
+            dora.errors.ConfigError, match=rf"{field} entry 'other' names other, which .* inputs="
+        ):
+            adapt((X, "one"), **{field: ["other"]})
+    with warnings.catch_warnings(action="error"):
+        assert list(adapt((X,))) == ["one", "other"]
+        assert list(adapt((X, "one"), exclude_modules=["other"])) == ["one"]
+
+
+class Optional(nn.Module):
+    """A call with arguments that are no arrays."""
+
+    @nn.compact
+    def __call__(self, x, mask=None, train=False, act="relu", *, steps=1):
+        for _ in range(steps):
+            x = nn.Dense(4)(x if mask is None else x * mask)
+        return {"relu": nn.relu, "tanh": nn.tanh}[act](x) if train else x
+
+
+class NNXOptional(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x, mask=None, train=False, act="relu"):
+        x = self.dense(x if mask is None else x * mask)
+        return {"relu": nnx.relu, "tanh": nnx.tanh}[act](x) if train else x
+
+
+MASK = jax.ShapeDtypeStruct((3, 1), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "inputs", [(X, None, True), (X, MASK, False, "tanh"), [X, np.ones((3, 1)), True, "tanh"]]
+)
+def test_arguments_that_are_no_arrays_are_static(inputs):
+    params = jax.eval_shape(Optional().init, jax.random.key(0), X)["params"]
+    call = dora.linen.ExampleCall((X,), {"mask": MASK, "train": True, "steps": 1, "act": "relu"})
+    key, config = jax.random.key(1), dora.DoRAConfig(rank=2)
+    for example in (inputs, call):
+        dora.apply_dora(Optional(), config, params=params, rng=key, inputs=example)
+    model = nnx.eval_shape(lambda: NNXOptional(nnx.Rngs(0)))
+    dora.apply_dora(model, config, rngs=nnx.Rngs(1), inputs=inputs)
+
+
 class NNXModel(nnx.Module):
     def __init__(self, **members):
         for name, member in members.items():
@@ -287,3 +427,84 @@ def test_an_nnx_table_that_a_head_reads_is_refused_where_a_call_is_traced():
         adapt(read, "embed", "dense")
     adapt(read, "dense")
     adapt(lambda embed, h: embed.attend(h), "embed", "dense")
+
+
+class NNXReads(nnx.Module):
+    def __init__(self, layer, read):
+        self.layer, self.read = layer, read
+
+    def __call__(self, x):
+        return self.read(self.layer(x), self.layer)
+
+
+class NNXTransposing(nnx.Linear):
+    def back(self, y):
+        return y @ self.kernel[...].T
+
+
+@nnx.split_rngs(splits=2)
+@nnx.vmap
+def linear_stack(rngs):
+    return nnx.Linear(4, 4, rngs=rngs)
+
+
+class NNXScannedRead(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = linear_stack(rngs)
+
+    def __call__(self, x):
+        def body(x, layer):
+            return layer(x) @ layer.kernel[...].T
+
+        return nnx.scan(body, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layer)
+
+
+NNX_READS = {
+    "Linear": lambda rngs: NNXReads(
+        nnx.Linear(4, 5, rngs=rngs), lambda y, layer: y @ layer.kernel[...].T
+    ),
+    "get_value": lambda rngs: NNXReads(
+        nnx.Linear(4, 5, rngs=rngs), lambda y, layer: y @ layer.kernel.get_value()[:2].T
+    ),
+    "a method": lambda rngs: NNXReads(
+        NNXTransposing(4, 5, rngs=rngs), lambda y, layer: layer.back(y)
+    ),
+    "returned": lambda rngs: NNXReads(
+        nnx.Linear(4, 5, rngs=rngs), lambda y, layer: (y, layer.kernel[...])
+    ),
+    "LinearGeneral": lambda rngs: NNXReads(
+        nnx.LinearGeneral(4, (5, 2), rngs=rngs), lambda y, layer: jnp.sum(layer.kernel[...] ** 2)
+    ),
+    "Conv": lambda rngs: NNXReads(
+        nnx.Conv(4, 5, (2,), rngs=rngs), lambda y, layer: y + layer.kernel[...][0, 0]
+    ),
+    "nothing": lambda rngs: nnx.Sequential(nnx.Linear(4, 5, rngs=rngs), nnx.relu),
+    "a scan": NNXScannedRead,
+}
+
+
+@pytest.mark.parametrize("name", NNX_READS)
+def test_an_nnx_kernel_that_is_read_outside_its_layer_is_refused_where_a_call_is_traced(name):
+    model = nnx.eval_shape(lambda: NNX_READS[name](nnx.Rngs(0)))
+    config = dora.DoRAConfig(rank=2, target_modules=r"layer|layers\.0")
+
+    def adapt(inputs):
+        return dora.apply_dora(model, config, rngs=nnx.Rngs(1), inputs=inputs)
+
+    if name == "nothing":  # nothing but Flax's own code runs
+        with warnings.catch_warnings(action="error"):
+            adapt(None)
+            adapt((X,))
+        return
+    with pytest.raises(
+        dora.errors.LayoutError, match=r"layer cannot be adapted: .* outside of the layer too"
+    ):
+        adapt((X,))
+    with pytest.warns(UserWarning, match=r"could not check .* nothing else reads .*: layer. Pass"):
+        adapt(None)
+
+
+def test_an_nnx_layer_that_the_traced_call_does_not_call_is_named():
+    model = nnx.eval_shape(lambda: NNXModel(layer=linear(), other=linear()))
+    with pytest.warns(UserWarning, match="other: the traced call does not call this layer"):
+        dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1), inputs=(X,))

@@ -6,6 +6,7 @@ import functools
 import re
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import pytest
@@ -106,6 +107,169 @@ def test_an_equation_that_is_not_understood_is_refused(equation):
             rng=jax.random.key(0),
             inputs=(x,),
         )
+
+
+# More than one kernel.
+
+
+class LinenGated(linen.Module):
+    """Two weights, or one and a scale of its output features."""
+
+    further: str = "gate"
+
+    @linen.compact
+    def __call__(self, x):
+        draw = linen.initializers.normal()
+        y = x @ self.param("w", draw, (4, 3))
+        if self.further == "dense":
+            return y * linen.Dense(3, name="dense")(x)
+        if self.further == "gate":
+            return y * (x @ self.param("gate", draw, (4, 3)))
+        return y * self.param("scale", draw, (3,))
+
+
+class LinenHolder(linen.Module):
+    further: str
+
+    @linen.compact
+    def __call__(self, x):
+        return LinenGated(self.further, name="layer")(x)
+
+
+class NNXGated(nnx.Module):
+    def __init__(self, further, rngs):
+        self.w = nnx.Param(jnp.ones((4, 3)))
+        if further == "dense":
+            self.dense = nnx.Linear(4, 3, rngs=rngs)
+        if further == "gate":
+            self.gate = nnx.Param(jnp.ones((4, 3)))
+        if further == "scale":
+            self.scale = nnx.Param(jnp.ones(3))
+
+    def __call__(self, x):
+        return x @ self.w[...]
+
+
+@pytest.mark.parametrize("front_end", ["linen", "nnx"])
+@pytest.mark.parametrize("stack", [0, 2])
+@pytest.mark.parametrize(
+    ("further", "named"), [("gate", "gate"), ("dense", "dense.kernel"), ("scale", None)]
+)
+def test_a_layer_of_two_kernels_is_refused(front_end, stack, further, named):
+    layout = einsum_layout(lambda layer, call: "bi,io->bo", kernel="w", inputs="x")
+    for layer_class in (LinenGated, NNXGated):
+        dora.layers.register_layout(layer_class, layout)
+    x, settings = jnp.ones((2, 4)), dora.DoRAConfig(rank=2, target_modules=r"layer|")
+
+    def adapt():
+        if front_end == "nnx":
+            make = functools.partial(NNXGated, further)
+            if stack:
+                model = nnx.eval_shape(lambda: nnx.vmap(make)(nnx.Rngs(0).split(stack)))
+            else:
+                model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+            return dora.apply_dora(model, settings, rngs=nnx.Rngs(1))
+        stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        vmapped = linen.vmap(LinenHolder, axis_size=stack, in_axes=None, **stacked)
+        module = vmapped(further) if stack else LinenHolder(further)
+        params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+        return dora.apply_dora(module, settings, params=params, rng=jax.random.key(1), inputs=(x,))
+
+    if named is None:
+        adapt()
+        return
+    with pytest.raises(
+        dora.errors.LayoutError, match=rf"cannot be adapted: it has {named} next to its kernel w,"
+    ):
+        adapt()
+
+
+def test_a_layout_of_two_kernels_is_refused():
+    layout = einsum_layout(lambda layer, call: "bi,io->bo", kernel=("w", "gate"), inputs="x")
+    with pytest.raises(dora.errors.LayoutError, match=r"NNXGated names .* layer of one kernel"):
+        dora.layers.register_layout(NNXGated, layout)
+
+
+# A base that is quantised.
+
+
+@flax.struct.dataclass
+class QArray:
+    """A stand-in for qwix's: a record of integers and scales with the attributes of an array."""
+
+    qvalue: Any
+    scale: Any
+    shape = property(lambda self: self.qvalue.shape)
+    ndim = property(lambda self: self.qvalue.ndim)
+    dtype = property(lambda self: self.scale.dtype)
+
+
+QArray.__module__ = "qwix._src.core.qarray"
+nnx.register_data_type(QArray)
+
+
+def quantised(kernel):
+    return QArray(jnp.ones(kernel.shape, jnp.int8), jnp.ones((1, kernel.shape[1])))
+
+
+def intercepted(layer_class):
+    """Returns a class as qwix makes it in place of a model's."""
+    return type(layer_class.__name__, (layer_class,), {"_unquantized_type": layer_class})
+
+
+def test_a_quantised_linen_base_is_refused_by_name():
+    module, x, config = (
+        linen.Sequential([linen.Dense(4)]),
+        jnp.ones((2, 3)),
+        dora.DoRAConfig(rank=2),
+    )
+    params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+    base = {**params["layers_0"], "kernel": quantised(params["layers_0"]["kernel"])}
+
+    def adapt(module, params):
+        return dora.apply_dora(module, config, params=params, rng=jax.random.key(0), inputs=(x,))
+
+    with pytest.raises(
+        dora.errors.LayoutError, match=r"^layers_0 cannot be adapted: its kernel is a QArray.*qwix"
+    ):
+        adapt(module, {"layers_0": base})
+    with pytest.raises(dora.errors.LayoutError, match=r"^the model runs under qwix"):
+        adapt(intercepted(linen.Sequential)([linen.Dense(4)]), params)
+    model, adapters = adapt(module, params)
+    for use in (
+        lambda params: model.apply({"params": params, "dora": adapters}, x),
+        lambda params: dora.merge(model, params, adapters),
+    ):
+        with pytest.raises(dora.errors.AdapterError, match=r"^layers_0: .* quantised after it was"):
+            use({"layers_0": base})
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_a_quantised_nnx_base_is_refused_by_name(boxed):
+    def model():
+        return nnx.eval_shape(lambda: nnx.Dict(up=nnx.Linear(3, 4, rngs=nnx.Rngs(0))))
+
+    def quantise(model):
+        kernel = quantised(model.up.kernel)
+        model.up.kernel = nnx.Param(kernel) if boxed else kernel
+        return model
+
+    config = dora.DoRAConfig(rank=2)
+    with pytest.raises(
+        dora.errors.LayoutError, match=r"^up cannot be adapted: its kernel is a QArray.*qwix"
+    ):
+        dora.apply_dora(quantise(model()), config, rngs=nnx.Rngs(1))
+    with pytest.raises(dora.errors.LayoutError, match=r"^up runs under qwix"):
+        plain = model()
+        object.__setattr__(plain.up, "__class__", intercepted(nnx.Linear))
+        dora.apply_dora(plain, config, rngs=nnx.Rngs(1))
+    adapted = quantise(dora.apply_dora(model(), config, rngs=nnx.Rngs(1)))
+    for use in (lambda: adapted.up(jnp.ones((2, 3))), lambda: dora.merge(adapted)):
+        with pytest.raises(dora.errors.AdapterError, match=r"^up: .* quantised after it was"):
+            use()
+
+
+# Two uses of a kernel.
 
 
 class LinenBothWays(linen.Module):

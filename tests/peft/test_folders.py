@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 import dora_jax as dora
 from dora_jax.names import IDENTITY, NameMap
@@ -44,6 +47,25 @@ def test_the_same_adapter_comes_back(tmp_path, fields):
             **{"rank": 2, "norm_gradient": "detached", **fields}
         ).layer_settings(path)
         assert config.layer_settings(path) == wanted
+
+
+def test_a_trained_rank_above_the_smaller_side_is_read_and_saved_without_a_word(tmp_path):
+    with pytest.warns(UserWarning, match="the rank is above the smaller side of the kernel: down"):
+        model = adapted(model=filled(MLP), rank=3, rank_pattern={"down": 7})
+    base = filled(MLP)
+    with warnings.catch_warnings(action="error"):
+        save_pretrained(model, tmp_path / "peft", IDENTITY)
+        loaded = load_pretrained(base, tmp_path / "peft", IDENTITY)
+        tree, config = read_adapters(base, tmp_path / "peft", IDENTITY)
+        dora.save(tmp_path / "own", loaded, config)
+        again = dora.load(tmp_path / "own", base)
+        many, wide = dora.adapters.add_weighted([tree, tree], [0.5, 0.5], config)
+        sum_of = dora.apply_dora(base, wide, rngs=nnx.Rngs(0))
+        dora.set_adapters(sum_of, many)
+        dora.save(tmp_path / "sum", sum_of, wide)
+        assert dora.load(tmp_path / "sum", base).down.lora_a.shape == (8, 14)
+    for other in (loaded, again):
+        assert_trees_equal(dora.get_adapters(other), dora.get_adapters(model))
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])

@@ -52,7 +52,9 @@ def chain(front_end: str, config: dora.DoRAConfig, widths=CHAIN, **dtypes: Any) 
     params = chain_params(widths, dtypes.get("param_dtype", jnp.float32))
     if front_end == "linen":
         return of_linen(LinenChain(widths, **dtypes), params, inputs(1, widths[0]), config)
-    return of_nnx(lambda rngs: NNXChain(widths, rngs=rngs, **dtypes), params, config)
+    return of_nnx(
+        lambda rngs: NNXChain(widths, rngs=rngs, **dtypes), params, config, (inputs(1, widths[0]),)
+    )
 
 
 def stack(front_end: str, config: dora.DoRAConfig) -> Operations:
@@ -65,7 +67,7 @@ def stack(front_end: str, config: dora.DoRAConfig) -> Operations:
     params = {"blocks": {"up": up}}
     if front_end == "linen":
         return of_linen(LinenStack(), params, inputs(1, WIDTH), config)
-    return of_nnx(NNXStack, params, config)
+    return of_nnx(NNXStack, params, config, (inputs(1, WIDTH),))
 
 
 def of_linen(module: Any, params: Tree, x: jax.Array, config: dora.DoRAConfig) -> Operations:
@@ -88,11 +90,11 @@ def of_linen(module: Any, params: Tree, x: jax.Array, config: dora.DoRAConfig) -
 
 
 def of_nnx(
-    make: Callable[[nnx.Rngs], nnx.Module], params: Tree, config: dora.DoRAConfig
+    make: Callable[[nnx.Rngs], nnx.Module], params: Tree, config: dora.DoRAConfig, call: Any = None
 ) -> Operations:
     base = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
     nnx.update(base, with_values(base, params))
-    adapted = dora.apply_dora(base, config, rngs=nnx.Rngs(1))
+    adapted = dora.apply_dora(base, config, rngs=nnx.Rngs(1), inputs=call)
 
     start = dora.get_adapters(adapted)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,7 +157,6 @@ def test_the_state_of_an_nnx_model_has_the_same_labels():
             {"kernel": 0, "magnitude": 0},
             "kernel is the frozen base of an adapted layer.*wrt=DoRAParam in NNX",
         ),
-        ({"query": {"kernel": 0, "bias": 0}}, "no adapter among the parameters to optimise"),
     ],
 )
 def test_base_parameters_are_refused(tree, message):
@@ -175,6 +176,49 @@ def test_an_nnx_optimizer_of_base_parameters_is_refused(wrt):
     wrt = nnx.Any(*wrt) if isinstance(wrt, tuple) else wrt
     with pytest.raises(dora.errors.AdapterError, match="wrt=DoRAParam"):
         nnx.Optimizer(model, dora.dora_optimizer(1e-3), wrt=wrt)
+
+
+HEAD_ALONE = {"head": ADAPTERS["head"]}
+
+
+def test_modules_trained_in_full_need_no_adapter_next_to_them():
+    """A tree of Linen's does not show whether it is the base's, so that is said."""
+    tx = dora.dora_optimizer(0.1, max_grad_norm=None, optimizer=sgd)
+    with pytest.warns(UserWarning, match="all of them are trained in full.*not params"):
+        updates = updates_of(tx, {"head": GRADIENTS["head"]}, HEAD_ALONE)
+    np.testing.assert_allclose(updates["head"]["bias"], -0.1 * GRADIENTS["head"]["bias"])
+    assert dora.adapters.count_parameters(HEAD_ALONE)["total"] == 2
+    model = nnx.Dict(up=nnx.Linear(3, 2, rngs=nnx.Rngs(0)), head=nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    config = dora.DoRAConfig(target_modules=(), modules_to_save=["head"])
+    model = dora.apply_dora(model, config, rngs=nnx.Rngs(0))
+    with warnings.catch_warnings(action="error"):
+        nnx.Optimizer(model, dora.dora_optimizer(0.1), wrt=dora.DoRAParam)
+    with pytest.raises(dora.errors.AdapterError, match="wrt=DoRAParam"):
+        nnx.Optimizer(model, dora.dora_optimizer(0.1), wrt=nnx.Param)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_grad_norm": None},
+        {"optimizer": sgd, "magnitude_lr_ratio": optax.linear_schedule(1.0, 3.0, 4)},
+    ],
+)
+def test_hyperparameters_may_be_injected(options):
+    static = ("optimizer",) if "optimizer" in options else ()
+    tx = optax.inject_hyperparams(dora.dora_optimizer, static)(learning_rate=0.1, **options)
+    expected = updates_of(dora.dora_optimizer(0.1, **options))
+    state, update = tx.init(ADAPTERS), jax.jit(tx.update)
+    updates, state = update(GRADIENTS, state, ADAPTERS)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), updates, expected)
+    state.hyperparams["learning_rate"] *= 0
+    assert not any(map(np.any, jax.tree.leaves(update(GRADIENTS, state, ADAPTERS)[0])))
+
+
+def test_an_optimizer_that_is_taken_for_a_schedule_is_named():
+    tx = optax.inject_hyperparams(dora.dora_optimizer)(0.1, optimizer=optax.lion)
+    with pytest.raises(dora.errors.ConfigError, match=r"optimizer must be .*static_args"):
+        tx.init(ADAPTERS)
 
 
 def test_an_empty_tree_is_no_error():

@@ -28,9 +28,9 @@ from tests.support.bad_inputs.models import (
 OPTIMISING = [
     BadInput(
         "the base's parameters",
-        lambda: dora.dora_optimizer(1e-3).init(params()),
+        lambda: nnx.Optimizer(adapt(), dora.dora_optimizer(1e-3), wrt=nnx.Param),
         AdapterError,
-        "^no adapter among the parameters .*: give the adapter tree .* not the base's parameters",
+        "^no adapter among the parameters .*: give wrt=DoRAParam, not the base's parameters",
     ),
     BadInput(
         "the base with its adapters",
@@ -73,12 +73,6 @@ OPTIMISING = [
         lambda: dora.dora_optimizer(1e-3, max_grad_norm=0.0),
         ConfigError,
         "^max_grad_norm must be above 0, or None, got 0.0",
-    ),
-    BadInput(
-        "parameters counted of the base",
-        lambda: dora.adapters.count_parameters(params()),
-        AdapterError,
-        "^no adapter among the parameters",
     ),
 ]
 

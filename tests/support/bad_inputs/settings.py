@@ -102,10 +102,10 @@ CONFIGURATION = [
         "^layers_to_transform must be a list, got 3",
     ),
     BadInput(
-        "a layer counted from behind",
-        lambda: DoRAConfig(layers_to_transform=[-1]),
+        "half a layer",
+        lambda: DoRAConfig(layers_to_transform=[0.5]),  # type: ignore[list-item]
         ConfigError,
-        r"^layers_to_transform must hold integers of at least 0, got \[-1\]",
+        r"^layers_to_transform must hold integers, got \[0.5\]",
     ),
     BadInput(
         "a pattern for numbers, without numbers",
@@ -114,16 +114,22 @@ CONFIGURATION = [
         "^layers_pattern needs layers_to_transform",
     ),
     BadInput(
-        "several patterns for numbers",
-        lambda: DoRAConfig(layers_to_transform=[0], layers_pattern=["layers"]),  # type: ignore[arg-type]
+        "a number for the name that numbers follow",
+        lambda: DoRAConfig(layers_to_transform=[0], layers_pattern=[3]),  # type: ignore[list-item]
         ConfigError,
-        r"^layers_pattern must be one name, such as 'layers', got \['layers'\]",
+        r"^layers_pattern must be a name such as 'layers', or several, got \[3\]",
+    ),
+    BadInput(
+        "a word of PEFT's",
+        lambda: DoRAConfig(r=8),  # type: ignore[call-arg]
+        ConfigError,
+        "^these are words of PEFT's. Write rank for r",
     ),
     BadInput(
         "JSON with a field of PEFT's",
         lambda: DoRAConfig.from_json('{"r": 8}'),
         ConfigError,
-        r"^unknown fields \['r'\]; the known ones are .*'rank'",
+        r"^unknown fields \['r'\]; these are words of PEFT's. Write rank for r",
     ),
     BadInput(
         "JSON cut short",
@@ -189,12 +195,6 @@ SELECTION = [
         r"^rank_pattern key 'layers\.\*' has no effect: 'up' comes before it",
     ),
     BadInput(
-        "a rank above the kernel's",
-        lambda: adapt_linen(rank=4),
-        ConfigError,
-        r"^head: rank 4 is above the smaller side of its kernel \(6 in, 3 out\); .*rank_pattern",
-    ),
-    BadInput(
         "the number of no layer",
         lambda: adapt(layers_to_transform=[0, 2]),
         ConfigError,
@@ -211,6 +211,18 @@ SELECTION = [
         lambda: adapt(target_modules=["head"], layers_to_transform=[0]),
         ConfigError,
         r"^layers_to_transform asks for \[0\], but no layer .* nor is one a stack",
+    ),
+    BadInput(
+        "a number from the end that no layer has",
+        lambda: adapt(layers_to_transform=[-3]),
+        ConfigError,
+        r"^layers_to_transform asks for \[-3\], but no layer that target_modules selects has",
+    ),
+    BadInput(
+        "a place before the start of a stack",
+        lambda: adapt_linen(LinenStack(), layers_to_transform=[-5]),
+        ConfigError,
+        r"^blocks.up: layers_to_transform asks for \[-5\], but the stack has 4 layers",
     ),
     BadInput(
         "a place behind the end of a stack",
