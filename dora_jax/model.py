@@ -26,8 +26,8 @@ from dora_jax.errors import AdapterError, Path
 from dora_jax.layers.layout import Layout
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx.layers import BASE_PREFIX, base_of, plain_class
-from dora_jax.nnx.model import copy_model, named_modules
-from dora_jax.nnx.variables import BaseParam, DoRAParam, nnx_values, set_nnx_values
+from dora_jax.nnx.model import named_modules
+from dora_jax.nnx.variables import BaseParam, DoRAParam, copy_model, nnx_values, set_nnx_values
 
 M = TypeVar("M")
 # Variables of an NNX model that a call changes: counters of random streams, running means.
@@ -111,8 +111,7 @@ def adapt(model: Any, config: DoRAConfig, plain: Plain) -> tuple[AdaptedModel, d
     if isinstance(model, nnx.Module):
         if plain.params is not None:
             raise TypeError("an NNX model carries its arrays: leave out params")
-        rngs = nnx.Rngs(0) if plain.rngs is None else plain.rngs
-        model = dora_nnx.apply_dora(model, config, rngs=rngs, inputs=plain.inputs)
+        model = dora_nnx.adapt_to_load(model, config, plain.rngs, plain.inputs)
         return model, dora_nnx.get_adapters(model)
     if plain.params is None or plain.inputs is None:
         raise TypeError("a Linen module needs params and inputs too")

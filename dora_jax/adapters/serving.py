@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.adapters.combine import check_weights
+from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.trees import Tree, check_shapes, get_in, set_in, tree_shapes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import AdapterError, Path
@@ -67,6 +68,8 @@ def disable(adapters: Tree, bases: Mapping[Path, FrozenBase]) -> Any:
         {"up": {"lora_a": A, "lora_b": B, "magnitude": m}}
         -> {"up": {"lora_a": A, "lora_b": 0, "magnitude": ||W0||}}
 
+    Its arrays are copies, those of modules trained in full too.
+
     Args:
       adapters: an adapter tree, with precomputed scales or without.
       bases: the record of each layer's frozen kernel, by module path.
@@ -84,4 +87,4 @@ def disable(adapters: Tree, bases: Mapping[Path, FrozenBase]) -> Any:
             if name in start
         }
         disabled = set_in(disabled, path, {**layer, **new})
-    return disabled
+    return jax.tree.map(own_array, disabled)

@@ -152,6 +152,9 @@ def load(
 ) -> Any:
     """Loads adapters into a model; returns what `apply_dora` returns, with trained adapters.
 
+    An NNX model keeps its mode: adapter dropout acts if the model is in train mode. If none of its
+    layers knows its mode, dropout does not act until `train()` is called.
+
     Args:
       path: a folder that `save` wrote, or one step of `Checkpoints`.
       model: an NNX model or a Linen module, plain or adapted. It is not changed.

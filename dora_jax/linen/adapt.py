@@ -9,12 +9,13 @@ import jax
 from flax import linen as nn
 from flax.core import meta
 
-from dora_jax.adapters.trees import Tree, get_in, set_in, tree_shapes
+from dora_jax.adapters.placement import own_array
+from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, tree_shapes
 from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.errors import AdapterError, ConfigError, Path
 from dora_jax.layers.adapted import AdaptedLayer
 from dora_jax.layers.plan import LayerStart, StoredKernel, plan_layers, start_layers
-from dora_jax.linen.model import DoRAModel, StoredLayer
+from dora_jax.linen.model import DoRAModel, StoredLayer, check_byte_order
 from dora_jax.linen.stack_axes import is_in_front
 from dora_jax.linen.tracing import ExampleCall, Trace, stored_kernel_axes, trace_layers
 from dora_jax.selection import saved_paths
@@ -33,7 +34,8 @@ def apply_dora(
         params    {"up": {"kernel": (in, out), "bias": (out,)}, ...}  stay as they are
         adapters  {"up": {"lora_a": (in, r), "lora_b": (r, out), "magnitude": (out,)}, ...}
 
-    Both models compute the same at this point, bit for bit.
+    Both models compute the same at this point, bit for bit. Modules trained in full are copied
+    into the adapters, so that a step may donate them.
 
     Args:
       module: any `flax.linen.Module`.
@@ -63,14 +65,12 @@ def apply_dora(
       >>> jax.tree.map(jnp.shape, adapters)
       {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}
     """
-    if isinstance(module, DoRAModel):
-        raise AdapterError("the module is adapted already: merge it first")
-    if "params" in params:
-        raise ConfigError("params must be the collection itself: pass variables['params']")
+    _check_arguments(module, params)
     call = inputs if isinstance(inputs, ExampleCall) else ExampleCall(inputs)
     trace = trace_layers(module, params, call)
     layouts = {path: layer.layout for path, layer in trace.layers.items()}
-    settings = plan_layers(config, layouts, trace.modules, trace.unsupported)
+    parts = [*trace.modules, *_bare_parameters(params, trace)]
+    settings = plan_layers(config, layouts, parts, trace.unsupported)
     stored = _stored_layers(module, params, call, trace, settings)
     kernels = {
         path: StoredKernel(layer.kernel(params), layer.axes) for path, layer in stored.items()
@@ -78,8 +78,16 @@ def apply_dora(
     started = start_layers(config, settings, kernels, rng)
     layers = {path: stored[path] for path in started}
     base = {path: start.base for path, start in started.items()}
-    adapters = _adapter_tree(started, params, saved_paths(config, trace.modules))
+    adapters = _adapter_tree(started, params, saved_paths(config, parts))
     return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
+
+
+def _check_arguments(module: Any, params: Tree) -> None:
+    if isinstance(module, DoRAModel):
+        raise AdapterError("the module is adapted already: merge it first")
+    if "params" in params:
+        raise ConfigError("params must be the collection itself: pass variables['params']")
+    check_byte_order(params)
 
 
 def _adapter_tree(
@@ -90,8 +98,19 @@ def _adapter_tree(
     for path, start in started.items():
         adapters = set_in(adapters, path, start.adapter)
     for path in saved:
-        adapters = set_in(adapters, path, meta.unbox(get_in(params, path)))
+        own = jax.tree.map(own_array, meta.unbox(get_in(params, path)))
+        adapters = set_in(adapters, path, own)
     return adapters
+
+
+def _bare_parameters(params: Tree, trace: Trace) -> list[Path]:
+    """Returns the paths of parameters next to other modules, as the class token of a ViT is.
+
+    A parameter of a module without others inside is named by its module.
+    """
+    holders = {path[:n] for path in trace.modules for n in range(len(path))}
+    holders -= trace.layers.keys() | trace.unsupported.keys()
+    return [path for path in flatten(meta.unbox(params)) if path[:-1] in holders]
 
 
 def _stored_layers(

@@ -11,7 +11,16 @@ import jax
 from flax import linen as nn
 from flax.core import meta
 
-from dora_jax.adapters.trees import Tree, check_shapes, get_in, overlay, set_in, tree_shapes
+from dora_jax.adapters.placement import native
+from dora_jax.adapters.trees import (
+    Tree,
+    check_shapes,
+    flatten,
+    get_in,
+    overlay,
+    set_in,
+    tree_shapes,
+)
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase, check_kernel
@@ -186,8 +195,19 @@ def check_base(model: DoRAModel, params: Tree) -> None:
     An adapted layer whose kernel was exchanged gives NaN, and merges to NaN; this says which,
     except under a transformation such as `jax.jit`, where the values are not known.
     """
+    check_byte_order(params)
     for path, layer in model.layers.items():
         check_kernel(path, layer.kernel(params), model.base[path], layer.axes)
+
+
+def check_byte_order(params: Tree) -> None:
+    """Raises `AdapterError` if an array is in a byte order that JAX does not read, naming it."""
+    for path, x in flatten(meta.unbox(params)).items():
+        if native(x) is not x:
+            raise AdapterError(
+                f"{'.'.join(path)} is in a byte order that JAX does not read ({x.dtype.str}): "
+                'convert it with x.astype(x.dtype.newbyteorder("="))'
+            )
 
 
 def saved_modules(layers: Iterable[Path], adapters: Tree) -> Tree:

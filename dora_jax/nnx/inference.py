@@ -15,12 +15,11 @@ from dora_jax.layers.adapted import compute_dtype
 from dora_jax.nnx.layers import adapter_of, base_of
 from dora_jax.nnx.model import (
     checked_layers,
-    copy_model,
     get_adapters,
     kernel_and_axes,
     set_adapters,
 )
-from dora_jax.nnx.variables import DoRAParam, M
+from dora_jax.nnx.variables import DoRAParam, M, copy_model
 
 
 def precompute_scales(model: M) -> M:

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.trees import check_shapes, flatten
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import check_kernel
 from dora_jax.errors import AdapterError, Path
 from dora_jax.layers.layout import stored_axes
 from dora_jax.nnx.layers import DoRALayer, base_of
-from dora_jax.nnx.variables import DoRAParam, M
+from dora_jax.nnx.variables import DoRAParam
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
@@ -35,11 +35,6 @@ def checked_layers(model: nnx.Module) -> dict[Path, Any]:
     if not layers and not jax.tree.leaves(nnx.state(model, DoRAParam)):
         raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
     return layers
-
-
-def copy_model(model: M) -> M:
-    """Returns a copy with variables of its own, which hold the same arrays."""
-    return nnx.merge(*nnx.split(model), copy=True)
 
 
 def kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
@@ -75,6 +70,8 @@ def get_adapters(model: nnx.Module) -> dict[str, Any]:
 def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     """Puts an adapter tree, as `get_adapters` returns it, into an adapted model.
 
+    The model gets copies: training it leaves the tree as it is.
+
     Raises:
       AdapterError: names, shapes or the presence of a magnitude differ; names each.
     """
@@ -85,7 +82,7 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     check_shapes(adapters, {path: variable.shape for path, variable in wanted.items()})
     given = flatten(adapters)
     for path, variable in wanted.items():
-        variable[...] = jnp.asarray(given[path], variable.dtype)
+        variable.set_value(own_array(given[path], variable.dtype))
     nnx.update(model, state)
 
 

@@ -71,7 +71,9 @@ def load_pretrained(
 ) -> Any:
     """Returns a model adapted with the adapter of a PEFT folder.
 
-    It computes the same outputs as PEFT. As there, no gradient flows through the norm. Adapters are
+    It computes the same outputs as PEFT in the same mode: an NNX model keeps its own, train or
+    eval. If none of its layers knows its mode, adapter dropout does not act until `train()` is
+    called. As in PEFT, no gradient flows through the norm. Adapters are
     float32, whatever the file's dtype; float64 if the file is.
 
     Args:
