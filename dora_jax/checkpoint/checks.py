@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.adapters.groups import ADAPTER_ARRAYS
-from dora_jax.adapters.placement import host_value
-from dora_jax.adapters.trees import flatten
+from dora_jax.adapters.trees import check_finite, flatten
 from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.model import adapter_tree, layer_settings
@@ -58,12 +57,7 @@ def check_tree(adapters: Mapping[str, Any], config: DoRAConfig, model: Any) -> N
         _check_against_config(flat, layers, config)
     else:
         adapter_tree(model, adapters)
-    for path, x in flat.items():
-        if not np.isfinite(host_value(x)).all():
-            raise AdapterError(
-                f"{'.'.join(path)} is not finite: the training diverged; restore an earlier "
-                "checkpoint"
-            )
+    check_finite(adapters)
 
 
 def check_values(own: Mapping[Path, Any], saved: Mapping[Path, Any], part: str) -> None:
