@@ -65,7 +65,7 @@ def apply_dora(
       >>> jax.tree.map(jnp.shape, adapters)
       {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}
     """
-    _check_arguments(module, params)
+    module = _checked_module(module, params)
     call = inputs if isinstance(inputs, ExampleCall) else ExampleCall(inputs)
     trace = trace_layers(module, params, call)
     layouts = {path: layer.layout for path, layer in trace.layers.items()}
@@ -82,12 +82,14 @@ def apply_dora(
     return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
 
 
-def _check_arguments(module: Any, params: Tree) -> None:
+def _checked_module(module: nn.Module | DoRAModel, params: Tree) -> nn.Module:
+    """Returns the module; raises `DoRAError` if it is adapted, or the parameters are others."""
     if isinstance(module, DoRAModel):
         raise AdapterError("the module is adapted already: merge it first")
     if "params" in params:
         raise ConfigError("params must be the collection itself: pass variables['params']")
     check_byte_order(params)
+    return module
 
 
 def _adapter_tree(
