@@ -30,8 +30,8 @@ from dora_jax.nnx.model import named_modules
 from dora_jax.nnx.variables import BaseParam, DoRAParam, copy_model, nnx_values, set_nnx_values
 
 M = TypeVar("M")
-# Variables of an NNX model that a call changes: counters of random streams, running means.
-_MUTABLE = (nnx.RngState, nnx.BatchStat)
+# Variables of an NNX model that a call changes: running means, and counters of random streams.
+STATISTICS, STREAMS = nnx.BatchStat, nnx.RngState
 # An NNX module or a `DoRAModel`: what `apply_dora` returns of either front end.
 AdaptedModel = Any
 
@@ -197,18 +197,19 @@ def with_adapter_arrays(
     return model
 
 
-def mutable_arrays(model: AdaptedModel) -> dict[Path, Any]:
-    """Returns the arrays that calls of an NNX model change, by path; none of a `DoRAModel`.
+def mutable_arrays(model: AdaptedModel, kind: type[nnx.Variable]) -> dict[Path, Any]:
+    """Returns the arrays of an NNX model that calls change, by path; none of a `DoRAModel`.
 
-    They are the counters of random streams and running means. A Linen model has its own apart, in
-    collections and keys.
+    A Linen model has its own apart, in collections and keys. `kind` is one of the two above.
     """
-    return nnx_values(model, _MUTABLE) if carries_arrays(model) else {}
+    return nnx_values(model, kind) if carries_arrays(model) else {}
 
 
-def set_mutable_arrays(model: AdaptedModel, values: Mapping[Path, Any]) -> None:
+def set_mutable_arrays(
+    model: AdaptedModel, kind: type[nnx.Variable], values: Mapping[Path, Any]
+) -> None:
     """Puts the arrays of `mutable_arrays` into an NNX model, in place."""
-    set_nnx_values(model, _MUTABLE, values)
+    set_nnx_values(model, kind, values)
 
 
 def base_records(model: AdaptedModel) -> dict[Path, FrozenBase]:

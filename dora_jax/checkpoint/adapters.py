@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest, tree_shapes
 from dora_jax.checkpoint.checks import check_settings
 from dora_jax.checkpoint.contents import contents, trained
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
+from dora_jax.checkpoint.statistics import check_statistics_given, statistics_to_load
 from dora_jax.checkpoint.storage import absolute, read, read_metadata, write
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import CheckpointError, Path
 from dora_jax.model import (
+    STATISTICS,
     Plain,
     adapt,
     carries_arrays,
     is_adapted,
     layer_settings,
+    set_mutable_arrays,
     with_adapter_arrays,
     with_base_records,
 )
@@ -49,6 +52,8 @@ class SavedAdapters:
     Attributes:
       adapters: the adapter tree, of NumPy arrays.
       config: the configuration they were trained with.
+      statistics: batch statistics of the model, as running means, in nested dicts; empty if it has
+        none, or the adapters were saved without it. A Linen model applies with them.
       base: the record of each layer's frozen kernel, by module path; empty if the adapters were
         saved without their model.
       axes: of those kernels, by module path; empty in the same case.
@@ -56,6 +61,7 @@ class SavedAdapters:
     """
 
     adapters: dict[str, Any]
+    statistics: dict[str, Any]
     config: DoRAConfig
     base: Mapping[Path, FrozenBase]
     axes: Mapping[Path, KernelAxes]
@@ -69,7 +75,15 @@ def save(
 
 
 @overload
-def save(path: Folder, model: DoRAModel, adapters: Tree, /, *, overwrite: bool = False) -> None: ...
+def save(
+    path: Folder,
+    model: DoRAModel,
+    adapters: Tree,
+    /,
+    *,
+    overwrite: bool = False,
+    statistics: Tree | None = None,
+) -> None: ...
 
 
 @overload
@@ -78,7 +92,15 @@ def save(
 ) -> None: ...
 
 
-def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) -> None:
+def save(
+    path: Folder,
+    model: Any,
+    content: Any,
+    /,
+    *,
+    overwrite: bool = False,
+    statistics: Tree | None = None,
+) -> None:
     """Saves adapters with their configuration, checksums, and the fingerprint of their base.
 
         save(path, model, config)      an adapted NNX model, and its configuration
@@ -86,18 +108,21 @@ def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) 
         save(path, config, adapters)   an adapter tree alone: `load` cannot check the base
 
     The folder appears only when it is complete; a process killed earlier leaves none. The base is
-    not saved.
+    not saved, apart from batch statistics, such as running means, which training moves.
 
     Args:
       path: the folder to make.
       model: see above.
       content: see above.
       overwrite: replace adapters that are in the folder.
+      statistics: of a Linen model, its collection `batch_stats`. Needed where `modules_to_save` has
+        a module with such; an NNX model carries its own.
 
     Raises:
-      AdapterError: the adapters do not fit the configuration, hold precomputed scales, or are not
-        finite; names them.
+      AdapterError: the adapters do not fit the configuration, hold precomputed scales, are not
+        finite, or lack batch statistics; names them.
       CheckpointError: the folder exists.
+      TypeError: statistics are given for anything but a Linen model.
 
     Example:
       >>> import tempfile
@@ -112,7 +137,13 @@ def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) 
       >>> bool((loaded.lora_a[...] == model.lora_a[...]).all())
       True
     """
-    write(path, *contents(trained(model, content)), overwrite=overwrite)
+    own, given = trained(model, content), flatten(statistics or {})
+    if given and (own.model is None or carries_arrays(own.model)):
+        raise TypeError(
+            "statistics are of a Linen model, with its DoRAModel: an NNX model has them"
+        )
+    check_statistics_given(own.model, given, "pass statistics=variables['batch_stats']")
+    write(path, *contents(own, given), overwrite=overwrite)
 
 
 @overload
@@ -170,25 +201,30 @@ def load(
 
     Raises:
       AdapterError: the adapters were trained for another base, or the model was adapted with other
-        settings; names the layer.
+        settings, or they lack the batch statistics of a module trained in full; names the layer.
       CheckpointError: the folder is damaged or incomplete; names the file or array.
       ConfigError: an entry of `only` matches nothing.
 
     Warns:
-      UserWarning: the adapters were saved without the fingerprint of their base.
+      UserWarning: the adapters were saved without the fingerprint of their base. A Linen model is
+        to be applied with the batch statistics in the folder.
     """
     saved = read_adapters(path)
     if only is not None and is_adapted(model) and not carries_arrays(model):
         raise TypeError("only needs the plain module: a DoRAModel has no adapters of its own")
     model, own = adapt(model, saved.config, Plain(rngs, params, inputs))
-    chosen, base = flatten(saved.adapters), saved.base
+    is_loaded = _selection(saved, only)
+    chosen = {path: x for path, x in flatten(saved.adapters).items() if is_loaded(path[:-1])}
+    base = {path: record for path, record in saved.base.items() if is_loaded(path)}
     wanted = tree_shapes(own)
     if only is not None:
-        chosen, base = _choose(chosen, base, only)
         wanted = {p: shape for p, shape in wanted.items() if p in chosen}
     check_shapes(nest(chosen), wanted)
     check_settings(saved.config, layer_settings(model))
     records = check_same_base(base, model, allow_base_mismatch=allow_base_mismatch)
+    statistics = statistics_to_load(model, saved.config, flatten(saved.statistics), is_loaded)
+    if statistics:
+        set_mutable_arrays(model, STATISTICS, statistics)
     return with_adapter_arrays(with_base_records(model, records), own, chosen)
 
 
@@ -210,27 +246,27 @@ def read_adapters(path: Folder) -> SavedAdapters:
     if not isinstance(metadata, dict) or "config" not in metadata:
         raise CheckpointError(f"{folder} holds no configuration of adapters")
     config = DoRAConfig.from_json(json.dumps(metadata["config"]))
-    arrays = read(folder, lambda path: path[0] in ("adapters", "base"))
+    arrays = read(folder, lambda path: path[0] in ("adapters", "statistics", "base"))
     base = group_records({p[1:]: x for p, x in arrays.items() if p[0] == "base"})
-    adapters = nest({p[1:]: x for p, x in arrays.items() if p[0] == "adapters"})
+    adapters, statistics = (
+        nest({p[1:]: x for p, x in arrays.items() if p[0] == part})
+        for part in ("adapters", "statistics")
+    )
     axes = {
         tuple(name.split("/")) if name else (): KernelAxes(*map(tuple, groups))
         for name, groups in metadata["axes"].items()
     }
-    return SavedAdapters(adapters, config, base, axes, metadata["version"])
+    return SavedAdapters(adapters, statistics, config, base, axes, metadata["version"])
 
 
-def _choose(
-    flat: Mapping[Path, Any], base: Mapping[Path, FrozenBase], only: Sequence[str]
-) -> tuple[dict[Path, Any], dict[Path, FrozenBase]]:
-    """Returns the arrays, and the records of the base, of the modules selected by `only`."""
-    modules = {".".join(path[:i]) for path in flat for i in range(1, len(path))}
+def _selection(saved: SavedAdapters, only: Sequence[str] | None) -> Callable[[Path], bool]:
+    """Returns whether the adapters of a module are loaded, as a function of its path.
+
+    Raises:
+      ConfigError: an entry of `only` matches nothing.
+    """
+    if only is None:
+        return lambda path: True
+    modules = {".".join(path[:i]) for path in flatten(saved.adapters) for i in range(1, len(path))}
     found = match_modules(tuple(only), modules, "only")
-
-    def inside(path: Path) -> bool:
-        return any(".".join(path[:i]) in found for i in range(1, len(path) + 1))
-
-    return (
-        {p: x for p, x in flat.items() if inside(p[:-1])},
-        {p: record for p, record in base.items() if inside(p)},
-    )
+    return lambda path: any(".".join(path[:i]) in found for i in range(1, len(path) + 1))

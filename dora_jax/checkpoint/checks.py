@@ -13,6 +13,7 @@ from dora_jax.adapters.trees import check_finite, flatten
 from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.model import adapter_tree, layer_settings
+from dora_jax.selection import is_in_saved_module
 
 # Settings that change a layer's output; the rest affect training only.
 _OUTPUT_FIELDS = (
@@ -46,6 +47,7 @@ def check_tree(adapters: Mapping[str, Any], config: DoRAConfig, model: Any) -> N
     """Raises `AdapterError` unless an adapter tree can be saved."""
     flat = flatten(adapters)
     layers = {path[:-1] for path in flat if path[-1] in ADAPTER_ARRAYS}
+    layers = {path for path in layers if not is_in_saved_module(config, path)}
     known = set() if model is None else layer_settings(model).keys()
     for path in layers | known:  # a normalisation layer trained in full has a scale, too
         if (*path, "scale") in flat:

@@ -34,8 +34,7 @@ def apply_dora(
         params    {"up": {"kernel": (in, out), "bias": (out,)}, ...}  stay as they are
         adapters  {"up": {"lora_a": (in, r), "lora_b": (r, out), "magnitude": (out,)}, ...}
 
-    Both models compute the same at this point, bit for bit. Modules trained in full are copied
-    into the adapters, so that a step may donate them.
+    Both models compute the same at this point, bit for bit. The adapters share no memory.
 
     Args:
       module: any `flax.linen.Module`.
@@ -78,8 +77,10 @@ def apply_dora(
     started = start_layers(config, settings, kernels, rng)
     layers = {path: stored[path] for path in started}
     base = {path: start.base for path, start in started.items()}
-    adapters = _adapter_tree(started, params, saved_paths(config, parts))
-    return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
+    saved = saved_paths(config, parts)
+    adapters = _adapter_tree(started, params, saved)
+    statistics = [p for p in sorted(trace.statistics) if any(p[: len(s)] == s for s in saved)]
+    return DoRAModel(module, config, layers, base, tree_shapes(adapters), statistics), adapters
 
 
 def _checked_module(module: nn.Module | DoRAModel, params: Tree) -> nn.Module:

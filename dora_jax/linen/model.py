@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,8 @@ class DoRAModel:
       layers: the adapted layers by module path.
       base: by module path, what is kept of each frozen kernel.
       shapes: of every array of the adapter tree, by path.
+      statistics: the paths, in the collection `batch_stats`, of the statistics of modules trained
+        in full: an adapter without them is not whole.
     """
 
     module: nn.Module
@@ -79,6 +81,7 @@ class DoRAModel:
     layers: Mapping[Path, StoredLayer]
     base: Mapping[Path, FrozenBase]
     shapes: Mapping[Path, tuple[int, ...]]
+    statistics: Sequence[Path] = ()
 
     @property
     def base_collection(self) -> dict[str, Any]:

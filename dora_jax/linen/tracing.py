@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from dora_jax.adapters.trees import Tree, get_in, has_path, set_in
+from dora_jax.adapters.trees import Tree, flatten, get_in, has_path, set_in
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.adapted import compute_dtype
@@ -70,10 +70,12 @@ class Trace(NamedTuple):
     Attributes:
       layers: the layers that can be adapted, by path.
       modules: every module, with the reason if it cannot be adapted.
+      statistics: the paths of the arrays in the collection `batch_stats`.
     """
 
     layers: dict[Path, TracedLayer]
     modules: dict[Path, Unsupported | None]
+    statistics: set[Path]
 
     @property
     def unsupported(self) -> dict[Path, Unsupported]:
@@ -93,14 +95,14 @@ def trace_layers(
       ambiguous: paths of kernels whose shapes do not tell where lifted transforms take their stack
         axes; for these the trace finds it.
     """
-    trace = Trace({}, {})
+    trace = Trace({}, {}, set())
 
     def run(params: Tree, inputs: tuple[Any, ...]) -> Any:
         for path in ambiguous:
             params = set_in(params, path, PositionBox(get_in(params, path)))
         with nn.intercept_methods(_recorder(trace, params)):
             key = jax.random.key(0)
-            return module.apply(
+            output, updated = module.apply(
                 {**call.variables, "params": params},
                 *inputs,
                 rngs={"params": key, "dropout": key},
@@ -108,6 +110,8 @@ def trace_layers(
                 mutable=True,
                 **call.kwargs,
             )
+        trace.statistics.update(flatten(updated.get("batch_stats", {})))
+        return output, updated
 
     program = jax.make_jaxpr(run)(params, tuple(call.args)).jaxpr
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]

@@ -102,7 +102,8 @@ def adapt_to_load(
     rngs = nnx.Rngs(0) if rngs is None else rngs
     adapted = apply_dora(model, config, rngs=rngs, inputs=inputs)
     if not modes_of(dict(named_modules(model))):
-        adapted.eval()
+        for layer in adapted_layers(adapted).values():
+            layer.lora_dropout.deterministic = layer.adapted.settings.dropout > 0
     return adapted
 
 
