@@ -27,6 +27,13 @@ NormGradient = Literal["exact", "detached"]
 Init = Literal["kaiming_uniform", "gaussian", "orthogonal", "pissa", "olora"]
 
 
+# Settings that change a layer's output; the rest affect training only.
+OUTPUT_FIELDS = (
+    *("rank", "scaling", "decompose", "normalize"),
+    *("magnitude_trainable", "eps", "indices"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerSettings:
     """The settings of one adapted layer, resolved from a `DoRAConfig`.

@@ -192,7 +192,7 @@ def with_adapter_arrays(
     if isinstance(model, DoRAModel):
         flat = flatten(own)
         placed = {path: device_put_like(x, flat[path]) for path, x in values.items()}
-        return model, nest(flat | placed)
+        return model, dora_linen.remembered(model, nest(flat | placed))
     set_nnx_values(model, DoRAParam, values)
     return model
 

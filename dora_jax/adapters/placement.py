@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dora_jax.adapters.origin import origin_of, remember
+
 
 def device_put_like(value: Any, like: Any) -> Any:
     """Returns a value on the devices, and in the sharding, of another array of the same shape.
@@ -32,6 +34,13 @@ def own_array(x: Any, dtype: Any = None) -> Any:
     copy of a NumPy array is a `jax.Array`. Inside a transformation, whose arrays have no memory of
     their own yet, and for abstract arrays nothing is copied.
     """
+    copy = _copy(x, dtype)
+    if (known := origin_of(x)) is not None:
+        remember({("lora_b",): copy}, {(): known})
+    return copy
+
+
+def _copy(x: Any, dtype: Any) -> Any:
     if isinstance(x, np.ndarray | np.generic):
         return jnp.array(native(x), dtype)
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):

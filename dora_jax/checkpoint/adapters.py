@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
+from dora_jax.adapters.origin import origin, remember
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest, tree_shapes
 from dora_jax.checkpoint.checks import check_settings
 from dora_jax.checkpoint.contents import contents, trained
@@ -31,7 +32,7 @@ from dora_jax.model import (
     with_adapter_arrays,
     with_base_records,
 )
-from dora_jax.selection import match_modules
+from dora_jax.selection import is_in_saved_module, match_modules
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -256,6 +257,10 @@ def read_adapters(path: Folder) -> SavedAdapters:
         tuple(name.split("/")) if name else (): KernelAxes(*map(tuple, groups))
         for name, groups in metadata["axes"].items()
     }
+    layers = {path[:-1] for path in flatten(adapters) if not is_in_saved_module(config, path)}
+    changes = config.changes_product
+    origins = {p: origin(config.layer_settings(p), changes_product=changes) for p in layers}
+    remember(flatten(adapters), origins)
     return SavedAdapters(adapters, statistics, config, base, axes, metadata["version"])
 
 

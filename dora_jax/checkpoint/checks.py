@@ -10,21 +10,10 @@ import numpy as np
 
 from dora_jax.adapters.groups import ADAPTER_ARRAYS
 from dora_jax.adapters.trees import check_finite, flatten
-from dora_jax.config import DoRAConfig, LayerSettings
+from dora_jax.config import OUTPUT_FIELDS, DoRAConfig, LayerSettings
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.model import adapter_tree, layer_settings
 from dora_jax.selection import is_in_saved_module
-
-# Settings that change a layer's output; the rest affect training only.
-_OUTPUT_FIELDS = (
-    "rank",
-    "scaling",
-    "decompose",
-    "normalize",
-    "magnitude_trainable",
-    "eps",
-    "indices",
-)
 
 
 def check_settings(config: DoRAConfig, settings_by_path: Mapping[Path, LayerSettings]) -> None:
@@ -34,7 +23,7 @@ def check_settings(config: DoRAConfig, settings_by_path: Mapping[Path, LayerSett
     """
     for path, settings in settings_by_path.items():
         wanted = config.layer_settings(path)
-        for field in _OUTPUT_FIELDS:
+        for field in OUTPUT_FIELDS:
             given, asked = getattr(settings, field), getattr(wanted, field)
             if given != asked:
                 raise AdapterError(

@@ -15,7 +15,7 @@ from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.errors import AdapterError, ConfigError, Path
 from dora_jax.layers.adapted import AdaptedLayer
 from dora_jax.layers.plan import LayerStart, StoredKernel, plan_layers, start_layers
-from dora_jax.linen.model import DoRAModel, StoredLayer, check_byte_order
+from dora_jax.linen.model import DoRAModel, StoredLayer, check_byte_order, remembered
 from dora_jax.linen.stack_axes import is_in_front
 from dora_jax.linen.tracing import ExampleCall, Trace, stored_kernel_axes, trace_layers
 from dora_jax.selection import saved_paths
@@ -71,16 +71,15 @@ def apply_dora(
     parts = [*trace.modules, *_bare_parameters(params, trace)]
     settings = plan_layers(config, layouts, parts, trace.unsupported)
     stored = _stored_layers(module, params, call, trace, settings)
-    kernels = {
-        path: StoredKernel(layer.kernel(params), layer.axes) for path, layer in stored.items()
-    }
+    kernels = {p: StoredKernel(layer.kernel(params), layer.axes) for p, layer in stored.items()}
     started = start_layers(config, settings, kernels, rng)
     layers = {path: stored[path] for path in started}
     base = {path: start.base for path, start in started.items()}
     saved = saved_paths(config, parts)
     adapters = _adapter_tree(started, params, saved)
     statistics = [p for p in sorted(trace.statistics) if any(p[: len(s)] == s for s in saved)]
-    return DoRAModel(module, config, layers, base, tree_shapes(adapters), statistics), adapters
+    model = DoRAModel(module, config, layers, base, tree_shapes(adapters), statistics)
+    return model, remembered(model, adapters)
 
 
 def _checked_module(module: nn.Module | DoRAModel, params: Tree) -> nn.Module:

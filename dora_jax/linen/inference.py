@@ -6,11 +6,18 @@ from typing import Any
 
 import jax
 
+from dora_jax.adapters.origin import check_origin
 from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.serving import check_index, disable, select_adapters
-from dora_jax.adapters.trees import Tree, get_in, set_in
+from dora_jax.adapters.trees import Tree, flatten, get_in, set_in
 from dora_jax.decomposition.scale import scale_minus_one
-from dora_jax.linen.model import DoRAModel, check_adapters, check_byte_order, check_collections
+from dora_jax.linen.model import (
+    DoRAModel,
+    check_adapters,
+    check_byte_order,
+    check_collections,
+    origins,
+)
 
 
 def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
@@ -90,6 +97,7 @@ def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **k
     """
     check_collections(variables)
     check_index(index, inputs)
+    check_origin(flatten(variables["dora"]), origins(model))
     others = {name: value for name, value in variables.items() if name != "dora"}
 
     def one(adapters: Tree, *example: Any) -> Any:

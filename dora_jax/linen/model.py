@@ -11,6 +11,7 @@ import jax
 from flax import linen as nn
 from flax.core import meta
 
+from dora_jax.adapters.origin import Origin, check_origin, origin, remember
 from dora_jax.adapters.placement import native
 from dora_jax.adapters.trees import (
     Tree,
@@ -177,7 +178,8 @@ def check_collections(variables: Tree) -> None:
 def check_adapters(model: DoRAModel, adapters: Tree) -> None:
     """Raises `AdapterError` if an adapter array is missing, unknown or of a wrong shape.
 
-    Adapters with precomputed scales in place of magnitudes fit too.
+    Adapters with precomputed scales in place of magnitudes fit too. Those that are known to be of
+    other settings, such as another alpha, are refused.
     """
     wanted = model.shapes
     given = tree_shapes(adapters)
@@ -190,6 +192,21 @@ def check_adapters(model: DoRAModel, adapters: Tree) -> None:
         magnitudes = {(*path, "magnitude") for path in model.layers}
         wanted = {p: s for p, s in wanted.items() if p not in magnitudes} | scales
     check_shapes(adapters, wanted)
+    check_origin(flatten(adapters), origins(model))
+
+
+def origins(model: DoRAModel) -> dict[Path, Origin]:
+    """Returns what is remembered of the adapter arrays of each adapted layer, by path."""
+    return {
+        path: origin(layer.adapted.settings, changes_product=model.base[path].init_a is not None)
+        for path, layer in model.layers.items()
+    }
+
+
+def remembered(model: DoRAModel, adapters: dict[str, Any]) -> dict[str, Any]:
+    """Returns an adapter tree of a model, whose settings are remembered with it."""
+    remember(flatten(adapters), origins(model))
+    return adapters
 
 
 def check_base(model: DoRAModel, params: Tree) -> None:

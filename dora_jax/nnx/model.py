@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dora_jax.adapters.origin import Origin, check_origin, origin, remember
 from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.trees import check_shapes, flatten
 from dora_jax.decomposition.axes import KernelAxes
@@ -64,7 +65,17 @@ def get_adapters(model: nnx.Module) -> dict[str, Any]:
       >>> jax.tree.map(jnp.shape, get_adapters(mlp))
       {'layers': {'0': {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}}}
     """
-    return _string_keys(nnx.to_pure_dict(nnx.state(model, DoRAParam)))
+    adapters = _string_keys(nnx.to_pure_dict(nnx.state(model, DoRAParam)))
+    remember(flatten(adapters), origins(model))
+    return adapters
+
+
+def origins(model: nnx.Module) -> dict[Path, Origin]:
+    """Returns what is remembered of the adapter arrays of each adapted layer, by path."""
+    return {
+        path: origin(layer.adapted.settings, changes_product=base_of(layer).init_a is not None)
+        for path, layer in adapted_layers(model).items()
+    }
 
 
 def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
@@ -73,7 +84,8 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     The model gets copies: training it leaves the tree as it is.
 
     Raises:
-      AdapterError: names, shapes or the presence of a magnitude differ; names each.
+      AdapterError: names, shapes or the presence of a magnitude differ; names each. The adapters
+        are known to be of other settings, such as another alpha; names the layer.
     """
     if adapters:
         checked_layers(model)
@@ -81,6 +93,7 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     check_shapes(adapters, {path: variable.shape for path, variable in wanted.items()})
     given = flatten(adapters)
+    check_origin(given, origins(model))
     for path, variable in wanted.items():
         variable.set_value(own_array(given[path], variable.dtype))
     nnx.update(model, state)

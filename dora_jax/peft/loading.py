@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import linen, nnx
 
+from dora_jax.adapters.origin import origin, remember
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest
 from dora_jax.config import DoRAConfig
 from dora_jax.errors import AdapterError, Path, layer_name
@@ -176,6 +177,8 @@ def read_adapters(
     read = {(*path, name): x for path, own in arrays.items() for name, x in own.items()}
     tree = nest(saved | read)
     check_shapes(tree, adapter_shapes(adapted))
+    origins = {p: origin(wanted.layer_settings(p), changes_product=False) for p in layers}
+    remember(flatten(tree), origins)
     return tree, wanted
 
 
