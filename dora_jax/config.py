@@ -83,8 +83,9 @@ class DoRAConfig:
       rank_pattern: rank by layer; a key matches a path as `(.*\.)?(KEY)$`, the first that does
         counts.
       alpha_pattern: alpha by layer; keys match as in `rank_pattern`.
-      modules_to_save: modules trained in full, next to the adapters (a new head, norms); names or
-        path suffixes. They live in the adapter tree and are trained by the same optimiser.
+      modules_to_save: modules trained in full, next to the adapters (a new head, norms), or
+        parameters that stand next to modules (a class token); names or path suffixes. They live in
+        the adapter tree and are trained by the same optimiser.
       use_rslora: scale by `alpha / sqrt(rank)` (arXiv 2312.03732) instead of `alpha / rank`.
       magnitude_trainable: False keeps the magnitude at `||W0||`.
       normalize: False keeps the denominator at `||W0||`.

@@ -22,6 +22,7 @@ def merge(model: M) -> M:
       UserWarning: kernels of a narrow dtype round some of the change away; says how much.
 
     Example:
+      >>> from flax import nnx
       >>> import dora_jax as dora
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
       >>> adapted = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))

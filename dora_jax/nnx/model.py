@@ -59,7 +59,7 @@ def get_adapters(model: nnx.Module) -> dict[str, Any]:
     """Returns the adapter tree: nested dicts by module path, of everything that DoRA trains.
 
     Example:
-      >>> import dora_jax as dora
+      >>> import dora_jax as dora, jax.numpy as jnp
       >>> mlp = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
       >>> mlp = dora.apply_dora(mlp, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
       >>> jax.tree.map(jnp.shape, get_adapters(mlp))

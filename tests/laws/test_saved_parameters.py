@@ -12,6 +12,8 @@ from flax import linen, nnx
 
 import dora_jax as dora
 from dora_jax.errors import ConfigError
+from dora_jax.names import IDENTITY
+from dora_jax.peft import PeftError, save_pretrained
 from tests.support.models import linen_variables, nnx_model, random_adapters
 from tests.support.quick import quick_jit
 
@@ -140,3 +142,17 @@ def test_a_parameter_inside_a_layer_is_named_by_its_layer(name):
     config = dora.DoRAConfig(rank=2, target_modules=["up"], modules_to_save=[name])
     with pytest.raises(ConfigError, match=r"modules_to_save entry .* matches nothing"):
         dora.apply_dora(base(), config, rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize(
+    ("saved", "problem"),
+    [
+        ("cls_token", "^cls_token is trained in full and stands"),
+        ("head", "^head.lora holds factors"),
+    ],
+)
+def test_what_peft_does_not_have_is_not_written_for_it(saved, problem, tmp_path):
+    config = dora.DoRAConfig(rank=2, target_modules=["up"], modules_to_save=[saved])
+    model = dora.apply_dora(base(), config, rngs=nnx.Rngs(1))
+    with pytest.raises(PeftError, match=problem):
+        save_pretrained(model, tmp_path / "a", IDENTITY)
