@@ -34,6 +34,13 @@ NormGradient = Literal["exact", "detached"]
 Init = Literal["kaiming_uniform", "gaussian", "orthogonal", "pissa", "olora"]
 
 
+# Settings that change a layer's output; the rest affect training only.
+OUTPUT_FIELDS = (
+    *("rank", "scaling", "decompose", "normalize"),
+    *("magnitude_trainable", "eps", "indices"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerSettings:
     """The settings of one adapted layer, resolved from a `DoRAConfig`.
@@ -91,8 +98,9 @@ class DoRAConfig:
       rank_pattern: rank by layer; a key matches a path as `(.*\.)?(KEY)$`, the first that does
         counts.
       alpha_pattern: alpha by layer; keys match as in `rank_pattern`.
-      modules_to_save: modules trained in full, next to the adapters (a new head, norms); names or
-        path suffixes. They live in the adapter tree and are trained by the same optimiser.
+      modules_to_save: modules trained in full, next to the adapters (a new head, norms), or
+        parameters that stand next to modules (a class token); names or path suffixes. They live in
+        the adapter tree and are trained by the same optimiser.
       use_rslora: scale by `alpha / sqrt(rank)` (arXiv 2312.03732) instead of `alpha / rank`.
       magnitude_trainable: False keeps the magnitude at `||W0||`.
       normalize: False keeps the denominator at `||W0||`.

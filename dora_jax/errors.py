@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # The path of a module in its model, by names.
 Path = tuple[str, ...]
 
@@ -33,3 +35,9 @@ class MissingFileError(CheckpointError, FileNotFoundError):
 def layer_name(path: Path) -> str:
     """Returns the dotted path of a layer, as errors name it; the model may be a layer itself."""
     return ".".join(path) or "the model"
+
+
+def listing(names: Sequence[str], shown: int = 5) -> str:
+    """Returns the first names of a list, as errors give them, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

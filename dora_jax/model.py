@@ -26,12 +26,12 @@ from dora_jax.errors import AdapterError, Path
 from dora_jax.layers.layout import Layout
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx.layers import BASE_PREFIX, base_of, plain_class
-from dora_jax.nnx.model import copy_model, named_modules
-from dora_jax.nnx.variables import BaseParam, DoRAParam, nnx_values, set_nnx_values
+from dora_jax.nnx.model import named_modules
+from dora_jax.nnx.variables import BaseParam, DoRAParam, copy_model, nnx_values, set_nnx_values
 
 M = TypeVar("M")
-# Variables of an NNX model that a call changes: counters of random streams, running means.
-_MUTABLE = (nnx.RngState, nnx.BatchStat)
+# Variables of an NNX model that a call changes: running means, and counters of random streams.
+STATISTICS, STREAMS = nnx.BatchStat, nnx.RngState
 # An NNX module or a `DoRAModel`: what `apply_dora` returns of either front end.
 AdaptedModel = Any
 
@@ -111,8 +111,7 @@ def adapt(model: Any, config: DoRAConfig, plain: Plain) -> tuple[AdaptedModel, d
     if isinstance(model, nnx.Module):
         if plain.params is not None:
             raise TypeError("an NNX model carries its arrays: leave out params")
-        rngs = nnx.Rngs(0) if plain.rngs is None else plain.rngs
-        model = dora_nnx.adapt_model(model, config, rngs=rngs, inputs=plain.inputs)
+        model = dora_nnx.adapt_to_load(model, config, plain.rngs, plain.inputs)
         return model, dora_nnx.get_adapters(model)
     if plain.params is None or plain.inputs is None:
         raise TypeError("a Linen module needs params and inputs too")
@@ -193,23 +192,24 @@ def with_adapter_arrays(
     if isinstance(model, DoRAModel):
         flat = flatten(own)
         placed = {path: device_put_like(x, flat[path]) for path, x in values.items()}
-        return model, nest(flat | placed)
+        return model, dora_linen.remembered(model, nest(flat | placed))
     set_nnx_values(model, DoRAParam, values)
     return model
 
 
-def mutable_arrays(model: AdaptedModel) -> dict[Path, Any]:
-    """Returns the arrays that calls of an NNX model change, by path; none of a `DoRAModel`.
+def mutable_arrays(model: AdaptedModel, kind: type[nnx.Variable]) -> dict[Path, Any]:
+    """Returns the arrays of an NNX model that calls change, by path; none of a `DoRAModel`.
 
-    They are the counters of random streams and running means. A Linen model has its own apart, in
-    collections and keys.
+    A Linen model has its own apart, in collections and keys. `kind` is one of the two above.
     """
-    return nnx_values(model, _MUTABLE) if carries_arrays(model) else {}
+    return nnx_values(model, kind) if carries_arrays(model) else {}
 
 
-def set_mutable_arrays(model: AdaptedModel, values: Mapping[Path, Any]) -> None:
+def set_mutable_arrays(
+    model: AdaptedModel, kind: type[nnx.Variable], values: Mapping[Path, Any]
+) -> None:
     """Puts the arrays of `mutable_arrays` into an NNX model, in place."""
-    set_nnx_values(model, _MUTABLE, values)
+    set_nnx_values(model, kind, values)
 
 
 def base_records(model: AdaptedModel) -> dict[Path, FrozenBase]:

@@ -261,3 +261,9 @@ def saved_paths(config: DoRAConfig, modules: Iterable[Path]) -> list[Path]:
     by_name = {".".join(path): path for path in modules}
     saved = match_modules(config.modules_to_save, by_name, "modules_to_save")
     return [by_name[name] for name in sorted(saved)]
+
+
+def is_in_saved_module(config: DoRAConfig, path: Path) -> bool:
+    """Returns whether the module or array at `path` is in a module of `modules_to_save`."""
+    names = [".".join(path[:n]) for n in range(1, len(path) + 1)]
+    return any(_ends_in(name, pattern) for pattern in config.modules_to_save for name in names)

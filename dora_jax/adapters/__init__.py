@@ -4,7 +4,7 @@ They are plain pytrees, so JAX's own functions map, shard and average them. This
 casts, compares and combines them, and stacks several to serve them in one batch.
 """
 
-from dora_jax.adapters.combine import add_weighted, diff, interpolate
+from dora_jax.adapters.combine import add_weighted, diff, interpolate, rescale
 from dora_jax.adapters.groups import cast_adapters, count_parameters, label_adapters
 from dora_jax.adapters.serving import select_adapters, stack_adapters
 from dora_jax.adapters.trees import check_shapes, flatten, tree_shapes
@@ -18,6 +18,7 @@ __all__ = [
     "flatten",
     "interpolate",
     "label_adapters",
+    "rescale",
     "select_adapters",
     "stack_adapters",
     "tree_shapes",

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.adapters.groups import label_adapters
+from dora_jax.adapters.origin import check_origin, common_origins, origin, remember
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, get_in, set_in, tree_shapes
-from dora_jax.config import DoRAConfig, TrainedConfig
+from dora_jax.config import OUTPUT_FIELDS, DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.selection import is_in_saved_module
 
 
 def interpolate(trees: Sequence[Tree], weights: Sequence[float]) -> Any:
@@ -32,8 +34,9 @@ def interpolate(trees: Sequence[Tree], weights: Sequence[float]) -> Any:
         norms and not changes of norms.
 
     Raises:
-      AdapterError: the trees differ in structure or shapes, the weights do not sum to 1, or the
-        trees hold precomputed scales (a mean of scales is not the scale of the mean).
+      AdapterError: the trees differ in structure or shapes, or are known to be of other settings,
+        such as alphas (see `rescale`); the weights do not sum to 1, or the trees hold precomputed
+        scales (a mean of scales is not the scale of the mean).
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,9 +50,12 @@ def interpolate(trees: Sequence[Tree], weights: Sequence[float]) -> Any:
     for tree in trees[1:]:
         check_shapes(tree, tree_shapes(trees[0]))
     label_adapters(trees[0])
-    return jax.tree.map(
+    known = common_origins([flatten(tree) for tree in trees])
+    mean = jax.tree.map(
         lambda *leaves: sum(w * x for w, x in zip(weights, leaves, strict=True)), *trees
     )
+    remember(flatten(mean), known)
+    return mean
 
 
 def add_weighted(
@@ -96,10 +102,53 @@ def add_weighted(
                 f"{layer_name(path)}: the adapters have rank {rank}, the configuration {own}; pass "
                 "the configuration that they were trained with"
             )
+        wanted = origin(config.layer_settings(path), changes_product=False)
+        check_origin(flatten(trees[0]), {path: wanted})
         stack = _count_stack_axes(path, layers[0], axes or {})
         pair = _join_factors(layers, weights, stack)
         joined = set_in(joined, path, {**get_in(joined, path), **pair})
     return joined, _with_rank_times(config, len(trees))
+
+
+def rescale(adapters: Tree, config: DoRAConfig, to: DoRAConfig) -> Any:
+    """Returns adapters for a model of another alpha, in which they compute what they did before.
+
+    `lora_b` is multiplied by `s / s'`, the scalings (`alpha / rank`) of the two.
+
+    Args:
+      adapters: an adapter tree.
+      config: the configuration that it was trained with.
+      to: the configuration of the model.
+
+    Raises:
+      AdapterError: the configurations differ in more than the scaling, or the product `A B` did not
+        start at zero; names the layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tree = {"up": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 3))}}
+      >>> wide, narrow = (DoRAConfig(rank=2, alpha=alpha, decompose=False) for alpha in (8, 2))
+      >>> float(rescale(tree, wide, narrow)["up"]["lora_b"][0, 0])
+      4.0
+    """
+    rescaled: Any = adapters
+    for path, x in flatten(adapters).items():
+        if path[-1] != "lora_b" or is_in_saved_module(config, path):
+            continue
+        layer, own, other = path[:-1], *(c.layer_settings(path[:-1]) for c in (config, to))
+        for field in OUTPUT_FIELDS:
+            if field != "scaling" and getattr(own, field) != getattr(other, field):
+                raise AdapterError(
+                    f"{layer_name(layer)}: the adapters have {field} {getattr(own, field)}, the "
+                    f"model has {getattr(other, field)}: adapt it with their configuration"
+                )
+        if own.scaling != other.scaling and (config.changes_product or to.changes_product):
+            raise AdapterError(
+                f"{layer_name(layer)}: only the change of its product counts (init), which has no "
+                "other scaling: adapt the model with the configuration of the adapters"
+            )
+        rescaled = set_in(rescaled, path, x * (own.scaling / other.scaling))
+    return rescaled
 
 
 def _join_factors(

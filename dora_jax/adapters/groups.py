@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.trees import Tree
 from dora_jax.errors import AdapterError
 
@@ -90,6 +91,6 @@ def cast_adapters(adapters: Tree, dtype: DTypeLike) -> Any:
         raise AdapterError(f"adapters are cast to a floating dtype, got {jnp.dtype(dtype).name}")
 
     def cast(x: Any) -> Any:
-        return jnp.asarray(x, dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
+        return own_array(x, dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
 
     return jax.tree.map(cast, adapters)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dora_jax.adapters.origin import origin_of, remember
+
 
 def device_put_like(value: Any, like: Any) -> Any:
     """Returns a value on the devices, and in the sharding, of another array of the same shape.
@@ -23,6 +25,40 @@ def device_put_like(value: Any, like: Any) -> Any:
     if is_random_key(like):
         return jax.device_put(value, like.sharding)
     return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+
+
+def own_array(x: Any, dtype: Any = None) -> Any:
+    """Returns a copy of an array, in a dtype if one is given, that shares its memory with nothing.
+
+    So a step that donates the copy, or code that writes into it, leaves the original whole. The
+    copy of a NumPy array is a `jax.Array`. Inside a transformation, whose arrays have no memory of
+    their own yet, and for abstract arrays nothing is copied.
+    """
+    copy = _copy(x, dtype)
+    if (known := origin_of(x)) is not None:
+        remember({("lora_b",): copy}, {(): known})
+    return copy
+
+
+def _copy(x: Any, dtype: Any) -> Any:
+    if isinstance(x, np.ndarray | np.generic):
+        return jnp.array(native(x), dtype)
+    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+        return x if dtype is None else jnp.asarray(x, dtype)
+    with jax.ensure_compile_time_eval():
+        if dtype is not None and x.dtype != dtype:
+            return x.astype(dtype)
+        if not x.is_fully_addressable:
+            return jnp.copy(x)
+        # Compiles nothing, unlike `jnp.copy`, which compiles a program for every shape.
+        return jax.device_put(x, x.sharding if x.committed else None, may_alias=False)
+
+
+def native(x: Any) -> Any:
+    """Returns an array in the byte order of this machine, the only one that JAX reads."""
+    if isinstance(x, np.ndarray) and not x.dtype.isnative:
+        return x.astype(x.dtype.newbyteorder("="))
+    return x
 
 
 def host_value(x: Any) -> np.ndarray:

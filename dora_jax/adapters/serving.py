@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.adapters.combine import check_weights
-from dora_jax.adapters.trees import Tree, check_shapes, get_in, set_in, tree_shapes
+from dora_jax.adapters.origin import common_origins, remember
+from dora_jax.adapters.placement import own_array
+from dora_jax.adapters.trees import Tree, check_shapes, flatten, get_in, set_in, tree_shapes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import AdapterError, Path
 
@@ -21,12 +23,16 @@ def stack_adapters(trees: Sequence[Tree]) -> Any:
         [{"up": {"magnitude": (out,)}}, ...]  ->  {"up": {"magnitude": (adapters, out)}}
 
     Raises:
-      AdapterError: the trees differ in structure or shapes.
+      AdapterError: the trees differ in structure or shapes, or are known to be of different
+        settings, such as alphas: see `rescale`.
     """
     check_weights(trees, [0.0] * len(trees))
     for tree in trees[1:]:
         check_shapes(tree, tree_shapes(trees[0]))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    known = common_origins([flatten(tree) for tree in trees])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    remember(flatten(stacked), known)
+    return stacked
 
 
 def select_adapters(stacked: Tree, index: Any) -> Any:
@@ -67,6 +73,8 @@ def disable(adapters: Tree, bases: Mapping[Path, FrozenBase]) -> Any:
         {"up": {"lora_a": A, "lora_b": B, "magnitude": m}}
         -> {"up": {"lora_a": A, "lora_b": 0, "magnitude": ||W0||}}
 
+    Its arrays are copies, those of modules trained in full too.
+
     Args:
       adapters: an adapter tree, with precomputed scales or without.
       bases: the record of each layer's frozen kernel, by module path.
@@ -84,4 +92,4 @@ def disable(adapters: Tree, bases: Mapping[Path, FrozenBase]) -> Any:
             if name in start
         }
         disabled = set_in(disabled, path, {**layer, **new})
-    return disabled
+    return jax.tree.map(own_array, disabled)

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from flax.core import meta
 
-from dora_jax.errors import AdapterError, Path
+from dora_jax.adapters.placement import host_value
+from dora_jax.errors import AdapterError, Path, listing
 
 Tree = Mapping[str, Any]
 
@@ -129,3 +130,18 @@ def check_shapes(adapters: Mapping[str, Any], wanted: Mapping[Path, tuple[int, .
     ]
     if problems:
         raise AdapterError("the adapters are of another model: " + "; ".join(problems))
+
+
+def check_finite(adapters: Tree) -> None:
+    """Raises `AdapterError` if arrays of an adapter tree are not finite; names them.
+
+    Under a transformation, where values are not known, nothing is checked.
+    """
+    known = {p: x for p, x in flatten(adapters).items() if not isinstance(x, jax.core.Tracer)}
+    if lost := [
+        ".".join(path) for path, x in known.items() if not np.isfinite(host_value(x)).all()
+    ]:
+        raise AdapterError(
+            f"{listing(lost)} {'is' if len(lost) == 1 else 'are'} not finite: the training "
+            "diverged; restore an earlier checkpoint"
+        )

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
+from dora_jax.adapters.origin import origin, remember
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest, tree_shapes
 from dora_jax.checkpoint.checks import check_ranks, check_settings, read_axes
 from dora_jax.checkpoint.contents import contents, trained
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
+from dora_jax.checkpoint.statistics import check_statistics_given, statistics_to_load
 from dora_jax.checkpoint.storage import absolute, read, read_metadata, write
 from dora_jax.config import DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
@@ -22,15 +24,17 @@ from dora_jax.disk import read_in_one_piece
 from dora_jax.errors import CheckpointError, DoRAError, Path
 from dora_jax.json_file import is_folder
 from dora_jax.model import (
+    STATISTICS,
     Plain,
     adapt,
     carries_arrays,
     is_adapted,
     layer_settings,
+    set_mutable_arrays,
     with_adapter_arrays,
     with_base_records,
 )
-from dora_jax.selection import match_modules
+from dora_jax.selection import is_in_saved_module, match_modules
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -51,6 +55,8 @@ class SavedAdapters:
     Attributes:
       adapters: the adapter tree, of NumPy arrays.
       config: the configuration they were trained with.
+      statistics: batch statistics of the model, as running means, in nested dicts; empty if it has
+        none, or the adapters were saved without it. A Linen model applies with them.
       base: the record of each layer's frozen kernel, by module path; empty if the adapters were
         saved without their model.
       axes: of those kernels, by module path; empty in the same case.
@@ -58,6 +64,7 @@ class SavedAdapters:
     """
 
     adapters: dict[str, Any]
+    statistics: dict[str, Any]
     config: DoRAConfig
     base: Mapping[Path, FrozenBase]
     axes: Mapping[Path, KernelAxes]
@@ -71,7 +78,15 @@ def save(
 
 
 @overload
-def save(path: Folder, model: DoRAModel, adapters: Tree, /, *, overwrite: bool = False) -> None: ...
+def save(
+    path: Folder,
+    model: DoRAModel,
+    adapters: Tree,
+    /,
+    *,
+    overwrite: bool = False,
+    statistics: Tree | None = None,
+) -> None: ...
 
 
 @overload
@@ -80,7 +95,15 @@ def save(
 ) -> None: ...
 
 
-def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) -> None:
+def save(
+    path: Folder,
+    model: Any,
+    content: Any,
+    /,
+    *,
+    overwrite: bool = False,
+    statistics: Tree | None = None,
+) -> None:
     """Saves adapters with their configuration, checksums, and the fingerprint of their base.
 
         save(path, model, config)      an adapted NNX model, and its configuration
@@ -89,18 +112,21 @@ def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) 
 
     The folder is complete at any moment, or not there: with `overwrite` the new version takes the
     place of the old one in one step, and several processes may save and load at once. The base is
-    not saved.
+    not saved, apart from batch statistics, such as running means, which training moves.
 
     Args:
       path: the folder to make.
       model: see above.
       content: see above.
       overwrite: replace adapters that are in the folder.
+      statistics: of a Linen model, its collection `batch_stats`. Needed where `modules_to_save` has
+        a module with such; an NNX model carries its own.
 
     Raises:
-      AdapterError: the adapters do not fit the configuration, hold precomputed scales, or are not
-        finite; names them.
+      AdapterError: the adapters do not fit the configuration, hold precomputed scales, are not
+        finite, or lack batch statistics; names them.
       CheckpointError: the folder exists, or is the current one, or the disk is full.
+      TypeError: statistics are given for anything but a Linen model.
 
     Example:
       >>> import tempfile
@@ -115,7 +141,13 @@ def save(path: Folder, model: Any, content: Any, /, *, overwrite: bool = False) 
       >>> bool((loaded.lora_a[...] == model.lora_a[...]).all())
       True
     """
-    write(path, *contents(trained(model, content)), overwrite=overwrite)
+    own, given = trained(model, content), flatten(statistics or {})
+    if given and (own.model is None or carries_arrays(own.model)):
+        raise TypeError(
+            "statistics are of a Linen model, with its DoRAModel: an NNX model has them"
+        )
+    check_statistics_given(own.model, given, "pass statistics=variables['batch_stats']")
+    write(path, *contents(own, given), overwrite=overwrite)
 
 
 @overload
@@ -155,6 +187,9 @@ def load(
 ) -> Any:
     """Loads adapters into a model; returns what `apply_dora` returns, with trained adapters.
 
+    An NNX model keeps its mode: adapter dropout acts if the model is in train mode. If none of its
+    layers knows its mode, dropout does not act until `train()` is called.
+
     Args:
       path: a folder that `save` wrote, or one step of `Checkpoints`.
       model: an NNX model or a Linen module, plain or adapted. It is not changed.
@@ -170,25 +205,30 @@ def load(
 
     Raises:
       AdapterError: the adapters were trained for another base, or the model was adapted with other
-        settings; names the layer.
+        settings, or they lack the batch statistics of a module trained in full; names the layer.
       CheckpointError: the folder is damaged or incomplete; names the file or array.
       ConfigError: an entry of `only` matches nothing.
 
     Warns:
-      UserWarning: the adapters were saved without the fingerprint of their base.
+      UserWarning: the adapters were saved without the fingerprint of their base. A Linen model is
+        to be applied with the batch statistics in the folder.
     """
     saved = read_adapters(path)
     if only is not None and is_adapted(model) and not carries_arrays(model):
         raise TypeError("only needs the plain module: a DoRAModel has no adapters of its own")
     model, own = adapt(model, saved.config, Plain(rngs, params, inputs))
-    chosen, base = flatten(saved.adapters), saved.base
+    is_loaded = _selection(saved, only)
+    chosen = {path: x for path, x in flatten(saved.adapters).items() if is_loaded(path[:-1])}
+    base = {path: record for path, record in saved.base.items() if is_loaded(path)}
     wanted = tree_shapes(own)
     if only is not None:
-        chosen, base = _choose(chosen, base, only)
         wanted = {p: shape for p, shape in wanted.items() if p in chosen}
     check_shapes(nest(chosen), wanted)
     check_settings(saved.config, layer_settings(model))
     records = check_same_base(base, model, allow_base_mismatch=allow_base_mismatch)
+    statistics = statistics_to_load(model, saved.config, flatten(saved.statistics), is_loaded)
+    if statistics:
+        set_mutable_arrays(model, STATISTICS, statistics)
     return with_adapter_arrays(with_base_records(model, records), own, chosen)
 
 
@@ -220,28 +260,30 @@ def _read(folder: PathLike[str]) -> SavedAdapters:
         raise CheckpointError(f"{folder}: {error}") from error
     if not isinstance(version, str):
         raise CheckpointError(f"{folder}: version is {version!r}: it is damaged")
-    arrays = read(folder, lambda path: path[0] in ("adapters", "base"))
-    base = group_records({p[1:]: x for p, x in arrays.items() if p[0] == "base"})
-    flat = {p[1:]: x for p, x in arrays.items() if p[0] == "adapters"}
+    arrays = read(folder, lambda path: path[0] in ("adapters", "statistics", "base"))
+    base, flat, statistics = (
+        {p[1:]: x for p, x in arrays.items() if p[0] == part}
+        for part in ("base", "adapters", "statistics")
+    )
     try:
         check_ranks(config, flat, axes)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    adapters = nest(flat)
-    return SavedAdapters(adapters, config, base, axes, version)
+    layers = {path[:-1] for path in flat if not is_in_saved_module(config, path)}
+    changes = config.changes_product
+    origins = {p: origin(config.layer_settings(p), changes_product=changes) for p in layers}
+    remember(flat, origins)
+    return SavedAdapters(nest(flat), nest(statistics), config, group_records(base), axes, version)
 
 
-def _choose(
-    flat: Mapping[Path, Any], base: Mapping[Path, FrozenBase], only: Sequence[str]
-) -> tuple[dict[Path, Any], dict[Path, FrozenBase]]:
-    """Returns the arrays, and the records of the base, of the modules selected by `only`."""
-    modules = {".".join(path[:i]) for path in flat for i in range(1, len(path))}
+def _selection(saved: SavedAdapters, only: Sequence[str] | None) -> Callable[[Path], bool]:
+    """Returns whether the adapters of a module are loaded, as a function of its path.
+
+    Raises:
+      ConfigError: an entry of `only` matches nothing.
+    """
+    if only is None:
+        return lambda path: True
+    modules = {".".join(path[:i]) for path in flatten(saved.adapters) for i in range(1, len(path))}
     found = match_modules(tuple(only), modules, "only")
-
-    def inside(path: Path) -> bool:
-        return any(".".join(path[:i]) in found for i in range(1, len(path) + 1))
-
-    return (
-        {p: x for p, x in flat.items() if inside(p[:-1])},
-        {p: record for p, record in base.items() if inside(p)},
-    )
+    return lambda path: any(".".join(path[:i]) in found for i in range(1, len(path) + 1))

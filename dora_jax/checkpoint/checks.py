@@ -9,24 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.adapters.groups import ADAPTER_ARRAYS
-from dora_jax.adapters.placement import host_value
-from dora_jax.adapters.trees import flatten
+from dora_jax.adapters.trees import check_finite, flatten
 from dora_jax.checkpoint.manifest import path_of
-from dora_jax.config import DoRAConfig, LayerSettings
+from dora_jax.config import OUTPUT_FIELDS, DoRAConfig, LayerSettings
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, CheckpointError, Path, layer_name
 from dora_jax.model import adapter_tree, layer_settings
-
-# Settings that change a layer's output; the rest affect training only.
-_OUTPUT_FIELDS = (
-    "rank",
-    "scaling",
-    "decompose",
-    "normalize",
-    "magnitude_trainable",
-    "eps",
-    "indices",
-)
+from dora_jax.selection import is_in_saved_module
 
 
 def check_settings(config: DoRAConfig, settings_by_path: Mapping[Path, LayerSettings]) -> None:
@@ -36,7 +25,7 @@ def check_settings(config: DoRAConfig, settings_by_path: Mapping[Path, LayerSett
     """
     for path, settings in settings_by_path.items():
         wanted = config.layer_settings(path)
-        for field in _OUTPUT_FIELDS:
+        for field in OUTPUT_FIELDS:
             given, asked = getattr(settings, field), getattr(wanted, field)
             if given != asked:
                 raise AdapterError(
@@ -49,6 +38,7 @@ def check_tree(adapters: Mapping[str, Any], config: DoRAConfig, model: Any) -> N
     """Raises `AdapterError` unless an adapter tree can be saved."""
     flat = flatten(adapters)
     layers = {path[:-1] for path in flat if path[-1] in ADAPTER_ARRAYS}
+    layers = {path for path in layers if not is_in_saved_module(config, path)}
     known = set() if model is None else layer_settings(model).keys()
     for path in layers | known:  # a normalisation layer trained in full has a scale, too
         if (*path, "scale") in flat:
@@ -60,12 +50,7 @@ def check_tree(adapters: Mapping[str, Any], config: DoRAConfig, model: Any) -> N
         _check_against_config(flat, layers, config)
     else:
         adapter_tree(model, adapters)
-    for path, x in flat.items():
-        if not np.isfinite(host_value(x)).all():
-            raise AdapterError(
-                f"{'.'.join(path)} is not finite: the training diverged; restore an earlier "
-                "checkpoint"
-            )
+    check_finite(adapters)
 
 
 def check_ranks(

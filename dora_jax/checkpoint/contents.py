@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dora_jax.adapters.trees import Tree, nest
+from dora_jax.adapters.trees import Tree, check_finite, nest
 from dora_jax.checkpoint.checks import check_settings, check_tree
 from dora_jax.checkpoint.manifest import slashed
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, Path
 from dora_jax.model import (
+    STATISTICS,
     AdaptedModel,
     adapter_tree,
     base_records,
@@ -20,6 +21,7 @@ from dora_jax.model import (
     is_adapted,
     layer_axes,
     layer_settings,
+    mutable_arrays,
 )
 from dora_jax.version import __version__
 
@@ -55,10 +57,15 @@ def trained(model: Any, content: Any) -> Trained:
     return Trained(model, adapter_tree(model), content)
 
 
-def contents(own: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
+def contents(
+    own: Trained, statistics: Mapping[Path, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arrays and the metadata to save for adapters.
 
-        {"adapters": {"up": {"lora_a": ...}}, "base": {"up": {"norm": ..., "first_row": ...}}}
+        {"adapters": {"up": {"lora_a": ...}}, "base": {"up": {"norm": ..., "first_row": ...}},
+         "statistics": {"norm": {"mean": ...}}}
+
+    `statistics` are the batch statistics of a Linen model; an NNX model carries its own.
 
     Raises:
       AdapterError: see `save`.
@@ -69,9 +76,12 @@ def contents(own: Trained) -> tuple[dict[str, Any], dict[str, Any]]:
     check_own_base(own.model)
     check_settings(own.config, layer_settings(own.model))
     check_tree(own.adapters, own.config, own.model)
+    statistics = mutable_arrays(own.model, STATISTICS) | dict(statistics or {})
+    check_finite(nest(statistics))
     records = base_records(own.model).items()
     base = nest({(*path, name): x for path, kept in records for name, x in kept.arrays().items()})
-    return {"adapters": own.adapters, "base": base}, _metadata(own.config, layer_axes(own.model))
+    tree = {"adapters": own.adapters, "base": base, "statistics": nest(statistics)}
+    return tree, _metadata(own.config, layer_axes(own.model))
 
 
 def _metadata(config: DoRAConfig, axes: Mapping[Path, KernelAxes]) -> dict[str, Any]:

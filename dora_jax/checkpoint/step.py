@@ -13,10 +13,13 @@ from dora_jax.checkpoint.checks import check_settings, check_values
 from dora_jax.checkpoint.contents import Trained, contents
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
 from dora_jax.checkpoint.state import state_values, with_state_values
+from dora_jax.checkpoint.statistics import check_statistics_given
 from dora_jax.checkpoint.storage import read, read_metadata
 from dora_jax.errors import CheckpointError, Path
 from dora_jax.json_file import reason
 from dora_jax.model import (
+    STATISTICS,
+    STREAMS,
     carries_arrays,
     layer_settings,
     mutable_arrays,
@@ -25,7 +28,9 @@ from dora_jax.model import (
     with_base_records,
 )
 
-_PARTS = {"adapters", "base", "model", "state"}
+_PARTS = {"adapters", "base", "statistics", "model", "state"}
+# The parts of a checkpoint that hold what calls of an NNX model change.
+_MUTABLE: Mapping[str, Any] = {"statistics": STATISTICS, "model": STREAMS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +56,7 @@ class StoredStep(NamedTuple):
     """A checkpoint as it is on disk.
 
     Attributes:
-      parts: its arrays by path, in the parts `adapters`, `base`, `model` and `state`.
+      parts: its arrays by path, in the parts `adapters`, `base`, `statistics`, `model` and `state`.
       metadata: the step, the position in the data, the configuration.
     """
 
@@ -66,14 +71,17 @@ class StoredStep(NamedTuple):
 def step_contents(run: Trained, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the arrays and the metadata to save for a step.
 
-        {"adapters": ..., "base": norms and first rows, "model": random streams, "state": ...}
+        {"adapters": ..., "base": norms and first rows, "statistics": running means,
+         "model": random streams, "state": ...}
 
     Raises:
       AdapterError: see `dora_jax.save`.
     """
     tree, metadata = contents(run)
-    tree["model"] = nest(mutable_arrays(run.model))
-    tree["state"] = nest(state_values(state))
+    values = state_values(state)
+    check_statistics_given(run.model, values, "put batch_stats into the state")
+    tree["model"] = nest(mutable_arrays(run.model, STREAMS))
+    tree["state"] = nest(values)
     return tree, metadata
 
 
@@ -117,7 +125,8 @@ def restore_step(
     model, own = run.model, flatten(run.adapters)
     check_values(own, stored.part("adapters"), "adapters")
     if carries_arrays(model):
-        check_values(mutable_arrays(model), stored.part("model"), "model")
+        for part, kind in _MUTABLE.items():
+            check_values(mutable_arrays(model, kind), stored.part(part), part)
     check_values(state_values(state), stored.part("state"), "state")
     if model is not None:
         check_settings(run.config, layer_settings(model))
@@ -134,7 +143,8 @@ def restore_step(
             ) from error
     if carries_arrays(model):
         adapters = with_adapter_arrays(model, run.adapters, stored.part("adapters"))
-        set_mutable_arrays(model, stored.part("model"))
+        for part, kind in _MUTABLE.items():
+            set_mutable_arrays(model, kind, stored.part(part))
         model = None
     else:
         adapters = nest({p: device_put_like(x, own[p]) for p, x in stored.part("adapters").items()})

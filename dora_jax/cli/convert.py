@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dora_jax.adapters.trees import flatten
 from dora_jax.checkpoint.adapters import SavedAdapters, read_adapters, save
 from dora_jax.checkpoint.fingerprint import reconcile
 from dora_jax.cli.base_weights import BaseWeights, torch_axes
@@ -17,7 +18,7 @@ from dora_jax.cli.folders import folder_format
 from dora_jax.cli.placeholder import adapted_placeholder, plain_placeholder
 from dora_jax.decomposition.base import FrozenBase, describe_base
 from dora_jax.disk import target_folder
-from dora_jax.errors import AdapterError, CheckpointError, Path
+from dora_jax.errors import AdapterError, CheckpointError, Path, layer_name
 from dora_jax.model import Plain
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft import folder as files
@@ -27,6 +28,7 @@ from dora_jax.peft.layers import Layer, adapted_layers
 from dora_jax.peft.loading import adapt_with
 from dora_jax.peft.loading import read_adapters as read_peft
 from dora_jax.peft.saving import save_pretrained
+from dora_jax.selection import is_in_saved_module
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -81,6 +83,12 @@ def _to_peft(
 ) -> None:
     """Writes an Orbax folder as a PEFT folder."""
     saved = read_adapters(source)
+    for path in flatten(saved.statistics):
+        if is_in_saved_module(saved.config, path):
+            raise AdapterError(
+                f"{layer_name(path[:-1])} is trained in full and has batch statistics, which a "
+                "PEFT folder is not written with here: leave it out of modules_to_save"
+            )
     weights = None if base is None else BaseWeights(base, _hf_modules(saved, names))
     model = adapted_placeholder(saved, names, weights)
     if weights is not None:

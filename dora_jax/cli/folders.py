@@ -22,6 +22,7 @@ from dora_jax.peft import folder as files
 from dora_jax.peft.config import FILE as PEFT_CONFIG
 from dora_jax.peft.config import PeftConfig
 from dora_jax.peft.keys import ModuleTensors, group_tensors
+from dora_jax.selection import is_in_saved_module
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -138,7 +139,7 @@ def layer_arrays(saved: SavedAdapters) -> tuple[dict[Path, dict[str, Array]], di
     flat = flatten(saved.adapters)
     layers: dict[Path, dict[str, Array]] = {}
     for path, x in sorted(flat.items()):
-        if path[-1] in ADAPTER_ARRAYS:
+        if path[-1] in ADAPTER_ARRAYS and not is_in_saved_module(saved.config, path):
             layers.setdefault(path[:-1], {})[path[-1]] = x
     return layers, {path: x for path, x in flat.items() if path[:-1] not in layers}
 

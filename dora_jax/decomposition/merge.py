@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from dora_jax.decomposition.axes import Adapter, KernelAxes, expand_inputs
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.decomposition.scale import KernelProduct, effective_factors, scale_minus_one
-from dora_jax.errors import Path, layer_name
+from dora_jax.errors import AdapterError, Path, layer_name, listing
 from dora_jax.ops.output_scale import scaled, wide_dtype
 
 if TYPE_CHECKING:
@@ -78,9 +79,18 @@ def merge_kernel(
     return rounded, jnp.where(unchanged, 0, error / jnp.where(unchanged, 1, change))
 
 
-def warn_of_rounding(rounding_losses: Mapping[Path, Any], stacklevel: int = 3) -> None:
-    """Warns which share of their change layers lose to the kernels' dtype in a merge."""
+def check_rounding(rounding_losses: Mapping[Path, Any], stacklevel: int = 3) -> None:
+    """Warns which share of their change layers lose to the kernels' dtype in a merge.
+
+    Raises:
+      AdapterError: merged kernels are above the largest number of their dtype; names the layers.
+    """
     shares = {p: float(s) for p, s in rounding_losses.items() if not isinstance(s, jax.core.Tracer)}
+    if lost := [layer_name(path) for path, share in shares.items() if not math.isfinite(share)]:
+        raise AdapterError(
+            f"{listing(lost)}: the merged kernel does not fit into the kernel's dtype: keep the "
+            "adapters, or merge into float32 kernels"
+        )
     rounded = {path: share for path, share in shares.items() if share > 1e-3}
     if rounded:
         worst = max(rounded, key=lambda path: rounded[path])

@@ -63,6 +63,30 @@ class KernelProduct(NamedTuple):
             preferred_element_type=self.wide,
         )
 
+    def tangent(self, factor: Array) -> Array:
+        """Returns a factor's tangent as `rounded` does, but in float16 not rounded.
+
+        Its transpose rounds the cotangent, which a scaled loss takes above float16's 65504.
+        """
+        return factor.astype(self.wide) if self.dtype == jnp.float16 else self.rounded(factor)
+
+    def tangent_with_kernel(self, a: Array, kernel: Array) -> Float[Array, "*stack r *out"]:
+        """Returns `A^T W` for a tangent of `A`, in float16 without rounding it, as `tangent`."""
+        if self.dtype != jnp.float16:
+            return self.with_kernel(a, kernel)
+        stack, inputs, outputs = self.axes
+        n = len(stack)
+        contracted = (tuple(range(n, n + len(inputs))), inputs)
+        y = jax.lax.dot_general(  # of two dtypes, so that the kernel is not copied to float32
+            a.astype(self.wide),
+            kernel,
+            (contracted, (tuple(range(n)), stack)),
+            precision=self.precision,
+            preferred_element_type=self.wide,
+        )
+        order = [sorted(outputs).index(i) for i in outputs]
+        return jnp.transpose(y, (*range(n + 1), *(n + 1 + i for i in order)))
+
     def with_factors(self, a: Array, other: Array, b: Array) -> Float[Array, "*stack r *out"]:
         """Returns `(A^T A') B`."""
         _, stack, inputs, outputs = self.axes.letters()
@@ -123,10 +147,10 @@ def _square_change_jvp(
     from_factors = scaling * product.with_factors(a, a, b)
     half = jnp.zeros_like(from_kernel)
     if b_dot is not None:
-        half += product.rounded(b_dot) * (from_kernel + from_factors)
+        half += product.tangent(b_dot) * (from_kernel + from_factors)
     if a_dot is not None:
-        rows = product.with_kernel(a_dot, kernel)
-        half += b * (rows + scaling * product.with_factors(product.rounded(a_dot), a, b))
+        rows = product.tangent_with_kernel(a_dot, kernel)
+        half += b * (rows + scaling * product.with_factors(product.tangent(a_dot), a, b))
     if kernel_dot is not None:
         half += b * product.with_kernel(lora_a, kernel_dot)
     change = scaling * product.sum_over_rank((2 * from_kernel + from_factors) * b)

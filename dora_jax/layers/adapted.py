@@ -14,7 +14,7 @@ from dora_jax.decomposition.axes import Adapter, KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.decomposition.scale import KernelProduct, effective_factors, scale_minus_one
 from dora_jax.errors import LayoutError, Path
-from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes
+from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes, low_rank_dtype
 from dora_jax.ops.output_scale import apply_scale
 from dora_jax.ops.remat import scaled_name
 
@@ -113,7 +113,7 @@ def adapted_attend(
     logits = call.attend(query)
     if factors is None:
         return logits
-    a, b = (x.astype(dtype) for x in factors)
+    a, b = (x.astype(low_rank_dtype(dtype)) for x in factors)
     return logits + (settings.scaling * (query @ b.T) @ a.T).astype(logits.dtype)
 
 

@@ -71,17 +71,31 @@ class LowRank(NamedTuple):
       a: `A (*stack, *in, k)`.
       b: `B (*stack, k, *out)`.
       scaling: `s`.
-      dtype: in which the layer multiplies.
+      layer_dtype: in which the layer multiplies.
     """
 
     a: Array
     b: Array
     scaling: float
-    dtype: DTypeLike
+    layer_dtype: DTypeLike
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """The dtype in which the branch multiplies, see `low_rank_dtype`."""
+        return low_rank_dtype(self.layer_dtype)
 
     def in_compute_dtype(self) -> tuple[Array, Array]:
-        """Returns both factors in the dtype in which the layer multiplies."""
+        """Returns both factors in the dtype in which the branch multiplies."""
         return self.a.astype(self.dtype), self.b.astype(self.dtype)
+
+
+def low_rank_dtype(layer_dtype: DTypeLike) -> DTypeLike:
+    """Returns the dtype in which the low-rank branch multiplies: the layer's, float32 for float16.
+
+    With a scaled loss, as float16 needs, `g B^T` soon is above float16's largest number, 65504.
+    One such entry makes all of the gradient of `A` NaN.
+    """
+    return jnp.float32 if layer_dtype == jnp.float16 else layer_dtype
 
 
 @dataclasses.dataclass(frozen=True)

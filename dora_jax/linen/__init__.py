@@ -7,7 +7,7 @@ with its own parameters (`nn.scan`, `nn.vmap`, `nn.remat`, `nn.share_scope`) it 
 from dora_jax.linen.adapt import adapt_model, apply_dora
 from dora_jax.linen.inference import apply_mixed, disabled_adapters, precompute_scales
 from dora_jax.linen.merge import merge
-from dora_jax.linen.model import DoRAModel, check_adapters, check_base
+from dora_jax.linen.model import DoRAModel, check_adapters, check_base, remembered
 from dora_jax.linen.tracing import ExampleCall
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "disabled_adapters",
     "merge",
     "precompute_scales",
+    "remembered",
 ]

@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
+from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, tree_shapes
 from dora_jax.config import DoRAConfig, LayerSettings, TrainedConfig
 from dora_jax.errors import AdapterError, ConfigError, Path
@@ -21,7 +22,7 @@ from dora_jax.layers.plan import (
     start_layers,
     warn_of_high_ranks,
 )
-from dora_jax.linen.model import DoRAModel, StoredLayer
+from dora_jax.linen.model import DoRAModel, StoredLayer, check_byte_order, remembered
 from dora_jax.linen.stack_axes import is_in_front
 from dora_jax.linen.tracing import ExampleCall, Trace, stored_kernel_axes, trace_layers
 from dora_jax.selection import check_reached, saved_paths
@@ -40,7 +41,7 @@ def apply_dora(
         params    {"up": {"kernel": (in, out), "bias": (out,)}, ...}  stay as they are
         adapters  {"up": {"lora_a": (in, r), "lora_b": (r, out), "magnitude": (out,)}, ...}
 
-    Both models compute the same at this point, bit for bit.
+    Both models compute the same at this point, bit for bit. The adapters share no memory.
 
     Args:
       module: any `flax.linen.Module`.
@@ -92,28 +93,36 @@ def adapt_model(
 
     A trained adapter has the configuration that it has.
     """
-    if isinstance(module, DoRAModel):
-        raise AdapterError("the module is adapted already: merge it first")
-    if "params" in params:
-        raise ConfigError("params must be the collection itself: pass variables['params']")
+    module = _checked_module(module, params)
     call = inputs if isinstance(inputs, ExampleCall) else ExampleCall(inputs)
     trace = trace_layers(module, params, call)
     layouts = {path: layer.layout for path, layer in trace.layers.items()}
     unreached = _unreached(params, trace)
     check_reached(config, trace.modules, unreached)
-    modules = [*trace.modules, *unreached]
-    settings = plan_layers(config, layouts, modules, trace.unsupported)
+    parts = [*trace.modules, *unreached, *_bare_parameters(params, trace)]
+    settings = plan_layers(config, layouts, parts, trace.unsupported)
     stored = _stored_layers(module, params, call, trace, settings)
-    kernels = {
-        path: StoredKernel(layer.kernel(params), layer.axes) for path, layer in stored.items()
-    }
+    kernels = {p: StoredKernel(layer.kernel(params), layer.axes) for p, layer in stored.items()}
     if chosen:
         warn_of_high_ranks(settings, kernels)
-    started = start_layers(config, settings, kernels, rng, modules)
+    started = start_layers(config, settings, kernels, rng, [*trace.modules, *unreached])
     layers = {path: stored[path] for path in started}
     base = {path: start.base for path, start in started.items()}
-    adapters = _adapter_tree(started, params, saved_paths(config, trace.modules))
-    return DoRAModel(module, config, layers, base, tree_shapes(adapters)), adapters
+    saved = saved_paths(config, parts)
+    adapters = _adapter_tree(started, params, saved)
+    statistics = [p for p in sorted(trace.statistics) if any(p[: len(s)] == s for s in saved)]
+    model = DoRAModel(module, config, layers, base, tree_shapes(adapters), statistics)
+    return model, remembered(model, adapters)
+
+
+def _checked_module(module: nn.Module | DoRAModel, params: Tree) -> nn.Module:
+    """Returns the module; raises `DoRAError` if it is adapted, or the parameters are others."""
+    if isinstance(module, DoRAModel):
+        raise AdapterError("the module is adapted already: merge it first")
+    if "params" in params:
+        raise ConfigError("params must be the collection itself: pass variables['params']")
+    check_byte_order(params)
+    return module
 
 
 def _unreached(params: Tree, trace: Trace) -> dict[Path, bool]:
@@ -134,8 +143,19 @@ def _adapter_tree(
     for path, start in started.items():
         adapters = set_in(adapters, path, start.adapter)
     for path in saved:
-        adapters = set_in(adapters, path, meta.unbox(get_in(params, path)))
+        own = jax.tree.map(own_array, meta.unbox(get_in(params, path)))
+        adapters = set_in(adapters, path, own)
     return adapters
+
+
+def _bare_parameters(params: Tree, trace: Trace) -> list[Path]:
+    """Returns the paths of parameters next to other modules, as the class token of a ViT is.
+
+    A parameter of a module without others inside is named by its module.
+    """
+    holders = {path[:n] for path in trace.modules for n in range(len(path))}
+    holders -= trace.layers.keys() | trace.unsupported.keys()
+    return [path for path in flatten(meta.unbox(params)) if path[:-1] in holders]
 
 
 def _stored_layers(

@@ -6,10 +6,18 @@ from typing import Any
 
 import jax
 
+from dora_jax.adapters.origin import check_origin
+from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.serving import check_index, disable, select_adapters
-from dora_jax.adapters.trees import Tree, get_in, set_in
+from dora_jax.adapters.trees import Tree, flatten, get_in, set_in
 from dora_jax.decomposition.scale import scale_minus_one
-from dora_jax.linen.model import DoRAModel, check_adapters, check_collections
+from dora_jax.linen.model import (
+    DoRAModel,
+    check_adapters,
+    check_byte_order,
+    check_collections,
+    origins,
+)
 
 
 def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
@@ -35,6 +43,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
       Array([0., 0., 0.], dtype=float32)
     """
     check_adapters(model, adapters)
+    check_byte_order(params)
     precomputed: Any = adapters
     for path, layer in model.layers.items():
         settings = layer.adapted.settings
@@ -45,7 +54,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
         scale = scale_minus_one(settings, kernel, adapter, base, layer.product)
         adapter.pop("magnitude", None)
         precomputed = set_in(precomputed, path, {**adapter, "scale": scale})
-    return precomputed
+    return jax.tree.map(own_array, precomputed)
 
 
 def disabled_adapters(model: DoRAModel, adapters: Tree) -> dict[str, Any]:
@@ -88,6 +97,7 @@ def apply_mixed(model: DoRAModel, variables: Tree, index: Any, *inputs: Any, **k
     """
     check_collections(variables)
     check_index(index, inputs)
+    check_origin(flatten(variables["dora"]), origins(model))
     others = {name: value for name, value in variables.items() if name != "dora"}
 
     def one(adapters: Tree, *example: Any) -> Any:

@@ -115,7 +115,8 @@ def _run(
     module: Any, kernel_name: str, arguments: Arguments, kernel: jax.Array, features: int
 ) -> jax.Array:
     """Runs a layer's own method with another kernel, of `features` out features, and no bias."""
-    other = module.clone(parent=None, name=None, features=features, use_bias=False)
+    dtype = {} if getattr(module, "dtype", None) is None else {"dtype": kernel.dtype}
+    other = module.clone(parent=None, name=None, features=features, use_bias=False, **dtype)
     return other.apply({"params": {kernel_name: kernel}}, **arguments)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax.core import meta
 
-from dora_jax.adapters.trees import Tree, get_in, overlay, set_in
-from dora_jax.decomposition.merge import merge_kernel, warn_of_rounding
+from dora_jax.adapters.placement import own_array
+from dora_jax.adapters.trees import Tree, check_finite, get_in, overlay, set_in
+from dora_jax.decomposition.merge import check_rounding, merge_kernel
 from dora_jax.errors import AdapterError
 from dora_jax.linen.model import DoRAModel, check_adapters, check_base, saved_modules
 
@@ -22,7 +24,8 @@ def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
 
     Raises:
       AdapterError: an adapter array is missing or does not fit, or a kernel is not the one that its
-        adapter was made for; names the layer.
+        adapter was made for; names the layer. Adapters are not finite, or the merged kernels are
+        above the largest number of their dtype; names them.
 
     Warns:
       UserWarning: kernels of a narrow dtype round some of the change away; says how much.
@@ -42,6 +45,7 @@ def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
         raise AdapterError("the adapter tree is empty: nothing to merge")
     check_adapters(model, adapters)
     check_base(model, params)
+    check_finite(adapters)
     merged: Tree = params
     rounding_losses = {}
     for path, layer in model.layers.items():
@@ -51,5 +55,6 @@ def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
             settings, kernel, get_in(adapters, path), model.base[path], layer.axes
         )
         merged = set_in(merged, path, {**own, name: meta.replace_boxed(own[name], new)})
-    warn_of_rounding(rounding_losses)
-    return overlay(merged, saved_modules(model.layers, adapters))
+    check_rounding(rounding_losses)
+    saved = jax.tree.map(own_array, saved_modules(model.layers, adapters))
+    return overlay(merged, saved)

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
 from flax.core import meta
 
-from dora_jax.adapters.trees import Tree, check_shapes, get_in, overlay, set_in, tree_shapes
+from dora_jax.adapters.origin import Origin, check_origin, origin, remember
+from dora_jax.adapters.placement import native
+from dora_jax.adapters.trees import (
+    Tree,
+    check_shapes,
+    flatten,
+    get_in,
+    overlay,
+    set_in,
+    tree_shapes,
+)
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase, check_kernel
@@ -71,6 +81,8 @@ class DoRAModel:
       layers: the adapted layers by module path.
       base: by module path, what is kept of each frozen kernel.
       shapes: of every array of the adapter tree, by path.
+      statistics: the paths, in the collection `batch_stats`, of the statistics of modules trained
+        in full: an adapter without them is not whole.
     """
 
     module: nn.Module
@@ -78,6 +90,7 @@ class DoRAModel:
     layers: Mapping[Path, StoredLayer]
     base: Mapping[Path, FrozenBase]
     shapes: Mapping[Path, tuple[int, ...]]
+    statistics: Sequence[Path] = ()
 
     @property
     def base_collection(self) -> dict[str, Any]:
@@ -174,7 +187,8 @@ def check_collections(variables: Tree) -> None:
 def check_adapters(model: DoRAModel, adapters: Tree) -> None:
     """Raises `AdapterError` if an adapter array is missing, unknown or of a wrong shape.
 
-    Adapters with precomputed scales in place of magnitudes fit too.
+    Adapters with precomputed scales in place of magnitudes fit too. Those that are known to be of
+    other settings, such as another alpha, are refused.
     """
     wanted = model.shapes
     given = tree_shapes(adapters)
@@ -187,6 +201,21 @@ def check_adapters(model: DoRAModel, adapters: Tree) -> None:
         magnitudes = {(*path, "magnitude") for path in model.layers}
         wanted = {p: s for p, s in wanted.items() if p not in magnitudes} | scales
     check_shapes(adapters, wanted)
+    check_origin(flatten(adapters), origins(model))
+
+
+def origins(model: DoRAModel) -> dict[Path, Origin]:
+    """Returns what is remembered of the adapter arrays of each adapted layer, by path."""
+    return {
+        path: origin(layer.adapted.settings, changes_product=model.base[path].init_a is not None)
+        for path, layer in model.layers.items()
+    }
+
+
+def remembered(model: DoRAModel, adapters: dict[str, Any]) -> dict[str, Any]:
+    """Returns an adapter tree of a model, whose settings are remembered with it."""
+    remember(flatten(adapters), origins(model))
+    return adapters
 
 
 def check_base(model: DoRAModel, params: Tree) -> None:
@@ -195,8 +224,19 @@ def check_base(model: DoRAModel, params: Tree) -> None:
     An adapted layer whose kernel was exchanged gives NaN, and merges to NaN; this says which,
     except under a transformation such as `jax.jit`, where the values are not known.
     """
+    check_byte_order(params)
     for path, layer in model.layers.items():
         check_kernel(path, layer.kernel(params), model.base[path], layer.axes)
+
+
+def check_byte_order(params: Tree) -> None:
+    """Raises `AdapterError` if an array is in a byte order that JAX does not read, naming it."""
+    for path, x in flatten(meta.unbox(params)).items():
+        if native(x) is not x:
+            raise AdapterError(
+                f"{'.'.join(path)} is in a byte order that JAX does not read ({x.dtype.str}): "
+                'convert it with x.astype(x.dtype.newbyteorder("="))'
+            )
 
 
 def saved_modules(layers: Iterable[Path], adapters: Tree) -> Tree:

@@ -77,10 +77,12 @@ class Trace(NamedTuple):
     Attributes:
       layers: the layers that can be adapted, by path.
       modules: every module, with the reason if it cannot be adapted.
+      statistics: the paths of the arrays in the collection `batch_stats`.
     """
 
     layers: dict[Path, TracedLayer]
     modules: dict[Path, Unsupported | None]
+    statistics: set[Path]
 
     @property
     def unsupported(self) -> dict[Path, Unsupported]:
@@ -101,7 +103,7 @@ def trace_layers(
         axes; for these the trace finds it.
     """
     _check_arrays(params)
-    trace, checked = Trace({}, {}), set[Path]()
+    trace, checked = Trace({}, {}, set()), set[Path]()
 
     def run(params: Tree, given: tuple[Any, ...]) -> Any:
         args, kwargs, variables = given
@@ -116,6 +118,7 @@ def trace_layers(
                 mutable=True,
                 **kwargs,
             )
+        trace.statistics.update(flatten(updated.get("batch_stats", {})))
         return output, {name: tree for name, tree in updated.items() if name != "params"}
 
     program = trace_call(run, params, (tuple(call.args), dict(call.kwargs), call.variables))

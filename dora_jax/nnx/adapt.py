@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ from dora_jax.layers.layout import Layout, further_kernels, stored_axes
 from dora_jax.layers.plan import StoredKernel, plan_layers, start_layers, warn_of_high_ranks
 from dora_jax.layers.registry import check_not_intercepted, find_layout
 from dora_jax.nnx.layers import attach
-from dora_jax.nnx.model import adapted_layers, copy_model, named_modules
+from dora_jax.nnx.mode import is_in_eval_mode, modes_of
+from dora_jax.nnx.model import adapted_layers, named_modules
 from dora_jax.nnx.tracing import (
     call_axes_of,
     check_stored_shape,
@@ -25,7 +26,12 @@ from dora_jax.nnx.tracing import (
     warn_of_uncalled,
     warn_of_unchecked,
 )
-from dora_jax.nnx.variables import M, SavedParam, nnx_values, retype_parameters
+from dora_jax.nnx.variables import (
+    M,
+    copy_model,
+    nnx_values,
+    train_parameters,
+)
 from dora_jax.selection import saved_paths
 
 
@@ -34,8 +40,10 @@ def apply_dora(
 ) -> M:
     """Returns a copy of an NNX model whose selected layers carry a DoRA adapter.
 
-    The copy shares its arrays with `model`, which stays as it is. At this point both compute the
-    same, bit for bit.
+    The copy shares its frozen arrays with `model`, which stays as it is. What is trained, and what
+    a call changes, it has to itself: a step may donate these. At this point both compute the same,
+    bit for bit. The adapters' dropout acts where the model is in train mode; it acts too if the
+    model has no layer that knows its mode, until `eval()` is called.
 
     Args:
       model: any `nnx.Module`; its arrays may be abstract (`nnx.eval_shape`).
@@ -92,7 +100,9 @@ def adapt_model(
     for path, module in modules.items():
         check_not_intercepted(path, type(module))
     layouts = {p: layout for p, m in modules.items() if (layout := find_layout(type(m)))}
-    settings = plan_layers(config, layouts, modules, find_unsupported(modules, layouts))
+    unsupported = find_unsupported(modules, layouts)
+    bare = _bare_parameters(model, layouts.keys() | unsupported.keys())
+    settings = plan_layers(config, layouts, modules | bare, unsupported)
     layers = {path: (modules[path], layouts[path]) for path in settings}
     axes = _call_axes(model, layers, inputs)
     kernels = {path: _stored_kernel(path, *layers[path], axes[path]) for path in settings}
@@ -100,17 +110,49 @@ def adapt_model(
         warn_of_high_ranks(settings, kernels)
         if inputs is None and settings:
             warn_of_unchecked(settings, [m for path, m in modules.items() if path not in layouts])
+    modes = modes_of(modules)
     started = start_layers(config, settings, kernels, rngs.params(), modules)
     for path, start in started.items():
         layer, layout = layers[path]
         place = tuple(key for key in path if not key.isdigit())
         record = AdaptedLayer(start.settings, layout, axes[path], place)
         attach(layer, record, start.adapter, start.base)
+        layer.lora_dropout.deterministic = is_in_eval_mode(path, modes)
         if start.settings.dropout:
             layer.lora_dropout.rngs = _dropout_stream(rngs, kernels[path])
-    for path in saved_paths(config, modules):
-        retype_parameters(modules[path], nnx.Param, SavedParam)
+    for path in saved_paths(config, modules | bare):
+        train_parameters((modules | bare)[path])
     return model
+
+
+def adapt_to_load(
+    model: M, config: DoRAConfig, rngs: nnx.Rngs | None, inputs: Sequence[Any] | None
+) -> M:
+    """Returns what `apply_dora` does, for trained adapters that are then put in.
+
+    They are loaded to be used. So where no layer of the model knows its mode, the adapters' dropout
+    does not act until `train()` is called.
+    """
+    rngs = nnx.Rngs(0) if rngs is None else rngs
+    adapted = adapt_model(model, config, rngs=rngs, inputs=inputs)
+    if not modes_of(dict(named_modules(model))):
+        for layer in adapted_layers(adapted).values():
+            layer.lora_dropout.deterministic = layer.adapted.settings.dropout > 0
+    return adapted
+
+
+def _bare_parameters(model: nnx.Module, layers: Collection[Path]) -> dict[Path, nnx.Param]:
+    """Returns the parameters that stand next to other modules, as the class token of a ViT does.
+
+    A parameter of a module without others inside is named by its module.
+    """
+    holders = {path[:n] for path, _ in named_modules(model) for n in range(len(path))}
+    nodes = ((tuple(map(str, path)), node) for path, node in nnx.iter_graph(model))
+    return {
+        path: node
+        for path, node in nodes
+        if isinstance(node, nnx.Param) and path[:-1] in holders and path[:-1] not in layers
+    }
 
 
 def _call_axes(

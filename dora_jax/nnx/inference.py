@@ -8,19 +8,20 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dora_jax.adapters.origin import check_origin
 from dora_jax.adapters.serving import check_index, disable, select_adapters
-from dora_jax.adapters.trees import check_shapes, tree_shapes
+from dora_jax.adapters.trees import check_shapes, flatten, tree_shapes
 from dora_jax.decomposition.scale import KernelProduct, scale_minus_one
 from dora_jax.layers.adapted import compute_dtype
 from dora_jax.nnx.layers import adapter_of, base_of
 from dora_jax.nnx.model import (
     checked_layers,
-    copy_model,
     get_adapters,
     kernel_and_axes,
+    origins,
     set_adapters,
 )
-from dora_jax.nnx.variables import DoRAParam, M
+from dora_jax.nnx.variables import DoRAParam, M, copy_model
 
 
 def precompute_scales(model: M) -> M:
@@ -100,6 +101,7 @@ def apply_mixed(model: nnx.Module, stacked: Any, index: Any, *inputs: Any, **kwa
     """
     checked_layers(model)
     check_index(index, inputs)
+    check_origin(flatten(stacked), origins(model))
     check_shapes(jax.tree.map(lambda x: x[0], stacked), tree_shapes(get_adapters(model)))
     graphdef, state = nnx.split(model)
 

@@ -224,5 +224,6 @@ def _run(
         out_features=features,
         use_bias=False,
         bias=None,
+        dtype=None if getattr(layer, "dtype", None) is None else kernel.dtype,
     )
     return layer_class.__call__(view, **arguments)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from flax import nnx
-
-from dora_jax.decomposition.merge import merge_kernel, warn_of_rounding
+from dora_jax.adapters.trees import check_finite
+from dora_jax.decomposition.merge import check_rounding, merge_kernel
 from dora_jax.nnx.layers import adapter_of, base_of, detach
-from dora_jax.nnx.model import adapted_layers, check_base, copy_model, kernel_and_axes
-from dora_jax.nnx.variables import M, SavedParam, retype_parameters
+from dora_jax.nnx.model import adapted_layers, check_base, get_adapters, kernel_and_axes
+from dora_jax.nnx.variables import M, copy_model, restore_parameters
 
 
 def merge(model: M) -> M:
@@ -16,12 +15,14 @@ def merge(model: M) -> M:
     The adapted model stays as it is: keep it, or the base, to have the adapter apart again.
 
     Raises:
-      AdapterError: nothing is adapted, or a base kernel changed since `apply_dora`.
+      AdapterError: nothing is adapted, a base kernel changed since `apply_dora`, adapters are not
+        finite, or merged kernels are above the largest number of their dtype; names them.
 
     Warns:
       UserWarning: kernels of a narrow dtype round some of the change away; says how much.
 
     Example:
+      >>> from flax import nnx
       >>> import dora_jax as dora
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
       >>> adapted = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
@@ -29,14 +30,16 @@ def merge(model: M) -> M:
       'Linear'
     """
     check_base(model)
+    check_finite(get_adapters(model))
     model = copy_model(model)
     rounding_losses = {}
     for path, layer in adapted_layers(model).items():
         kernel, axes = kernel_and_axes(layer)
-        kernel[...], rounding_losses[path] = merge_kernel(
+        merged, rounding_losses[path] = merge_kernel(
             layer.adapted.settings, kernel[...], adapter_of(layer), base_of(layer), axes
         )
+        kernel.set_value(merged)
         detach(layer)
-    retype_parameters(model, SavedParam, nnx.Param)
-    warn_of_rounding(rounding_losses)
+    restore_parameters(model)
+    check_rounding(rounding_losses)
     return model

@@ -6,16 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from dora_jax.adapters.origin import Origin, check_origin, origin, remember
+from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.trees import check_shapes, flatten
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import check_kernel
 from dora_jax.errors import AdapterError, Path
 from dora_jax.layers.layout import stored_axes
 from dora_jax.nnx.layers import DoRALayer, base_of, kernel_of
-from dora_jax.nnx.variables import DoRAParam, M
+from dora_jax.nnx.variables import DoRAParam
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
@@ -35,11 +36,6 @@ def checked_layers(model: nnx.Module) -> dict[Path, Any]:
     if not layers and not jax.tree.leaves(nnx.state(model, DoRAParam)):
         raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
     return layers
-
-
-def copy_model(model: M) -> M:
-    """Returns a copy with variables of its own, which hold the same arrays."""
-    return nnx.merge(*nnx.split(model), copy=True)
 
 
 def kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
@@ -63,20 +59,33 @@ def get_adapters(model: nnx.Module) -> dict[str, Any]:
     """Returns the adapter tree: nested dicts by module path, of everything that DoRA trains.
 
     Example:
-      >>> import dora_jax as dora
+      >>> import dora_jax as dora, jax.numpy as jnp
       >>> mlp = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
       >>> mlp = dora.apply_dora(mlp, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
       >>> jax.tree.map(jnp.shape, get_adapters(mlp))
       {'layers': {'0': {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}}}
     """
-    return _string_keys(nnx.to_pure_dict(nnx.state(model, DoRAParam)))
+    adapters = _string_keys(nnx.to_pure_dict(nnx.state(model, DoRAParam)))
+    remember(flatten(adapters), origins(model))
+    return adapters
+
+
+def origins(model: nnx.Module) -> dict[Path, Origin]:
+    """Returns what is remembered of the adapter arrays of each adapted layer, by path."""
+    return {
+        path: origin(layer.adapted.settings, changes_product=base_of(layer).init_a is not None)
+        for path, layer in adapted_layers(model).items()
+    }
 
 
 def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     """Puts an adapter tree, as `get_adapters` returns it, into an adapted model.
 
+    The model gets copies: training it leaves the tree as it is.
+
     Raises:
-      AdapterError: names, shapes or the presence of a magnitude differ; names each.
+      AdapterError: names, shapes or the presence of a magnitude differ; names each. The adapters
+        are known to be of other settings, such as another alpha; names the layer.
     """
     if adapters:
         checked_layers(model)
@@ -84,8 +93,9 @@ def set_adapters(model: nnx.Module, adapters: Mapping[str, Any]) -> None:
     wanted = {tuple(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     check_shapes(adapters, {path: variable.shape for path, variable in wanted.items()})
     given = flatten(adapters)
+    check_origin(given, origins(model))
     for path, variable in wanted.items():
-        variable[...] = jnp.asarray(given[path], variable.dtype)
+        variable.set_value(own_array(given[path], variable.dtype))
     nnx.update(model, state)
 
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import linen, nnx
 
+from dora_jax.adapters.origin import origin, remember
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest
 from dora_jax.config import DoRAConfig, TrainedConfig
 from dora_jax.errors import AdapterError, Path, layer_name
@@ -71,7 +72,9 @@ def load_pretrained(
 ) -> Any:
     """Returns a model adapted with the adapter of a PEFT folder.
 
-    It computes the same outputs as PEFT. As there, no gradient flows through the norm. Adapters are
+    It computes the same outputs as PEFT in the same mode: an NNX model keeps its own, train or
+    eval. If none of its layers knows its mode, adapter dropout does not act until `train()` is
+    called. As in PEFT, no gradient flows through the norm. Adapters are
     float32, whatever the file's dtype; float64 if the file is.
 
     Args:
@@ -177,6 +180,8 @@ def read_adapters(
     read = {(*path, name): x for path, own in arrays.items() for name, x in own.items()}
     tree = nest(saved | read)
     check_shapes(tree, adapter_shapes(adapted))
+    origins = {p: origin(wanted.layer_settings(p), changes_product=False) for p in layers}
+    remember(flatten(tree), origins)
     return tree, TrainedConfig.of(wanted)
 
 

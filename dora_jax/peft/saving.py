@@ -163,6 +163,14 @@ def _saved_tensors(
 ) -> dict[str, Array]:
     """Returns the parameters of modules trained in full as PEFT's tensors, by key."""
     saved = {path: x for path, x in flatten(tree).items() if path[:-1] not in layers}
+    holders = {path[:n] for path in layers for n in range(len(path))}
+    if bare := [path for path in saved if path[:-1] in holders]:
+        raise PeftError(
+            f"{layer_name(bare[0])} is trained in full and stands next to other modules; PEFT "
+            "trains whole modules alone: leave it out of modules_to_save"
+        )
+    if not carries_arrays(model) and model.statistics:
+        _refuse_statistics(layer_name(model.statistics[0][:-1]))
     _check_saved(modules_of(model), saved, names)
     tensors = {}
     for path, value in saved.items():
@@ -176,9 +184,11 @@ def _check_saved(modules: Mapping[Path, Any], saved: Mapping[Path, Any], names: 
     for path, value in saved.items():
         name, module = layer_name(path[:-1]), modules.get(path[:-1])
         if isinstance(module, nnx.BatchNorm):
+            _refuse_statistics(name)
+        if isinstance(module, nnx.LoRA):
             raise PeftError(
-                f"{name} has running statistics, which are part of an adapter in PEFT, but not "
-                "here: leave it out of modules_to_save"
+                f"{name} holds factors of its own beside a kernel, which torch's module does not "
+                "have: leave it out of modules_to_save"
             )
         axes = np.ndim(value) - len(names.find(".".join(path[:-1])).stacked)
         if path[-1] == "kernel" and axes > 2 and not isinstance(module, nnx.Conv):
@@ -186,6 +196,13 @@ def _check_saved(modules: Mapping[Path, Any], saved: Mapping[Path, Any], names: 
                 f"{name} is in modules_to_save with a kernel of {axes} axes, and it is not known "
                 "which ones torch joins: leave it out of modules_to_save"
             )
+
+
+def _refuse_statistics(name: str) -> None:
+    raise PeftError(
+        f"{name} has running statistics, which are tensors of the adapter in PEFT, and not written "
+        "here: leave it out of modules_to_save"
+    )
 
 
 def _check_settings(layer: Layer) -> None:
