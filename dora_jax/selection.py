@@ -216,8 +216,8 @@ def _match(
 ) -> set[str]:
     names = set(names)
     if isinstance(patterns, str):
-        pattern = compiled(patterns, field)
-        found = {name for name in names if pattern.fullmatch(name)}
+        whole = compiled(patterns, field)
+        found = {name for name in names if whole.fullmatch(name)}
         if not found:
             raise ConfigError(
                 f"{field}={patterns!r} fully matches no layer's dotted path. {_known(names)}"
@@ -266,4 +266,4 @@ def saved_paths(config: DoRAConfig, modules: Iterable[Path]) -> list[Path]:
 def is_in_saved_module(config: DoRAConfig, path: Path) -> bool:
     """Returns whether the module or array at `path` is in a module of `modules_to_save`."""
     names = [".".join(path[:n]) for n in range(1, len(path) + 1)]
-    return any(_ends_in(name, pattern) for pattern in config.modules_to_save for name in names)
+    return any(ends_in(name, pattern) for pattern in config.modules_to_save for name in names)
