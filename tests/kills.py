@@ -41,7 +41,7 @@ class Program:
     Attributes:
       words: its command line, for a folder of results.
       outcome: everything that has to be as in a run that was not killed, by name.
-      statuses: its exit status after each signal.
+      statuses: its exit status after each signal; empty if it has no handlers of its own.
     """
 
     words: Callable[[Path], list[str]]
@@ -100,11 +100,7 @@ def programs(checkpoint: Path) -> dict[str, Program]:
             quickstart_outcome,
             {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130},
         ),
-        "loop": Program(  # its script handles no signals
-            lambda run: ["-c", LOOP, str(run)],
-            loop_outcome,
-            {signal.SIGKILL: -9, signal.SIGTERM: -15, signal.SIGINT: -2},
-        ),
+        "loop": Program(lambda run: ["-c", LOOP, str(run)], loop_outcome, {}),
     }
 
 
@@ -145,8 +141,10 @@ def kill(
         process.send_signal(number)
         status = process.wait()
     errors = (folder / "errors.txt").read_text()
-    problems = [] if status in (0, program.statuses[number]) else [f"status {status}"]
-    if program.statuses[signal.SIGINT] == 130 and "Traceback" in errors:
+    problems = []
+    if program.statuses and status not in (0, program.statuses[number]):
+        problems.append(f"status {status}")
+    if program.statuses and "Traceback" in errors:
         problems.append(errors)
     return status, problems
 

@@ -47,8 +47,8 @@ def no_exchange(*_):
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_two_writers_and_their_readers_each_see_a_whole_version(tmp_path, monkeypatch, exchange):
-    if not exchange:
-        monkeypatch.setattr(replacing, "_exchange", no_exchange)
+    other = ("_put_renamed", lambda *_: pytest.fail("not in one step"))
+    monkeypatch.setattr(replacing, *(other if exchange else ("_exchange", no_exchange)))
     folder, link = tmp_path / "folder", tmp_path / "link"
     link.symlink_to("folder")
     write(folder, 0)
@@ -105,6 +105,24 @@ def test_what_is_read_while_a_writer_does_not_wait_is_read_anew(tmp_path, monkey
         write(folder, 10)
 
 
+def test_a_writer_waits_for_a_reader_and_a_reader_for_a_folder_between_two_renames(tmp_path):
+    folder, old = tmp_path / "folder", tmp_path / ".folder.abcdefgh.partial" / "old"
+    write(folder, 0)
+    writer = threading.Thread(target=write, args=(folder, 1))
+    with unchanged(folder):
+        writer.start()
+        writer.join(0.1)
+        assert version(folder) == 0
+    writer.join()
+    assert version(folder) == 1
+    old.parent.mkdir()
+    folder.rename(old)
+    later = threading.Timer(0.05, old.rename, [folder])
+    later.start()
+    assert version(folder) == 1
+    later.join()
+
+
 def test_what_a_killed_writer_left_is_removed_by_the_next_and_by_no_other(tmp_path):
     folder = tmp_path / "folder"
     write(folder, 0)
@@ -132,7 +150,13 @@ def test_a_writer_killed_between_two_renames_loses_nothing(tmp_path):
 @pytest.mark.parametrize("many", [1000, 0], ids=["exchanged", "entry by entry"])
 def test_other_entries_of_the_folder_stay(tmp_path, monkeypatch, many):
     monkeypatch.setattr(replacing, "_MANY", many)
-    folder = tmp_path / "folder"
+    folder, exchange = tmp_path / "folder", replacing._exchange
+
+    def checked(new, target):
+        exchange(new, target)
+        assert target != folder or (folder / "nested" / "a").exists(), "not at once"
+
+    monkeypatch.setattr(replacing, "_exchange", checked)
     write(folder, 0, parts="abcd")
     (folder / "notes.txt").write_text("mine")
     write(folder / "nested", 5)
