@@ -106,8 +106,8 @@ def _match(
 ) -> set[str]:
     names = set(names)
     if isinstance(patterns, str):
-        pattern = compiled(patterns, field)
-        found = {name for name in names if pattern.fullmatch(name)}
+        regex = compiled(patterns, field)
+        found = {name for name in names if regex.fullmatch(name)}
         if not found:
             raise ConfigError(
                 f"{field}={patterns!r} fully matches no layer's dotted path. {_known(names)}"
