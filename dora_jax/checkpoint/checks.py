@@ -86,7 +86,7 @@ def read_axes(axes: Any) -> dict[Path, KernelAxes]:
     for name, groups in axes.items():
         fits = isinstance(groups, list) and len(groups) == 3
         fits = fits and all(isinstance(group, list) for group in groups)
-        every = [axis for group in groups for axis in group] if fits else [None]
+        every: list[Any] = [axis for group in groups for axis in group] if fits else [None]
         if any(type(i) is not int for i in every) or sorted(every) != list(range(len(every))):
             raise CheckpointError(f"axes[{name!r}] is {groups!r:.100}: the folder is damaged")
     return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ _NORM_TOLERANCE = 1e-5
 _FIELDS = {field.name for field in dataclasses.fields(FrozenBase)}
 
 
-def group_records(flat: Mapping[Path, object]) -> dict[Path, FrozenBase]:
+def group_records(flat: Mapping[Path, Any]) -> dict[Path, FrozenBase]:
     """Returns the records of the base for arrays by module path and field.
 
     `{("up", "norm"): n, ("up", "first_row"): row}` gives `{("up",): FrozenBase(n, row)}`.
@@ -32,7 +33,7 @@ def group_records(flat: Mapping[Path, object]) -> dict[Path, FrozenBase]:
     Raises:
       CheckpointError: an array is unknown, missing, or of another shape; names the layer.
     """
-    arrays: dict[Path, dict[str, object]] = {}
+    arrays: dict[Path, dict[str, Any]] = {}
     for path, value in flat.items():
         arrays.setdefault(path[:-1], {})[path[-1]] = value
     for path, own in arrays.items():
@@ -42,7 +43,7 @@ def group_records(flat: Mapping[Path, object]) -> dict[Path, FrozenBase]:
                 f"base of {layer_name(path)}: {sorted(own)} are not the arrays that are kept of a "
                 "kernel: the folder is damaged"
             )
-    return {path: FrozenBase(**own) for path, own in arrays.items()}  # type: ignore[arg-type]
+    return {path: FrozenBase(**own) for path, own in arrays.items()}
 
 
 def check_same_base(

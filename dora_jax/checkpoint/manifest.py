@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pathlib
 import re
+import stat
 from collections.abc import Mapping
 from typing import Any
 
 from dora_jax.errors import CheckpointError, Path
-from dora_jax.json_file import LONGEST_NAME, is_file, parse_json, read_text
+from dora_jax.json_file import LONGEST_NAME, is_file, parse_json, read_text, reason, shown
 
 FORMAT = "dora_jax/1"
 _MEMBERS = ("format", "arrays", "metadata")
@@ -78,13 +78,29 @@ def path_of(name: str) -> Path:
 def check_files(folder: Any) -> None:
     """Raises `CheckpointError` if a folder holds a pipe, a device or a link to nowhere.
 
-    Orbax would wait for a pipe, and read a device, for ever.
+    Orbax would wait for a pipe, and read a device, for ever. What another process removes meanwhile
+    is nothing.
     """
     if is_remote(folder):
         return
-    for path in pathlib.Path(folder).rglob("*"):
-        if not (is_file(path) or path.is_dir()):
-            raise CheckpointError(f"{path} is no regular file: the folder is damaged")
+    for parent, _, names in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in names):
+            if not is_file(path) and os.path.lexists(path):
+                raise CheckpointError(f"{path} is no regular file: the folder is damaged")
+
+
+def check_place(folder: Any) -> None:
+    """Raises `CheckpointError` if a folder cannot be there: a file is, or its name is no name."""
+    if is_remote(folder):
+        return
+    try:
+        mode = os.stat(folder).st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shown(folder)} cannot be a folder: {reason(error)}") from error
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError(f"{folder} is not a folder: choose another path")
 
 
 def is_remote(path: Any) -> bool:

@@ -16,6 +16,7 @@ from etils import epath  # type: ignore[import-untyped]
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dora_jax.checkpoint.contents import Trained, trained
+from dora_jax.checkpoint.manifest import check_files, check_place
 from dora_jax.checkpoint.step import RestoredRun, StoredStep, read_step, restore_step, step_contents
 from dora_jax.checkpoint.storage import absolute, save_args
 from dora_jax.config import DoRAConfig
@@ -77,6 +78,8 @@ class Checkpoints:
                 f"keep_best={keep_best}, mode={mode!r}"
             )
         self.folder = absolute(folder)
+        check_place(self.folder)
+        check_files(self.folder)
         self._config, self._best = config, best
         self._damaged: dict[int, str] = {}
         self._has_saved = False

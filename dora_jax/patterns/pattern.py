@@ -169,9 +169,11 @@ def _part(op: Any, value: Any, flags: int) -> Part:
     if op is ops.BRANCH:
         return _branch(value[1], flags)
     if op in (ops.MAX_REPEAT, ops.MIN_REPEAT):
-        return _repeat(*value, flags)
+        least, most, inner = value
+        return _repeat(least, most, inner, flags)
     if op in (ops.ASSERT, ops.ASSERT_NOT):
-        return _look(*value, flags, wanted=op is ops.ASSERT)
+        direction, inner = value
+        return _look(direction, inner, flags, wanted=op is ops.ASSERT)
     if op is getattr(ops, "FAILURE", None):
         return lambda name, places: frozenset()
     kinds = {"GROUPREF": "a back-reference", "GROUPREF_EXISTS": "a condition"}

@@ -84,7 +84,8 @@ def load_bert(
         config = dataclasses.replace(
             config, hidden_dropout_prob=dropout_rate, attention_probs_dropout_prob=dropout_rate
         )
-    encoder = _abstract(BertEncoder, config, dtype=dtype, param_dtype=param_dtype)
+    dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+    encoder = _abstract(BertEncoder, config, **dtypes)
     rules = huggingface.TensorRules(rename=_bert_name, unused=BERT_UNUSED)
     encoder = huggingface.load_checkpoint(folder, encoder, BERT, rules=rules)
     for _, module in nnx.iter_graph(encoder):

@@ -94,8 +94,8 @@ def _objects(name: str, value: Any) -> dict[str, Mapping[str, Any]]:
     return {name: value}
 
 
-def _scaling(place: str, rope: Mapping[str, Any], stored: Mapping[str, Any]) -> RopeScaling | None:
-    rope = {name: value for name, value in rope.items() if value is not None}
+def _scaling(place: str, given: Mapping[str, Any], stored: Mapping[str, Any]) -> RopeScaling | None:
+    rope = {name: value for name, value in given.items() if value is not None}
     for name, value in rope.items():
         if name not in _KEYS | _HARMLESS:
             _refuse_other_type(rope)
@@ -119,8 +119,8 @@ def _scaling(place: str, rope: Mapping[str, Any], stored: Mapping[str, Any]) -> 
             )
         return None
     fields: dict[str, Any] = {name: rope.get(name) for name in ("factor", *_LLAMA3_FIELDS)}
-    if rope_type == "llama3" and fields["original_max_position_embeddings"] is None:
-        fields["original_max_position_embeddings"] = stored.get("max_position_embeddings")
+    if rope_type == "llama3" and _LLAMA3_FIELDS[2] not in given:
+        fields[_LLAMA3_FIELDS[2]] = stored.get("max_position_embeddings")
     if rope_type == "linear":
         fields = {"factor": fields["factor"]}
     return RopeScaling(rope_type=rope_type, **fields)

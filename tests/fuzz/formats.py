@@ -211,7 +211,8 @@ def _fields(kind: str, folder: Path) -> Values:
     }
     if scaling := fields.get("rope_scaling"):
         names = [field.name for field in dataclasses.fields(RopeScaling)]
-        fields["rope_scaling"] = {name: scaling.get(name) for name in names}
+        original = {"original_max_position_embeddings": stored.get("max_position_embeddings")}
+        fields["rope_scaling"] = {name: (original | scaling).get(name) for name in names}
     if kind == "llama":
         fields["sliding_window"] = None  # which a LLaMA does not have
     return fields

@@ -164,6 +164,18 @@ def test_published_configurations_are_read(tmp_path, name):
         ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 32}}, "rope_type 'yarn'"),
         ({"rope_scaling": {"factor": 2, "mscale": 1.0}}, "rope_scaling.mscale is 1.0"),
         ({"rope_scaling": {"factor": 2}}, "rope_scaling.factor is 2, but its rope_type"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 2.0,
+                    "original_max_position_embeddings": None,
+                }
+            },
+            "original_max_position_embeddings must be a positive number",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ({"layer_types": ["chunked_attention"] * 2}, "kinds ['chunked_attention']"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
