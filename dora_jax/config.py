@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from dora_jax.errors import ConfigError, Path
-from dora_jax.patterns import compiled
 from dora_jax.validation import (
     ALL_LINEAR,
     answer_to,
@@ -26,13 +25,13 @@ from dora_jax.validation import (
     module_patterns,
     name_or_names,
     pattern_dict,
+    pattern_matches,
     python_value,
     with_words_of_peft,
 )
 
 NormGradient = Literal["exact", "detached"]
 Init = Literal["kaiming_uniform", "gaussian", "orthogonal", "pissa", "olora"]
-
 
 # Settings that change a layer's output; the rest affect training only.
 OUTPUT_FIELDS = (
@@ -295,11 +294,6 @@ class TrainedConfig(DoRAConfig):
     def of(cls, config: DoRAConfig) -> TrainedConfig:
         """Returns a configuration as that of a trained adapter."""
         return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Returns whether a key of `rank_pattern` or `alpha_pattern` matches a dotted path."""
-    return compiled(pattern, "rank_pattern or alpha_pattern").matches_end(name)
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -6,10 +6,10 @@ import difflib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
-from dora_jax.config import DoRAConfig, LayerSettings, pattern_matches
+from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.errors import ConfigError, LayoutError, Path
 from dora_jax.patterns import compiled
-from dora_jax.validation import ALL_LINEAR, ends_in
+from dora_jax.validation import ALL_LINEAR, ends_in, pattern_matches
 
 
 def select_layers(

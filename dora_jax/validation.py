@@ -109,6 +109,11 @@ def ends_in(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Returns whether a key of `rank_pattern` or `alpha_pattern` matches a dotted path."""
+    return compiled(pattern, "rank_pattern or alpha_pattern").matches_end(name)
+
+
 def pattern_dict(field: str, value: Any) -> dict[str, Any]:
     """Returns a dict whose keys are patterns."""
     if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
