@@ -52,17 +52,28 @@ def full_disk(target: pathlib.Path, error: BaseException) -> CheckpointError | N
 
 
 class _Repeats(logging.Filter):
-    """Drops what Orbax logs, with tracebacks of its threads, of errors that it raises as well."""
+    """Drops what Orbax logs, with tracebacks of its threads, of errors that it raises as well.
+
+    Attributes:
+      dropped: whether there was any.
+    """
+
+    dropped = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         text = Exception(record.getMessage())
-        return not any(e and full_disk(pathlib.Path(), e) for e in (error, text))
+        repeats = any(e and full_disk(pathlib.Path(), e) for e in (error, text))
+        self.dropped = self.dropped or repeats
+        return not repeats
 
 
 @contextlib.contextmanager
 def said_once() -> Iterator[None]:
-    """Keeps Orbax, its threads and asyncio from repeating the error of a full disk."""
+    """Keeps Orbax, its threads and asyncio from repeating the error of a full disk.
+
+    Once there was such an error it stays so: asyncio repeats it when its tasks are collected.
+    """
     loggers, repeats = [logging.getLogger(name) for name in ("absl", "asyncio")], _Repeats()
     raised, ignored = sys.excepthook, sys.unraisablehook
 
@@ -80,12 +91,13 @@ def said_once() -> Iterator[None]:
     try:
         yield
     finally:
-        for logger in loggers:
-            logger.removeFilter(repeats)
-        if sys.excepthook is on_raised:
-            sys.excepthook = raised
-        if sys.unraisablehook is on_ignored:
-            sys.unraisablehook = ignored
+        if not repeats.dropped:
+            for logger in loggers:
+                logger.removeFilter(repeats)
+            if sys.excepthook is on_raised:
+                sys.excepthook = raised
+            if sys.unraisablehook is on_ignored:
+                sys.unraisablehook = ignored
 
 
 def _of_ended_loop(error: BaseException | None) -> bool:

@@ -261,12 +261,12 @@ def test_names_with_slashes_and_tildes_come_back(tmp_path):
     class Named(nnx.Module):
         def __init__(self):
             ones = nnx.initializers.ones
-            a, b, c = (nnx.Linear(4, 4, kernel_init=ones, rngs=nnx.Rngs(0)) for _ in range(3))
+            a, b, c = (nnx.Linear(16, 16, kernel_init=ones, rngs=nnx.Rngs(0)) for _ in range(3))
             self.d = nnx.Dict({"x/y": a, "x": nnx.Dict({"y": b, "y~1/": c})})
 
-    config = dora.DoRAConfig(rank=2, target_modules=["x/y", "y~1/"])
+    config = dora.DoRAConfig(rank=3, target_modules=["x/y", "y~1/"])
     model = dora.apply_dora(Named(), config, rngs=nnx.Rngs(1))
-    model.d["x/y"].magnitude[...] = np.arange(4, dtype=np.float32)
+    model.d["x/y"].magnitude[...] = np.arange(16, dtype=np.float32)
     save(tmp_path / "a", model, config)
     loaded = load(tmp_path / "a", Named())
     assert_same(on_host(dora.get_adapters(loaded)), on_host(dora.get_adapters(model)))
