@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dora_jax.errors import ConfigError
-from dora_jax.patterns import compiled
+from dora_jax.patterns import LONGEST, compiled
 
 ALL_LINEAR = "all-linear"
 
@@ -37,7 +37,9 @@ def entries(field: str, value: Any) -> tuple[Any, ...]:
 def pattern_dict(field: str, value: Any) -> dict[str, Any]:
     """Returns a dict whose keys are patterns."""
     if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
-        raise ConfigError(f"{field} must be a dict with patterns for keys, got {value!r}")
+        raise ConfigError(f"{field} must be a dict with patterns for keys, got {value!r:.200}")
+    if sum(map(len, value)) > LONGEST:
+        raise ConfigError(f"{field} has keys of more than {LONGEST:,} characters in all")
     return dict(value)
 
 

@@ -257,7 +257,7 @@ class Checkpoints:
 
 def _metric(name: str, mode: str, metrics: Any) -> float:
     """Returns a step's metric; the worst one if its file does not hold it."""
-    value = metrics.get(name) if isinstance(metrics, Mapping) else None
+    value: Any = metrics.get(name) if isinstance(metrics, Mapping) else None
     worst = math.inf if mode == "min" else -math.inf
     return float(value) if is_number(value) else worst
 
