@@ -39,7 +39,7 @@ def pattern_dict(field: str, value: Any) -> dict[str, Any]:
     if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
         raise ConfigError(f"{field} must be a dict with patterns for keys, got {value!r:.200}")
     if sum(map(len, value)) > LONGEST:
-        raise ConfigError(f"{field} has keys of more than {LONGEST:,} characters in all")
+        raise ConfigError(f"{field}: the keys have more than {LONGEST:,} characters in all")
     return dict(value)
 
 
