@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.errors import ConfigError
-from dora_jax.patterns import compiled
+from dora_jax.patterns import LONGEST, compiled
 
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
@@ -117,7 +117,9 @@ def pattern_matches(pattern: str, name: str) -> bool:
 def pattern_dict(field: str, value: Any) -> dict[str, Any]:
     """Returns a dict whose keys are patterns."""
     if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
-        raise ConfigError(f"{field} must be a dict with patterns for keys, got {value!r}")
+        raise ConfigError(f"{field} must be a dict with patterns for keys, got {value!r:.200}")
+    if sum(map(len, value)) > LONGEST:
+        raise ConfigError(f"{field}: the keys have more than {LONGEST:,} characters in all")
     return dict(value)
 
 

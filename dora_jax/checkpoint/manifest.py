@@ -14,7 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from dora_jax.errors import CheckpointError, Path
-from dora_jax.json_file import LONGEST_NAME, is_file, parse_json, read_text, reason, shown
+from dora_jax.json_file import (
+    LONGEST_NAME,
+    is_file,
+    parse_json,
+    read_json,
+    read_text,
+    reason,
+    shown,
+)
 
 FORMAT = "dora_jax/1"
 _MEMBERS = ("format", "arrays", "metadata")
@@ -87,6 +95,18 @@ def check_files(folder: Any) -> None:
         for path in (os.path.join(parent, name) for name in names):
             if not is_file(path) and os.path.lexists(path):
                 raise CheckpointError(f"{path} is no regular file: the folder is damaged")
+
+
+def check_metrics(folder: Any) -> None:
+    """Raises `CheckpointError` if the metrics of a run's step are no JSON, which Orbax reads."""
+    if is_remote(folder):
+        return
+    for file in sorted(folder.glob("*/metrics/metrics")):
+        try:
+            read_json(file)
+        except CheckpointError as error:
+            if os.path.lexists(file):  # another process may remove it meanwhile
+                raise CheckpointError(f"{error}, or remove {file.parent.parent}") from error
 
 
 def check_place(folder: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,13 +18,14 @@ from etils import epath  # type: ignore[import-untyped]
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dora_jax.checkpoint.contents import Trained, trained
-from dora_jax.checkpoint.manifest import check_files, check_place
+from dora_jax.checkpoint.manifest import check_files, check_metrics, check_place
 from dora_jax.checkpoint.step import RestoredRun, StoredStep, read_step, restore_step, step_contents
 from dora_jax.checkpoint.storage import absolute, save_args
 from dora_jax.config import DoRAConfig
 from dora_jax.disk import full_disk, said_once
 from dora_jax.errors import AdapterError, CheckpointError
 from dora_jax.model import carries_arrays
+from dora_jax.validation import is_number
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -80,11 +83,12 @@ class Checkpoints:
         self.folder = absolute(folder)
         check_place(self.folder)
         check_files(self.folder)
+        check_metrics(self.folder)
         self._config, self._best = config, best
         self._damaged: dict[int, str] = {}
         self._has_saved = False
         policies: list[Any] = [preservation_policy.LatestN(n=keep)]
-        metric = None if best is None else lambda metrics: metrics[best]
+        metric = None if best is None else functools.partial(_metric, best, mode)
         if metric is not None:
             rank = preservation_policy.BestN(
                 get_metric_fn=metric, reverse=mode == "min", n=keep_best
@@ -279,6 +283,13 @@ class Checkpoints:
         if jax.process_index() == 0:
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _metric(name: str, mode: str, metrics: Any) -> float:
+    """Returns a step's metric; the worst one if its file does not hold it."""
+    value: Any = metrics.get(name) if isinstance(metrics, Mapping) else None
+    worst = math.inf if mode == "min" else -math.inf
+    return float(value) if is_number(value) else worst
 
 
 def _set_aside(folder: epath.Path, step: int) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dora_jax.errors import ConfigError, DoRAError
-from dora_jax.patterns import Pattern, compiled
+from dora_jax.json_file import LONGEST_NAME
+from dora_jax.patterns import LONGEST, Pattern, compiled
 from dora_jax.validation import is_index, is_number
 
 FILE = "adapter_config.json"
@@ -133,6 +134,7 @@ def checked(name: str, value: Any) -> Any:
             (is_index(v) if name == "rank_pattern" else is_number(v)) and v > 0
             for v in value.values()
         )
+        fits = fits and sum(map(len, value)) <= LONGEST
     elif name in ("base_model_name_or_path", "task_type"):
         fits = isinstance(value, str)
     elif name == "layers_to_transform":
@@ -142,7 +144,8 @@ def checked(name: str, value: Any) -> Any:
         if isinstance(value, str) and name in ("layers_pattern", "modules_to_save"):
             value = [value]
         fits = isinstance(value, str) or (
-            isinstance(value, list) and all(isinstance(v, str) and v for v in value)
+            isinstance(value, list)
+            and all(isinstance(v, str) and 0 < len(v) <= LONGEST_NAME for v in value)
         )
     if not fits:
         raise PeftError(

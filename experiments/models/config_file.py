@@ -89,7 +89,7 @@ class HuggingFaceConfig:
             raise ModelConfigError("the file must hold one JSON object.")
         if "model_type" in stored:
             _check_one_of("model_type", stored["model_type"], cls.MODEL_TYPES)
-        if missing := [name for name in cls.REQUIRED if name not in stored]:
+        if missing := [name for name in cls.REQUIRED if stored.get(name) is None]:
             raise ModelConfigError(
                 f"missing {', '.join(missing)}. Add them: the weights alone do not tell."
             )

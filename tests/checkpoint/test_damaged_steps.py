@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import warnings
@@ -196,3 +197,37 @@ def test_a_checkpoint_whose_manifest_is_forged_is_skipped_for_the_one_before(
     ):
         assert checkpoints.restore(model, optimizer).step == 2
     assert_same(everything(model, optimizer), trained[2])
+
+
+def test_what_orbax_would_wait_for_or_choke_on_is_named(run_folder, tmp_path):
+    for name in ("commit_success.txt", "metadata/metadata"):
+        file = run_folder / "4" / name
+        content = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+        with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+            Checkpoints(run_folder, CONFIG)
+        file.unlink()
+        file.write_bytes(content)
+    file = run_folder / "4" / "metrics" / "metrics"
+    file.parent.mkdir()
+    file.write_text("{")
+    with pytest.raises(CheckpointError, match=r"metrics is not valid JSON.*remove .*/4"):
+        Checkpoints(run_folder, CONFIG, best="loss")
+    for path in (file, "a\0b", "x" * 300):
+        with pytest.raises(CheckpointError, match="folder"):
+            Checkpoints(path, CONFIG)
+
+
+@pytest.mark.parametrize("text", ["{}", pytest.param('{"loss": "x"}', marks=pytest.mark.full)])
+def test_a_step_whose_metric_is_lost_counts_as_the_worst(tmp_path, text):
+    model, _ = nnx_run()
+    with Checkpoints(tmp_path, CONFIG, best="loss", keep=1) as checkpoints:
+        checkpoints.save(2, model, metrics={"loss": 2.0})
+        checkpoints.save(4, model, metrics={"loss": 1.0})
+    (tmp_path / "4" / "metrics" / "metrics").write_text(text)
+    with Checkpoints(tmp_path, CONFIG, best="loss", keep=1) as checkpoints:
+        checkpoints.save(6, model, metrics={"loss": 6.0})
+        checkpoints.save(8, model, metrics={"loss": 8.0})
+        checkpoints.wait()
+        assert checkpoints.steps() == [6, 8]

@@ -64,11 +64,13 @@ class Format:
     independent: Callable[[Path], Values] | None = None
 
 
+@functools.cache
 def base() -> Model:
     """Returns the model without adapters."""
     return filled(Model)
 
 
+@functools.cache
 def adapted() -> Model:
     """Returns the model with adapters as if trained."""
     model = dora.apply_dora(base(), CONFIG, rngs=nnx.Rngs(1))
@@ -91,11 +93,11 @@ def parameters(model: nnx.Module) -> Values:
 
 def read_own(folder: Path) -> Values:
     saved = read_adapters(folder)
-    loaded = dora.load(folder, _BASE)
+    loaded = dora.load(folder, base())
     records = {path: record.arrays() for path, record in saved.base.items()}
-    base = {f"base.{'.'.join(p)}.{n}": x for p, own in records.items() for n, x in own.items()}
+    kept = {f"base.{'.'.join(p)}.{n}": x for p, own in records.items() for n, x in own.items()}
     loaded_arrays = {f"loaded.{k}": x for k, x in arrays(dora.get_adapters(loaded)).items()}
-    return arrays(saved.adapters) | base | loaded_arrays | saved.config.to_dict()
+    return arrays(saved.adapters) | kept | loaded_arrays | saved.config.to_dict()
 
 
 def own_as_it_says(folder: Path) -> Values:
@@ -106,7 +108,7 @@ def own_as_it_says(folder: Path) -> Values:
 
 
 def read_peft_folder(folder: Path) -> Values:
-    tree, config = read_peft(_BASE, folder, IDENTITY)
+    tree, config = read_peft(base(), folder, IDENTITY)
     inspect(folder)
     fields = config.to_dict()
     scaling = {path: config.layer_settings((path,)).scaling for path in ("up", "down")}
@@ -131,7 +133,7 @@ def peft_as_it_says(folder: Path) -> Values:
 
 def make_unsigned_peft(folder: Path) -> None:
     """Writes an adapter as PEFT does, without a checksum."""
-    save_pretrained(_ADAPTED, folder, IDENTITY)
+    save_pretrained(adapted(), folder, IDENTITY)
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -229,15 +231,14 @@ def copy_of(fixture: str) -> Callable[[Path], None]:
 
 
 _FIXTURES = {"llama": "llama/llama3", "bert": "bert/bert_tiny"}
-_BASE, _ADAPTED = base(), adapted()
 _WHOLE: dict[str, Values] = {}
 _CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "bert": BertConfig}
 
 FORMATS = [
-    Format("own", lambda folder: save(folder, _ADAPTED, CONFIG), read_own, own_as_it_says),
+    Format("own", lambda folder: save(folder, adapted(), CONFIG), read_own, own_as_it_says),
     Format(
         "peft",
-        lambda folder: save_pretrained(_ADAPTED, folder, IDENTITY) and None,
+        lambda folder: save_pretrained(adapted(), folder, IDENTITY) and None,
         read_peft_folder,
     ),
     Format("unsigned peft", make_unsigned_peft, read_peft_folder, peft_as_it_says),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -26,14 +27,14 @@ from tests.peft.small_models import (
 )
 
 FILE = "adapter_model.safetensors"
-PLAIN, ADAPTED = plain(), adapted()
+model, trained = functools.cache(plain), functools.cache(adapted)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A folder as PEFT writes it, without a digest."""
     folder = tmp_path_factory.mktemp("peft") / "whole"
-    save_pretrained(ADAPTED, folder, IDENTITY)
+    save_pretrained(trained(), folder, IDENTITY)
     drop_digest(folder)
     return folder
 
@@ -56,8 +57,8 @@ def folder(whole, tmp_path):
 )
 def test_fields_of_other_writers_that_change_nothing_pass(folder, fields):
     edit_config(folder, **fields)
-    tree, config = read_adapters(PLAIN, folder, IDENTITY)
-    assert_trees_equal(tree, dora.get_adapters(ADAPTED))
+    tree, config = read_adapters(model(), folder, IDENTITY)
+    assert_trees_equal(tree, dora.get_adapters(trained()))
     assert (config.rank, config.alpha, config.target_modules) == (2, 16.0, ("down", "up"))
 
 
@@ -80,6 +81,8 @@ ENDLESS = "(([a-z0-9._]+)+)+!"
         ({"layers_to_transform": [0], "layers_pattern": "("}, "layers_pattern in"),
         ({"modules_to_save": [ENDLESS]}, ""),
         ({"modules_to_save": ["("]}, "modules_to_save in adapter_config.json"),
+        ({"modules_to_save": "x" * 100_000}, "modules_to_save in adapter_config.json"),
+        ({"rank_pattern": {f"{i}." * 1000: 2 for i in range(100)}}, "rank_pattern in adapter"),
         ({"r": 10**400}, "r in adapter_config.json"),
         ({"lora_alpha": 10**400}, "lora_alpha in adapter_config.json"),
     ],
@@ -89,10 +92,10 @@ def test_hostile_fields_end_and_are_named(folder, fields, message):
     edit_config(folder, **fields)
     if message:
         with pytest.raises(PeftError, match=re.escape(message)):
-            read_adapters(PLAIN, folder, IDENTITY)
+            read_adapters(model(), folder, IDENTITY)
     else:
-        tree, _ = read_adapters(PLAIN, folder, IDENTITY)
-        assert_trees_equal(tree, dora.get_adapters(ADAPTED))
+        tree, _ = read_adapters(model(), folder, IDENTITY)
+        assert_trees_equal(tree, dora.get_adapters(trained()))
 
 
 class Classifier(nnx.Module):
@@ -104,10 +107,10 @@ class Classifier(nnx.Module):
 
 
 def test_an_adapter_of_a_model_with_a_head_names_the_prefix_that_the_map_lacks(tmp_path):
-    model = adapted(Classifier, modules_to_save=["classifier"])
-    save_pretrained(model, tmp_path, IDENTITY)
+    classifier = adapted(Classifier, modules_to_save=["classifier"])
+    save_pretrained(classifier, tmp_path, IDENTITY)
     with pytest.raises(PeftError) as caught:
-        read_adapters(PLAIN, tmp_path, IDENTITY)
+        read_adapters(model(), tmp_path, IDENTITY)
     message = str(caught.value)
     assert "bert.down" in message and "names.inside('', 'bert')" in message
     assert "unused" not in message
@@ -115,13 +118,13 @@ def test_an_adapter_of_a_model_with_a_head_names_the_prefix_that_the_map_lacks(t
     with pytest.raises(
         PeftError, match=r"classifier.* is of classifier, .*unused=\['classifier'\]"
     ):
-        read_adapters(PLAIN, tmp_path, inside)
-    tree, _ = read_adapters(PLAIN, tmp_path, inside, unused=["classifier"])
+        read_adapters(model(), tmp_path, inside)
+    tree, _ = read_adapters(model(), tmp_path, inside, unused=["classifier"])
     kept = load_file(tmp_path / FILE)["base_model.model.bert.up.lora_A.weight"]
     np.testing.assert_array_equal(tree["up"]["lora_a"], kept.T)
     with pytest.raises(PeftError, match="inside bert: correct the name map"):
         folder = tmp_path / "bare"
-        save_pretrained(ADAPTED, folder, IDENTITY)
+        save_pretrained(trained(), folder, IDENTITY)
         read_adapters(plain(Classifier), folder, IDENTITY)
 
 
@@ -133,19 +136,19 @@ def test_files_of_git_lfs_and_mlx_are_named_as_what_they_are(whole, tmp_path):
         pointer = copy(f"pointer {file}")
         (pointer / file).write_text(LFS_POINTER)
         with pytest.raises(PeftError, match=rf"{file} is a git-LFS pointer.*git lfs pull"):
-            read_adapters(PLAIN, pointer, IDENTITY)
+            read_adapters(model(), pointer, IDENTITY)
     mlx = copy("mlx")
     save_file(load_file(mlx / FILE), mlx / FILE, metadata={"format": "mlx"})
     with pytest.raises(PeftError, match=f"{FILE} is a file of MLX"):
-        read_adapters(PLAIN, mlx, IDENTITY)
+        read_adapters(model(), mlx, IDENTITY)
     fields = {"fine_tune_type": "lora", "lora_parameters": {"rank": 8}, "num_layers": 16}
     (mlx / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(PeftError, match=r"adapter_config.json is of an adapter of MLX"):
-        read_adapters(PLAIN, mlx, IDENTITY)
+        read_adapters(model(), mlx, IDENTITY)
 
 
 def test_the_name_of_a_tensor_has_an_end(folder):
     long = "base_model.model." + "up." * 100_000 + "lora_A.weight"
     edit_tensors(folder, lambda tensors: tensors.update({long: np.ones((2, 5), np.float32)}))
     with pytest.raises(PeftError, match=f"{FILE} is damaged .the name of a tensor has 3"):
-        read_adapters(PLAIN, folder, IDENTITY)
+        read_adapters(model(), folder, IDENTITY)

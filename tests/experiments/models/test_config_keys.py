@@ -206,6 +206,11 @@ def test_the_model_type_is_checked_first(tmp_path, model_type, fields):
     assert "model_type" in message and "is not implemented" in message and len(message) < 600
 
 
+@pytest.mark.parametrize("name", [*SIZES, "type_vocab_size"])
+def test_a_required_field_that_is_null_is_missing(tmp_path, name):
+    assert f"missing {name}" in refused(tmp_path, BERT | {name: None})
+
+
 def test_scalings_by_kind_that_agree_are_read(tmp_path):
     kinds = {kind: {"rope_theta": 5e5} for kind in ("full_attention", "sliding_attention")}
     assert read(tmp_path, decoder(rope_parameters=kinds)).rope_theta == 5e5
