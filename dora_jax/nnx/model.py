@@ -58,6 +58,8 @@ def check_base(model: nnx.Module) -> None:
 def get_adapters(model: nnx.Module) -> dict[str, Any]:
     """Returns the adapter tree: nested dicts by module path, of everything that DoRA trains.
 
+    The tree holds the model's own arrays: copy it before a step that donates them.
+
     Example:
       >>> import dora_jax as dora, jax.numpy as jnp
       >>> mlp = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
