@@ -90,10 +90,8 @@ class Checkpoints:
         policies: list[Any] = [preservation_policy.LatestN(n=keep)]
         metric = None if best is None else functools.partial(_metric, best, mode)
         if metric is not None:
-            rank = preservation_policy.BestN(
-                get_metric_fn=metric, reverse=mode == "min", n=keep_best
-            )
-            policies.append(rank)
+            best_n = preservation_policy.BestN
+            policies.append(best_n(get_metric_fn=metric, reverse=mode == "min", n=keep_best))
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(said_once())
         self._manager = ocp.CheckpointManager(
