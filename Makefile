@@ -38,10 +38,10 @@ help:  ## List the targets (default)
 quickstart: $(VENV)/.quickstart  ## Fine-tune a small model with DoRA; options in ARGS="..."
 	@$(BIN)/python -m experiments.quickstart $(ARGS)
 
-test: lint  ## Lint, types, tests, docstring examples and notebooks
+test: lint  ## Lint, types, tests and docstring examples
 	$(BIN)/python $(TESTS)
 
-test-full: lint  ## The same with the wide tables of tests
+test-full: lint  ## The same with the wide tables of tests, and the notebooks
 	JAX_DEFAULT_PRNG_IMPL=threefry2x32 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --nbmake -m '' --hypothesis-profile many
 
 test-models: $(VENV)-models/.test  ## Tests on models of other libraries, in an environment of their own
