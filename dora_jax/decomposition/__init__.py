@@ -26,8 +26,8 @@ from dora_jax.decomposition.scale import (
     KernelProduct,
     direction_norm,
     effective_factors,
+    magnitude_over_norm,
     relative_square_change,
-    scale_minus_one,
 )
 
 __all__ = [
@@ -42,8 +42,8 @@ __all__ = [
     "first_row",
     "init_layer",
     "kernel_norm",
+    "magnitude_over_norm",
     "materialize",
     "merge_kernel",
     "relative_square_change",
-    "scale_minus_one",
 ]

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from dora_jax.decomposition.axes import Adapter, KernelAxes, expand_inputs
 from dora_jax.decomposition.base import FrozenBase
-from dora_jax.decomposition.scale import KernelProduct, effective_factors, scale_minus_one
+from dora_jax.decomposition.scale import KernelProduct, effective_factors, magnitude_over_norm
 from dora_jax.errors import Path, layer_name
-from dora_jax.ops.output_scale import scaled, wide_dtype
+from dora_jax.ops.output_scale import wide_dtype
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -48,8 +48,8 @@ def materialize(
     if settings.decompose:
         wide = kernel.astype(merged.dtype)
         product = KernelProduct(axes, precision="highest")
-        d = scale_minus_one(settings, wide, adapter, base, product)
-        merged = scaled(merged, expand_inputs(d, axes))
+        scale = magnitude_over_norm(settings, wide, adapter, base, product)
+        merged = expand_inputs(scale, axes) * merged
     return merged.astype(kernel.dtype if dtype is None else dtype)
 
 

@@ -1,4 +1,4 @@
-"""The scale of an adapted layer: `d = (m - n) / n`, with the norm `n = ||W0 + s A B||`.
+"""The scale of an adapted layer: `c = m / n`, with the norm `n = ||W0 + s A B||`.
 
 The norm comes from the factors, so no array as large as the kernel is formed.
 """
@@ -165,7 +165,7 @@ def effective_factors(adapter: Adapter, base: FrozenBase, axes: KernelAxes) -> F
     return Factors(a, b)
 
 
-def scale_minus_one(
+def magnitude_over_norm(
     settings: LayerSettings,
     kernel: Float[Array, "..."],
     adapter: Adapter,
@@ -173,18 +173,17 @@ def scale_minus_one(
     product: KernelProduct,
     factors: Factors | None = None,
 ) -> Float[Array, "*stack *out"]:
-    """Returns `d = (m - n) / n`, so that the adapted output is `h + d h` with `h = x V`.
+    """Returns the scale `c = m / n`, so that the adapted output is `c h` with `h = x V`.
 
-    At initialisation `m` and `n` are the same stored number and `d` is exactly 0; `m / n - 1` need
-    not be. Depends on parameters alone. A zero column keeps scale 0 (`d = -1`); of any other, a
-    magnitude of exactly 0 gives the next number above -1, so that it still has a gradient. Where
-    the kernel is not the one that `base` describes, `d` is NaN: a wrong norm must not pass
-    unnoticed.
+    At initialisation `m` and `n` are the same stored number and `c` is exactly 1. Depends on
+    parameters alone. A zero column keeps scale 0; of any other, a magnitude of exactly 0 gives a
+    scale of 2^-32, so that it still has a gradient. Where the kernel is not the one that `base`
+    describes, `c` is NaN: a wrong norm must not pass unnoticed.
 
     Args:
       settings: the layer's settings.
       kernel: the frozen kernel `W0`.
-      adapter: `lora_a`, `lora_b`, `magnitude`, as far as the settings have them; or `scale`, `d`
+      adapter: `lora_a`, `lora_b`, `magnitude`, as far as the settings have them; or `scale`, `c`
         itself, where it was precomputed.
       base: what is kept of the kernel.
       product: the kernel's axes, and how the layer multiplies.
@@ -203,22 +202,39 @@ def scale_minus_one(
         n = direction_norm(change, norm, settings.eps)
     # Apply `where` before dividing: XLA on a CPU would otherwise fuse it into the loop over tokens.
     zero = norm == 0
-    magnitude = jnp.where(zero, 0, _keep_off_zero_scale(magnitude, n))
+    dtype = kernel.dtype if product.dtype is None else product.dtype
+    magnitude = jnp.where(zero, 0, _keep_off_zero(magnitude, n, dtype))
     n = jnp.where(zero, 1, n)
     if base.mask is not None:
         adapted = expand_trailing(base.mask, n.ndim)
         magnitude, n = jnp.where(adapted, magnitude, 1), jnp.where(adapted, n, 1)
-    n = jnp.where(same_base(kernel, base, product.axes), n, jnp.nan)
-    return (magnitude - n) / n
+    return _ratio(magnitude, jnp.where(same_base(kernel, base, product.axes), n, jnp.nan))
 
 
-def _keep_off_zero_scale(magnitude: Array, n: Array) -> Array:
-    """Keeps `(m - n) / n` above -1, so that a magnitude of 0 still receives a gradient.
+@jax.custom_jvp
+def _ratio(m: Array, n: Array) -> Array:
+    """Returns `m / n`, exactly 1 where both are equal, on every backend."""
+    move = m - n
+    far = jnp.abs(move) > 0.5 * n
+    return jnp.where(far, m, move) / n + jnp.where(far, 0, 1).astype(n.dtype)
 
-    At -1 the output is 0. The magnitude's gradient is computed from the output, so it would be 0
-    there for ever. The magnitude moves by less than the rounding of `n`.
+
+@_ratio.defjvp
+def _ratio_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The derivative of `1 + (m - n) / n` would be a difference, and lose a scale near 0."""
+    (m, n), (m_dot, n_dot) = primals, tangents
+    ratio = _ratio(m, n)
+    return ratio, (m_dot - ratio * n_dot) / n
+
+
+def _keep_off_zero(magnitude: Array, n: Array, dtype: DTypeLike) -> Array:
+    """Keeps `m / n` away from 0, so that a magnitude of 0 still receives a gradient.
+
+    At 0 the output is 0. The magnitude's gradient is computed from the output, so it would be 0
+    there for ever. Float16 has no number as small as 2^-32: there it is the smallest it has, 2^-24.
     """
-    least = jax.lax.stop_gradient(n) * jnp.finfo(n.dtype).epsneg
+    smallest = 2.0**-24 if dtype == jnp.float16 else 2.0**-32
+    least = smallest * jax.lax.stop_gradient(n)
     move = least - jax.lax.stop_gradient(magnitude)
     return magnitude + jnp.where(jnp.abs(magnitude) < least, move, 0)
 

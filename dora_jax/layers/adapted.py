@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from dora_jax.config import LayerSettings
 from dora_jax.decomposition.axes import Adapter, KernelAxes
 from dora_jax.decomposition.base import FrozenBase
-from dora_jax.decomposition.scale import KernelProduct, effective_factors, scale_minus_one
+from dora_jax.decomposition.scale import KernelProduct, effective_factors, magnitude_over_norm
 from dora_jax.errors import LayoutError, Path
 from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes
 from dora_jax.ops.output_scale import apply_scale
@@ -60,7 +60,7 @@ class AttendCall:
 def adapted_output(
     adapted: AdaptedLayer, call: LayerCall, adapter: Adapter, base: FrozenBase
 ) -> Float[Array, "..."]:
-    """Returns the output of an adapted layer: `h + d h + bias`, `h = x W0 + s dropout(x) A B`.
+    """Returns the output of an adapted layer: `c h + bias`, `h = x W0 + s dropout(x) A B`.
 
     The bias is not scaled. It is added last rather than subtracted from the plain layer's output
     first, which would not be exact.
@@ -86,9 +86,9 @@ def adapted_output(
         h = h + layout.low_rank(_with_dropout(layout, call), branch).astype(h.dtype)
     if settings.decompose:
         product = KernelProduct(axes, dtype, getattr(layer, "precision", None))
-        d = scale_minus_one(settings, call.kernel, adapter, base, product, factors)
-        d = _along_output(d, axes, output_axes, h.ndim)
-        h = apply_scale(h, d, scaled_name(adapted.path))
+        scale = magnitude_over_norm(settings, call.kernel, adapter, base, product, factors)
+        scale = _along_output(scale, axes, output_axes, h.ndim)
+        h = apply_scale(h, scale, scaled_name(adapted.path))
     if call.bias is None:
         return h
     shape = [call.kernel.shape[i] if i is not None else 1 for i in _expand(output_axes, h.ndim)]
@@ -108,8 +108,8 @@ def adapted_attend(
     query = call.query.astype(dtype)
     if settings.decompose:
         product = KernelProduct(axes, dtype, getattr(call.layer, "precision", None))
-        d = scale_minus_one(settings, call.kernel, adapter, base, product, factors)
-        query = apply_scale(query, d)
+        scale = magnitude_over_norm(settings, call.kernel, adapter, base, product, factors)
+        query = apply_scale(query, scale)
     logits = call.attend(query)
     if factors is None:
         return logits

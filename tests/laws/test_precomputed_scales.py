@@ -66,7 +66,7 @@ def test_precomputing_changes_no_bit_of_the_output(front_end, switch):
 @pytest.mark.parametrize("indices", [None, [0, 2]])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_precomputing_out_of_a_scan_changes_at_most_rounding(front_end, indices):
-    """The scan's body, compiled without the norm, rounds `h + d h` another way, but for `d = 0`."""
+    """The scan's body, compiled without the norm, rounds `c h` another way, but for `c = 1`."""
     model = stack(front_end, dora.DoRAConfig(rank=4, layers_to_transform=indices))
     x, base, apply = inputs(7, WIDTH), jax.jit(model.base), jax.jit(precompute_here(model))
     assert same(apply(model.params, model.adapters, x), base(model.params, x))
@@ -238,7 +238,7 @@ def test_the_model_that_is_precomputed_stays_as_it_is():
     precomputed = dora.precompute_scales(model)
     assert same(dora.get_adapters(model), before)
     dora.set_adapters(model, random_adapters(before))
-    assert np.all(np.asarray(dora.get_adapters(precomputed)["layer_0"]["scale"]) == 0)
+    assert np.all(np.asarray(dora.get_adapters(precomputed)["layer_0"]["scale"]) == 1)
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
