@@ -19,15 +19,14 @@ from dora_jax.decomposition.base import (
     first_row,
     kernel_norm,
 )
+from dora_jax.decomposition.direction import relative_square
 from dora_jax.decomposition.initializers import init_layer
 from dora_jax.decomposition.merge import materialize, merge_kernel
+from dora_jax.decomposition.product import Factors, KernelProduct
 from dora_jax.decomposition.scale import (
-    Factors,
-    KernelProduct,
     direction_norm,
     effective_factors,
     magnitude_over_norm,
-    relative_square_change,
 )
 
 __all__ = [
@@ -45,5 +44,5 @@ __all__ = [
     "magnitude_over_norm",
     "materialize",
     "merge_kernel",
-    "relative_square_change",
+    "relative_square",
 ]

@@ -15,7 +15,7 @@ from dora_jax.adapters.trees import Tree, check_shapes, get_in, overlay, set_in,
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase, check_kernel
-from dora_jax.decomposition.scale import KernelProduct
+from dora_jax.decomposition.product import KernelProduct
 from dora_jax.errors import AdapterError, Path
 from dora_jax.layers.adapted import AdaptedLayer
 from dora_jax.linen.interceptor import ADAPTER_KEY, intercept

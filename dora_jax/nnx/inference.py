@@ -10,7 +10,8 @@ from flax import nnx
 
 from dora_jax.adapters.serving import check_index, disable, select_adapters
 from dora_jax.adapters.trees import check_shapes, tree_shapes
-from dora_jax.decomposition.scale import KernelProduct, magnitude_over_norm
+from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.scale import magnitude_over_norm
 from dora_jax.layers.adapted import compute_dtype
 from dora_jax.nnx.layers import adapter_of, base_of
 from dora_jax.nnx.model import (
