@@ -82,7 +82,7 @@ def disable(adapters: Tree, bases: Mapping[Path, FrozenBase]) -> Any:
     disabled: Any = adapters
     for path, base in bases.items():
         layer = get_in(disabled, path, "the adapters")
-        start: dict[str, Any] = {"lora_b": 0, "scale": 0, "magnitude": base.norm}
+        start: dict[str, Any] = {"lora_b": 0, "scale": 1, "magnitude": base.norm}
         if base.init_a is not None:
             # Such a layer adds the change of the product: it is zero at the initial factors.
             start |= {"lora_a": base.init_a, "lora_b": base.init_b}

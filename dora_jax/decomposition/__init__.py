@@ -19,15 +19,14 @@ from dora_jax.decomposition.base import (
     first_row,
     kernel_norm,
 )
+from dora_jax.decomposition.direction import relative_square
 from dora_jax.decomposition.initializers import init_layer
 from dora_jax.decomposition.merge import materialize, merge_kernel
+from dora_jax.decomposition.product import Factors, KernelProduct
 from dora_jax.decomposition.scale import (
-    Factors,
-    KernelProduct,
     direction_norm,
     effective_factors,
-    relative_square_change,
-    scale_minus_one,
+    magnitude_over_norm,
 )
 
 __all__ = [
@@ -42,8 +41,8 @@ __all__ = [
     "first_row",
     "init_layer",
     "kernel_norm",
+    "magnitude_over_norm",
     "materialize",
     "merge_kernel",
-    "relative_square_change",
-    "scale_minus_one",
+    "relative_square",
 ]

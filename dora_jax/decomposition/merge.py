@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from dora_jax.decomposition.axes import Adapter, KernelAxes, expand_inputs
-from dora_jax.decomposition.base import FrozenBase
-from dora_jax.decomposition.scale import KernelProduct, effective_factors, scale_minus_one
+from dora_jax.decomposition.axes import (
+    Adapter,
+    KernelAxes,
+    canonical_transpose,
+    expand_inputs,
+)
+from dora_jax.decomposition.base import FrozenBase, kernel_norm
+from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.scale import effective_factors, magnitude_over_norm
 from dora_jax.errors import AdapterError, Path, layer_name, listing
-from dora_jax.ops.output_scale import scaled, wide_dtype
+from dora_jax.ops.output_scale import wide_dtype
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -47,10 +53,14 @@ def materialize(
         )
         merged = merged + settings.scaling * delta
     if settings.decompose:
-        wide = kernel.astype(merged.dtype)
-        product = KernelProduct(axes, precision="highest")
-        d = scale_minus_one(settings, wide, adapter, base, product)
-        merged = scaled(merged, expand_inputs(d, axes))
+        norm = None
+        if settings.normalize and settings.rank:
+            moved = canonical_transpose(jnp.any(merged != kernel, axes.inputs), axes)
+            own = jnp.maximum(kernel_norm(merged, axes), settings.eps)
+            norm = jnp.where(moved, own, base.norm)
+        product = KernelProduct(axes)
+        scale = magnitude_over_norm(settings, kernel, adapter, base, product, norm)
+        merged = expand_inputs(scale, axes) * merged
     return merged.astype(kernel.dtype if dtype is None else dtype)
 
 

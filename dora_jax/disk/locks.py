@@ -77,8 +77,8 @@ def opened(folder: pathlib.Path, *, exclusive: bool, in_place: bool = True) -> I
         while True:
             try:
                 descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-            except OSError:
-                if in_place and _is_replaced(folder) and time.monotonic() < deadline:
+            except (OSError, ValueError):  # ValueError: a name with a NUL in it
+                if in_place and is_being_replaced(folder) and time.monotonic() < deadline:
                     time.sleep(0.0003)
                     continue
                 break
@@ -110,16 +110,21 @@ def locked(descriptor: int, *, exclusive: bool, patience: float) -> bool:
             return False
 
 
-def _is_replaced(folder: pathlib.Path) -> bool:
+def is_being_replaced(folder: pathlib.Path) -> bool:
     """Whether a folder is not there because it is just replaced, by two renames."""
-    folder = pathlib.Path(os.path.realpath(folder))
-    return any(folder.parent.glob(f".{glob.escape(folder.name)}.*.partial/old"))
+    try:
+        folder = pathlib.Path(os.path.realpath(folder))
+        return any(folder.parent.glob(f".{glob.escape(folder.name)}.*.partial/old"))
+    except (OSError, ValueError):  # a name that no folder can have
+        return False
 
 
 def is_still(folder: pathlib.Path, descriptor: int | None) -> bool:
     """Whether a path leads to the folder that was opened. An open one keeps its number."""
+    if descriptor is None:  # there was none to open, or the system opens none
+        return fcntl is None or not os.path.isdir(folder)
     try:
         there = os.stat(folder)
     except OSError:
-        return descriptor is None
-    return descriptor is not None and os.path.samestat(os.fstat(descriptor), there)
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from dora_jax.disk.full import full_disk
-from dora_jax.disk.locks import is_still, locked, opened
+from dora_jax.disk.locks import is_being_replaced, is_still, locked, opened
 from dora_jax.errors import CheckpointError
 
 # A folder with more entries besides the version that is replaced is not copied, not even by links.
@@ -62,7 +62,7 @@ def _put(
     new: pathlib.Path, target: pathlib.Path, own: Callable[[str], bool], *, overwrite: bool
 ) -> None:
     """Moves a complete folder to its place."""
-    if not target.exists():
+    if not target.exists() and not is_being_replaced(target):
         try:
             new.rename(target)
             return
@@ -128,7 +128,7 @@ def _put_entries(new: pathlib.Path, target: pathlib.Path, own: Callable[[str], b
 
     So it is done for mount points, in folders of others, and where a folder holds much besides.
     """
-    old = new.with_name("old")
+    old = new.with_name("old-entries")
     old.mkdir()
     names = set(os.listdir(new))
     for name in sorted(names):

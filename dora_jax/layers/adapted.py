@@ -12,10 +12,18 @@ import jax.numpy as jnp
 from dora_jax.config import LayerSettings
 from dora_jax.decomposition.axes import Adapter, KernelAxes
 from dora_jax.decomposition.base import FrozenBase
-from dora_jax.decomposition.scale import KernelProduct, effective_factors, scale_minus_one
+from dora_jax.decomposition.direction import Columns
+from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.scale import (
+    effective_factors,
+    is_short,
+    magnitude_over_norm,
+    norm_of_layer,
+)
 from dora_jax.errors import LayoutError, Path
+from dora_jax.layers.exact_output import can_cancel, exact_attend, exact_output
 from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes, low_rank_dtype
-from dora_jax.ops.output_scale import apply_scale
+from dora_jax.ops.output_scale import apply_scale, apply_scale_to_sum, wide_dtype
 from dora_jax.ops.remat import scaled_name
 
 if TYPE_CHECKING:
@@ -60,7 +68,7 @@ class AttendCall:
 def adapted_output(
     adapted: AdaptedLayer, call: LayerCall, adapter: Adapter, base: FrozenBase
 ) -> Float[Array, "..."]:
-    """Returns the output of an adapted layer: `h + d h + bias`, `h = x W0 + s dropout(x) A B`.
+    """Returns the output of an adapted layer: `c h + bias`, `h = x W0 + s dropout(x) A B`.
 
     The bias is not scaled. It is added last rather than subtracted from the plain layer's output
     first, which would not be exact.
@@ -79,16 +87,24 @@ def adapted_output(
     axes = _checked_axes(adapted, call)
     output_axes = layout.output_axes(layer, call.arguments, axes)
     dtype = compute_dtype(layer, call.arguments[layout.inputs], call.kernel)
+    product = KernelProduct(axes, dtype, getattr(layer, "precision", None))
+    h, exact = call.plain_output, None
     factors = effective_factors(adapter, base, axes) if settings.rank else None
-    h = call.plain_output
+    norm = norm_of_layer(settings, call.kernel, adapter, base, product, factors)
     if factors is not None:
-        branch = LowRank(*factors, settings.scaling, dtype)
-        h = h + layout.low_rank(_with_dropout(layout, call), branch).astype(h.dtype)
+        branch, dropped = LowRank(*factors, settings.scaling, dtype), _with_dropout(layout, call)
+        added = layout.low_rank(dropped, branch).astype(h.dtype)
+        if norm is not None and axes.outputs and can_cancel(layout, call, dropped, dtype):
+            exact = exact_output(layout, call, branch, product, is_short(norm, base))
+        else:
+            h = h + added
     if settings.decompose:
-        product = KernelProduct(axes, dtype, getattr(layer, "precision", None))
-        d = scale_minus_one(settings, call.kernel, adapter, base, product, factors)
-        d = _along_output(d, axes, output_axes, h.ndim)
-        h = apply_scale(h, d, scaled_name(adapted.path))
+        scale = magnitude_over_norm(settings, call.kernel, adapter, base, product, norm)
+        scale, name = _along_output(scale, axes, output_axes, h.ndim), scaled_name(adapted.path)
+        if exact is None:
+            h = apply_scale(h, scale, name)
+        else:
+            h = apply_scale_to_sum(h, added, scale, exact, name)
     if call.bias is None:
         return h
     shape = [call.kernel.shape[i] if i is not None else 1 for i in _expand(output_axes, h.ndim)]
@@ -106,15 +122,24 @@ def adapted_attend(
     dtype = compute_dtype(call.layer, call.query, call.kernel)
     factors = effective_factors(adapter, base, axes) if settings.rank else None
     query = call.query.astype(dtype)
+    product = KernelProduct(axes, dtype, getattr(call.layer, "precision", None))
+    norm = norm_of_layer(settings, call.kernel, adapter, base, product, factors)
     if settings.decompose:
-        product = KernelProduct(axes, dtype, getattr(call.layer, "precision", None))
-        d = scale_minus_one(settings, call.kernel, adapter, base, product, factors)
-        query = apply_scale(query, d)
-    logits = call.attend(query)
+        scale = magnitude_over_norm(settings, call.kernel, adapter, base, product, norm)
+        query = apply_scale(query, scale)
     if factors is None:
-        return logits
+        return call.attend(query)
     a, b = (x.astype(low_rank_dtype(dtype)) for x in factors)
-    return logits + (settings.scaling * (query @ b.T) @ a.T).astype(logits.dtype)
+
+    def added(query: Array) -> Array:
+        return settings.scaling * (query @ b.T) @ a.T
+
+    if norm is not None and wide_dtype(dtype) == jnp.dtype(dtype):
+        columns = Columns.of(product, settings.scaling, call.kernel, b)
+        short = is_short(norm, base)
+        return exact_attend(columns, call.attend, added, query, (short, call.kernel, a, b))
+    logits = call.attend(query)
+    return logits + added(query).astype(logits.dtype)
 
 
 def compute_dtype(layer: Any, inputs: Array, kernel: Array) -> DTypeLike:

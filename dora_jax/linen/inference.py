@@ -10,7 +10,7 @@ from dora_jax.adapters.origin import check_origin
 from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.serving import check_index, disable, select_adapters
 from dora_jax.adapters.trees import Tree, flatten, get_in, set_in
-from dora_jax.decomposition.scale import scale_minus_one
+from dora_jax.decomposition.scale import magnitude_over_norm
 from dora_jax.linen.model import (
     DoRAModel,
     check_adapters,
@@ -24,7 +24,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
     """Returns an adapter tree that holds each layer's scale, computed here, once.
 
         {"up": {"lora_a": A, "lora_b": B, "magnitude": m}}  ->
-        {"up": {"lora_a": A, "lora_b": B, "scale": (m - n) / n}}
+        {"up": {"lora_a": A, "lora_b": B, "scale": m / n}}
 
     `model.apply` takes it as it takes `adapters`. The scale depends on parameters alone. Inside a
     loss, precompute before a loop over microbatches: the norm is then evaluated, and
@@ -40,7 +40,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
       ...     module, dora.DoRAConfig(rank=2), params=params, rng=jax.random.key(1), inputs=(x,)
       ... )
       >>> precompute_scales(model, params, adapters)["scale"]
-      Array([0., 0., 0.], dtype=float32)
+      Array([1., 1., 1.], dtype=float32)
     """
     check_adapters(model, adapters)
     check_byte_order(params)
@@ -51,7 +51,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
             continue
         adapter = dict(get_in(adapters, path))
         kernel, base = layer.kernel(params), model.base[path]
-        scale = scale_minus_one(settings, kernel, adapter, base, layer.product)
+        scale = magnitude_over_norm(settings, kernel, adapter, base, layer.product)
         adapter.pop("magnitude", None)
         precomputed = set_in(precomputed, path, {**adapter, "scale": scale})
     return jax.tree.map(own_array, precomputed)

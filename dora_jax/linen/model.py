@@ -25,7 +25,7 @@ from dora_jax.adapters.trees import (
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase, check_kernel
-from dora_jax.decomposition.scale import KernelProduct
+from dora_jax.decomposition.product import KernelProduct
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.adapted import AdaptedLayer
 from dora_jax.layers.layout import is_array, quantised_since

@@ -11,7 +11,8 @@ from flax import nnx
 from dora_jax.adapters.origin import check_origin
 from dora_jax.adapters.serving import check_index, disable, select_adapters
 from dora_jax.adapters.trees import check_shapes, flatten, tree_shapes
-from dora_jax.decomposition.scale import KernelProduct, scale_minus_one
+from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.scale import magnitude_over_norm
 from dora_jax.layers.adapted import compute_dtype
 from dora_jax.nnx.layers import adapter_of, base_of
 from dora_jax.nnx.model import (
@@ -27,7 +28,7 @@ from dora_jax.nnx.variables import DoRAParam, M, copy_model
 def precompute_scales(model: M) -> M:
     """Returns a copy of an adapted model whose layers hold their scale, computed here, once.
 
-    The scale, `(m - n) / n`, replaces the magnitude. It depends on parameters alone. Inside a loss,
+    The scale, `m / n`, replaces the magnitude. It depends on parameters alone. Inside a loss,
     precompute before a loop over microbatches: the norm is then evaluated, and differentiated, once
     for all of them. For inference, the scale stays fixed: a call costs what LoRA's does.
 
@@ -39,7 +40,7 @@ def precompute_scales(model: M) -> M:
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
       >>> adapted = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
       >>> precompute_scales(adapted).scale[...]
-      Array([0., 0., 0.], dtype=float32)
+      Array([1., 1., 1.], dtype=float32)
     """
     model = copy_model(model)
     for layer in checked_layers(model).values():
@@ -51,7 +52,7 @@ def precompute_scales(model: M) -> M:
         product = KernelProduct(
             axes, compute_dtype(layer, value, value), getattr(layer, "precision", None)
         )
-        scale = scale_minus_one(settings, value, adapter_of(layer), base_of(layer), product)
+        scale = magnitude_over_norm(settings, value, adapter_of(layer), base_of(layer), product)
         if settings.has_magnitude:
             delattr(layer, "magnitude")
         layer.scale = DoRAParam(scale)

@@ -7,14 +7,13 @@ or an adapter.
 """
 
 from dora_jax.ops.low_rank import down_projection, up_projection
-from dora_jax.ops.output_scale import apply_scale, scaled, wide_dtype
+from dora_jax.ops.output_scale import apply_scale, wide_dtype
 from dora_jax.ops.remat import save_scaled
 
 __all__ = [
     "apply_scale",
     "down_projection",
     "save_scaled",
-    "scaled",
     "up_projection",
     "wide_dtype",
 ]

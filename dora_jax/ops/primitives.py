@@ -72,7 +72,7 @@ def define_primitive(
             mlir.register_lowering(primitive, lowering, platform=platform)
 
     def call(*operands: Array, **params: Any) -> Any:
-        run = reference if any(map(_has_mesh_in_type, operands)) else primitive.bind
+        run = reference if has_mesh_in_type(*operands) else primitive.bind
         return run(*operands, **params)
 
     return call
@@ -89,9 +89,10 @@ def transpose_in_first(reference: Callable[..., Array]) -> Rule:
     return rule
 
 
-def _has_mesh_in_type(x: Array) -> bool:
+def has_mesh_in_type(*arrays: Array) -> bool:
     """Whether the type of an array says how it is sharded: explicit sharding or `shard_map`."""
-    return any(kind is not AxisType.Auto for kind in jax.typeof(x).sharding.mesh.axis_types)
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+    return any(kind is not AxisType.Auto for mesh in meshes for kind in mesh.axis_types)
 
 
 def _shape_rule(reference: Callable[..., Any]) -> Rule:

@@ -120,7 +120,9 @@ def materialised_step():
 )
 def test_nothing_in_the_compiled_step_is_as_large_as_a_kernel(front_end, norm_gradient):
     step, arguments = chain_step(front_end, jnp.float32, norm_gradient)
-    assert operations_yielding(KERNELS, step, arguments) == {"parameter"}
+    # The loops over columns of V, which run where a norm is short, carry the kernel itself.
+    plumbing = {"parameter", "tuple", "get-tuple-element", "while"}
+    assert operations_yielding(KERNELS, step, arguments) <= plumbing
 
 
 @pytest.mark.rows(2)
@@ -168,7 +170,8 @@ def test_a_scan_keeps_no_gradient_of_its_stacked_kernels():
     # The loop carries the stack and slices it; nothing computes an array of its size.
     plumbing = {"parameter", "get-tuple-element", "tuple", "while", "copy"}
     assert operations_yielding({(3, 48, 48)}, step, arguments) <= plumbing
-    slicing = {"parameter", "dynamic-slice", "bitcast", "reshape", "fusion"}
+    loops = {"tuple", "get-tuple-element", "while"}  # over columns of V, where a norm is short
+    slicing = {"parameter", "dynamic-slice", "bitcast", "reshape", "fusion"} | loops
     assert operations_yielding({(48, 48), (1, 48, 48)}, step, arguments) <= slicing
 
 

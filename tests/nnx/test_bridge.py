@@ -36,12 +36,14 @@ class WithHead(linen.Module):
 
 
 def test_adapted_nnx_model_inside_a_linen_one():
-    plain = NNXChain(WIDTHS, rngs=nnx.Rngs(0))
-    adapted = nnx.bridge.ToLinen(lambda rngs: dora.apply_dora(plain, CONFIG, rngs=rngs))
+    def plain():
+        return NNXChain(WIDTHS, rngs=nnx.Rngs(0))
+
+    adapted = nnx.bridge.ToLinen(lambda rngs: dora.apply_dora(plain(), CONFIG, rngs=rngs))
     module = WithHead(adapted)
     variables = jax.jit(module.init)(jax.random.key(0), X)  # the norms belong to these kernels
     assert set(variables) == {"params", "dora", "dora_base"}
-    reference = WithHead(nnx.bridge.ToLinen(lambda rngs: plain))
+    reference = WithHead(nnx.bridge.ToLinen(lambda rngs: plain()))
     expected = apply(reference, {"params": variables["params"]})
     np.testing.assert_array_equal(apply(module, variables), expected)
 

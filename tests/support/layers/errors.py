@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,6 +86,7 @@ def errors(
     dtype: Any,
     transforms: Sequence[str] = TRANSFORMS,
     detached: Sequence[str] | None = None,
+    data: Data | None = None,
 ) -> dict[str, Errors]:
     """Returns the errors of a row under each transform, all from one program.
 
@@ -93,12 +95,13 @@ def errors(
       dtype: of its parameters and computation.
       transforms: how the layer is run.
       detached: the transforms under which the detached gradient is computed too; all by default.
+      data: the numbers; by default those of `draw_data`.
 
     Raises:
       LayoutError: the layer is refused.
     """
     detached = transforms if detached is None else detached
-    numbers = draw_data(row, dtype)
+    numbers = data or draw_data(row, dtype)
     truth = expected(row, numbers)
     params, adapters = (tree(a, transforms) for a in (numbers.params, numbers.adapters))
     xs, weights = (copies(a, transforms) for a in (numbers.x, numbers.weights))
@@ -176,6 +179,29 @@ def draw_data(row: Row, dtype: Any) -> Data:
         adapters[adapter_name(name, "magnitude")] = magnitude.astype(np.float32)
     x = rng.integers(0, row.vocab, (COPIES, *row.x)) if row.vocab else draw(row.x, dtype)
     return Data(params, adapters, x, draw((COPIES, *_run(row, wide(params, 0), x[0]).shape)[1:]))
+
+
+def shrunk(row: Row, dtype: Any, delta: float, every: bool = True) -> tuple[Row, Data]:
+    """Returns a row of full rank, and numbers that shrink `W0 + s A B` to about `delta ||W0||`.
+
+    Not of every column, but of one, if `every` is false. One factor is the identity, the other one
+    `(delta R - W0) / s` in 20 bits, so that its product with `s` is exact.
+    """
+    ((name, axes),) = row.kernels.items()
+    stack, inputs, outputs = (int(np.prod([row.params[name][i] for i in g])) for g in axes)
+    row = dataclasses.replace(row, rank=min(inputs, outputs))
+    data, rng = draw_data(row, dtype), np.random.default_rng(1)
+    kernel = np.stack([reference.as_stack_of_matrices(k, axes) for k in data.params[name]])
+    change = (delta * rng.normal(size=kernel.shape) / 2 - kernel.astype(np.float64)) / SCALING
+    bits = change.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFFFF0)
+    change = bits.view(np.float32) * (np.ones(outputs) if every else np.arange(outputs) == 1)
+    identity = np.broadcast_to(np.eye(row.rank), (COPIES, stack, row.rank, row.rank))
+    factors = (change, identity) if outputs <= inputs else (identity, change)
+    adapters = dict(data.adapters)
+    for part, factor in zip(("lora_a", "lora_b"), factors, strict=True):
+        like = adapters[adapter_name(name, part)]
+        adapters[adapter_name(name, part)] = factor.astype(np.float32).reshape(like.shape)
+    return row, data._replace(adapters=adapters)
 
 
 def expected(row: Row, data: Data) -> Expected:
