@@ -45,7 +45,7 @@ def materialize(
     untrained. `dtype` is that of the result, if not the kernel's.
     """
     letters, stack, inputs, outputs = axes.letters()
-    merged = kernel.astype(wide_dtype(kernel.dtype))
+    wide = merged = kernel.astype(wide_dtype(kernel.dtype))
     if settings.rank:
         a, b = (x.astype(merged.dtype) for x in effective_factors(adapter, base, axes))
         delta = jnp.einsum(
@@ -55,7 +55,7 @@ def materialize(
     if settings.decompose:
         norm = None
         if settings.normalize and settings.rank:
-            moved = canonical_transpose(jnp.any(merged != kernel, axes.inputs), axes)
+            moved = canonical_transpose(jnp.any(merged != wide, axes.inputs), axes)
             own = jnp.maximum(kernel_norm(merged, axes), settings.eps)
             norm = jnp.where(moved, own, base.norm)
         product = KernelProduct(axes)

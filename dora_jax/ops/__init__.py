@@ -8,10 +8,12 @@ or an adapter.
 
 from dora_jax.ops.low_rank import down_projection, up_projection
 from dora_jax.ops.output_scale import apply_scale, wide_dtype
+from dora_jax.ops.rarely import cheap_ways_alone
 from dora_jax.ops.remat import save_scaled
 
 __all__ = [
     "apply_scale",
+    "cheap_ways_alone",
     "down_projection",
     "save_scaled",
     "up_projection",

@@ -7,8 +7,9 @@ its derivatives and its transpose, each with an exact way of its own.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool
 
 Function = Callable[..., Any]
+
+_only_cheap = False
+
+
+@contextlib.contextmanager
+def cheap_ways_alone() -> Iterator[None]:
+    """Within it, programs are traced and lowered without their exact ways.
+
+    For counting what a step costs as a rule: XLA's count of a conditional is that of the costlier
+    way, whichever runs.
+    """
+    global _only_cheap
+    before, _only_cheap = _only_cheap, True
+    try:
+        yield
+    finally:
+        _only_cheap = before
 
 
 def choose(is_rare: Bool[Array, "..."], exact: Function, cheap: Function, *operands: Any) -> Any:
@@ -42,7 +60,8 @@ def choose(is_rare: Bool[Array, "..."], exact: Function, cheap: Function, *opera
       >>> choose(jnp.array([False, True]), lambda x: x, lambda x: 0 * x, jnp.ones(2))
       Array([1., 1.], dtype=float32)
     """
-    if has_mesh_in_type(is_rare, *jax.tree.leaves(operands)):  # blocks would need a sharding too
+    # With a mesh in the types, blocks would need a sharding too.
+    if _only_cheap or has_mesh_in_type(is_rare, *jax.tree.leaves(operands)):
         return cheap(*operands)
     if not isinstance(is_rare, jax.core.Tracer):  # op by op, a conditional would be compiled
         return (exact if bool(jnp.any(is_rare)) else cheap)(*operands)
