@@ -55,7 +55,7 @@ MANY_DAMAGES = [
 ]
 
 
-@pytest.mark.rows(3)
+@pytest.mark.rows(2)
 @pytest.mark.parametrize(
     ("kind", "best", "draws"),
     [*DAMAGES, *(pytest.param(*row, marks=pytest.mark.full) for row in MANY_DAMAGES)],

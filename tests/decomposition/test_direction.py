@@ -103,6 +103,7 @@ def test_under_vmap_the_choice_is_one_for_the_batch(kernels, order):
             assert reference.relative_error(value[i], wanted) <= 1e-5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("argument", [1, 2])
 def test_a_short_direction_has_second_derivatives_in_both_modes(argument):
     with jax.enable_x64(True):

@@ -52,7 +52,7 @@ def model_with(front_end, init, build=chain, **dtypes):
 # At the start the adapted model equals its base.
 
 
-@pytest.mark.rows(6)
+@pytest.mark.rows(5)
 @pytest.mark.parametrize(
     ("front_end", "init", "dtype"),
     table(
@@ -112,7 +112,7 @@ def test_the_magnitude_starts_at_the_norm(name, init):
     assert reference.relative_error(base.norm.reshape(expected.shape), expected) < 1e-6
 
 
-@pytest.mark.rows(2)
+@pytest.mark.rows(1)
 @pytest.mark.parametrize(
     ("front_end", "adapter_dtype"),
     [("linen", "bfloat16"), ("linen", "float16"), ("nnx", "bfloat16")],

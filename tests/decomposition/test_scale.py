@@ -204,6 +204,7 @@ def test_gradients_are_those_of_the_reference(widths, detached):
     assert reference.relative_error(found_x, expected.inputs) <= 1e-5
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("detached", [False, True])
 def test_the_formulas_are_exact(detached):
     """In float64 nothing is left of the differences that float32 allows."""
@@ -267,7 +268,7 @@ def test_a_stack_is_its_slices():
         np.testing.assert_allclose(stacked[i], alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.rows(2)
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("norm_gradient", ["exact", "detached"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_zero_column_stays_zero_and_finite(norm_gradient, normalize):
@@ -396,6 +397,7 @@ def test_the_gradient_of_the_norm_makes_no_product_twice():
     assert program.count("stablehlo.dot_general") == 6 + 2 * 2
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("argument", ["kernel", "lora_a", "lora_b"])
 def test_the_square_is_differentiated_by_each_of_its_arguments(argument):
     kernel, adapter, base = draw((20, 9), 4)

@@ -60,6 +60,7 @@ def test_every_method_has_each_rate_with_the_first_seed_and_all_seeds_at_the_bes
         }
 
 
+@pytest.mark.full
 def test_the_table_has_mean_and_deviation_over_the_seeds_of_the_chosen_rate(task, config, printed):
     examples = task(max_length=12, train=32, checkpoint=config.checkpoint).test
     for row in json.loads((config.run_folder / "compare.json").read_text())["results"].values():

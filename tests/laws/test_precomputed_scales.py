@@ -187,7 +187,7 @@ def gradient_of(model):
     return jax.grad(functools.partial(mean_loss, model.apply), 1)
 
 
-@pytest.mark.rows(1)
+@pytest.mark.full
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_multi_steps_accumulates_the_gradient_of_what_is_precomputed(front_end):
     """In a microbatch are the products of LoRA; the norm's are in the pull-back, once a step."""

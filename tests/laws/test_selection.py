@@ -244,7 +244,7 @@ def moved(adapters):
     return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(x.dtype), adapters)
 
 
-@pytest.mark.rows(2)
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("saved", ["head", "norm"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_modules_to_save_are_trained_in_full_and_merged(front_end, saved):

@@ -83,7 +83,7 @@ def assert_close(found, expected, tolerance=2e-6):
         assert reference.relative_error(a, b) <= tolerance
 
 
-@pytest.mark.rows(5)
+@pytest.mark.rows(3)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_values_and_gradients_are_those_without_the_transform(front_end, transform):
@@ -281,6 +281,7 @@ def test_batch_statistics_are_those_of_the_merged_nnx_model():
 DEVICES = 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "models",
     [

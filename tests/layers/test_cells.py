@@ -68,6 +68,7 @@ def test_nnx_recurrent_layers_compute_what_merged_ones_do(index):
     assert close(run(adapted), run(dora.merge(adapted)))
 
 
+@pytest.mark.full
 def test_linen_attention_decodes_step_by_step_what_it_computes_at_once():
     attention = functools.partial(linen.MultiHeadDotProductAttention, num_heads=2)
     whole, step = attention(), attention(decode=True)

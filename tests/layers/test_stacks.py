@@ -75,7 +75,7 @@ LIFTS = [
 ]
 
 
-@pytest.mark.rows(6)
+@pytest.mark.rows(3)
 @pytest.mark.parametrize(("kind", "lifts"), LIFTS, ids=str)
 def test_linen_stacks_have_adapters_wherever_the_stack_axes_are(kind, lifts):
     make, shape, call_axes = STACKS[kind]

@@ -54,7 +54,7 @@ def test_the_collection_changes_no_bit(case):
     assert same(model.with_base(model.base_collection).base_collection, model.base_collection)
 
 
-@pytest.mark.rows(2)
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("case", CASES)
 def test_compiled_with_the_collection_the_model_rounds_at_most(case):
     model, params, adapters, x = adapt(case)
@@ -88,7 +88,7 @@ def test_as_an_argument_it_leaves_no_array_in_the_program(case):
     assert constants({**variables, "dora_base": model.base_collection}, model, x) == []
 
 
-@pytest.mark.rows(2)
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("case", CASES)
 def test_scales_and_merged_kernels_are_those_of_the_model(case):
     model, params, adapters, _ = adapt(case)

@@ -227,7 +227,7 @@ def run(model, variables, adapters, x, **options):
     return jitted(model)(variables, adapters, x, options)
 
 
-@pytest.mark.rows(6)
+@pytest.mark.rows(4)
 @pytest.mark.parametrize(
     ("name", "dropout"),
     [(name, 0.0) for name in MODULES]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import linen, nnx
 from flax.nnx.bridge import variables as bridge_variables
 
@@ -63,6 +64,7 @@ def test_adapted_nnx_model_inside_a_linen_one():
     assert after < before
 
 
+@pytest.mark.full
 def test_adapted_linen_model_inside_an_nnx_one():
     chain = LinenChain(WIDTHS)
     params = linen_variables(chain, X)["params"]

@@ -149,7 +149,7 @@ def test_dtypes_promote_as_in_a_product(f):
     assert f(x.astype(jnp.bfloat16), b.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-@pytest.mark.rows(1)
+@pytest.mark.full
 @pytest.mark.parametrize("decompose", [True, False])
 def test_an_adapted_model_has_forward_mode_and_second_derivatives(decompose):
     config = dora.DoRAConfig(rank=2, decompose=decompose)

@@ -94,6 +94,7 @@ def products_with_kernels(make, *args) -> int:
     return sum(any(shape in line for shape in shapes) for line in lines)
 
 
+@pytest.mark.rows(1)
 @FRONT_ENDS
 def test_the_policy_saves_the_product_that_lora_never_computes_again(make):
     lora = products_with_kernels(make, dora.DoRAConfig(rank=2, decompose=False))
@@ -104,7 +105,7 @@ def test_the_policy_saves_the_product_that_lora_never_computes_again(make):
     assert products_with_kernels(make, CONFIG, dora.save_scaled("own")) == full
 
 
-@pytest.mark.rows(2)
+@pytest.mark.rows(1)
 @FRONT_ENDS
 @pytest.mark.parametrize("layers", [(), ("down",), ("blocks.down", "block_0.down")])
 def test_the_gradient_does_not_depend_on_the_policy(make, layers):

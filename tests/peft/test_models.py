@@ -43,6 +43,7 @@ def relative(x, y):
 
 # With numbered layers, "llama_some" and "llama_lora" have nothing in them that "llama" does not.
 # The twins in the training test have the same outputs there.
+@pytest.mark.rows(1)
 @twins(
     ["bert", "llama_stacked", "tables_linen"],
     ["llama", "llama_some_stacked", "llama_lora_stacked", "convolutions", "tables", "attention"],
@@ -76,6 +77,7 @@ def scaling(config, module):
     return alpha / (rank**0.5 if config.use_rslora else rank)
 
 
+@pytest.mark.rows(1)
 @twins(["attention_linen", "convolutions_linen"], ["bert", "llama_stacked"])
 def test_outputs_gradients_and_training_are_pefts(name, tmp_path):
     model = adapted(name)

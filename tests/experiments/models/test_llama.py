@@ -176,6 +176,7 @@ def test_llama_3_frequencies_are_those_of_its_description():
     assert (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 8).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "scan_layers",
     [True, pytest.param(False, marks=pytest.mark.full)],
