@@ -60,6 +60,7 @@ def linen_run():
     )
 
 
+@pytest.mark.full
 def test_a_resumed_linen_run_ends_as_an_unbroken_one(tmp_path):
     params, tx, (model, start) = chain_params(WIDTHS), dora.dora_optimizer(1e-2), linen_run()
 

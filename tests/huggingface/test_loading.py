@@ -194,6 +194,7 @@ def sharded_in_a_process_of_four_devices(folder):
     np.testing.assert_array_equal(loaded.layers.up.kernel[...], wanted["layers.up.kernel"])
 
 
+@pytest.mark.full
 def test_each_device_gets_its_shard(tmp_path):
     write(tmp_path, tensors())
     code = (

@@ -96,7 +96,7 @@ def chain_with(front_end: str, switch: str = "default", dtypes: tuple = DTYPES[0
     )
 
 
-@pytest.mark.rows(11)
+@pytest.mark.rows(8)
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_adapting_changes_no_bit_of_the_output(front_end, switch):
@@ -115,7 +115,7 @@ def test_adapting_changes_no_bit_in_any_dtype(front_end, dtypes):
     assert same(chain.apply(chain.params, chain.adapters, x), before)
 
 
-@pytest.mark.rows(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("front_end", "dtypes"),
     table(FRONT_ENDS, DTYPES[:2], default=lambda _, dtypes: dtypes == DTYPES[0]),
@@ -171,7 +171,7 @@ def test_adapting_changes_no_bit_at_any_size(widths, rank, alpha, dtypes, batch,
     assert same(chain.apply(chain.params, chain.adapters, x), before)
 
 
-@pytest.mark.rows(10)
+@pytest.mark.rows(8)
 @pytest.mark.parametrize("switch", sorted(SWITCHES.keys() - {"dropout"}))
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_output_and_merged_kernels_are_those_of_the_reference(front_end, switch):
@@ -397,7 +397,7 @@ def test_another_base_gives_nan_and_is_named(front_end):
         chain.merge(other, chain.adapters)
 
 
-@pytest.mark.rows(1)
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:merging rounds")
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_a_base_cast_to_bfloat16_is_still_the_base(front_end):

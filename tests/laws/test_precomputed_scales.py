@@ -64,7 +64,7 @@ def test_precomputing_changes_no_bit_of_the_output(front_end, switch):
     assert same(apply(model.params, precomputed, x), y)
 
 
-@pytest.mark.rows(2)
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("indices", [None, [0, 2]])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_precomputing_out_of_a_scan_changes_at_most_rounding(front_end, indices):

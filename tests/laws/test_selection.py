@@ -190,7 +190,7 @@ def test_layers_of_a_stack_that_are_not_selected_are_not_trained(front_end):
         assert np.any(np.asarray(leaf[0]) != 0) and np.any(np.asarray(leaf[2]) != 0)
 
 
-@pytest.mark.rows(1)
+@pytest.mark.full
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_layers_of_a_stack_that_are_not_selected_stay_as_they_are(front_end):
     """Whatever stands in their part of the adapter; also precomputed."""

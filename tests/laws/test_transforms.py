@@ -199,6 +199,7 @@ def test_an_nnx_state_of_adapters_carries_the_training_to_another_copy():
     assert {str(path[-1]) for path, _ in nnx.to_flat_state(base)} == {"kernel", "bias"}
 
 
+@pytest.mark.full
 def test_an_nnx_gradient_is_that_of_the_pure_function():
     model = dora.apply_dora(
         nnx_model(lambda rngs: NNXChain(CHAIN, rngs=rngs)), CONFIG, rngs=nnx.Rngs(1)
@@ -244,6 +245,7 @@ class NNXNormed(nnx.Module):
         return self.head(self.norm(self.up(x)))
 
 
+@pytest.mark.full
 def test_batch_statistics_are_those_of_the_merged_linen_model():
     module, x = LinenNormed(), inputs(BATCH, WIDTH)
     variables = linen_variables(module, x)

@@ -137,7 +137,7 @@ STORED = {
 }
 
 
-@pytest.mark.rows(4)
+@pytest.mark.rows(2)
 @pytest.mark.parametrize("name", STORED)
 def test_a_kernel_that_is_stored_is_adapted_and_merged(name):
     module, params, model, adapters = adapt(STORED[name])
@@ -391,6 +391,7 @@ NNX_PRODUCTS = {
 }
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("name", NNX_PRODUCTS)
 def test_an_nnx_layer_with_a_product_of_its_own_is_adapted_and_merged(name):
     base = nnx_model(lambda rngs: NNXModel(layer=NNX_PRODUCTS[name](rngs=rngs)))

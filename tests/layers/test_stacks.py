@@ -154,6 +154,7 @@ def test_gradients_of_a_stack_do_not_depend_on_where_its_axis_is():
     assert close(found[2], found[0])
 
 
+@pytest.mark.full
 def test_experts_and_stacks_of_experts_in_nnx():
     def expert(rngs):
         return nnx.Linear(4, 5, rngs=rngs)

@@ -284,6 +284,7 @@ def test_training_moves_adapters_and_saved_modules_only(modules_to_save):
     assert not same(merged["layers"], after["layers"])
 
 
+@pytest.mark.full
 def test_the_scan_of_a_stack_has_the_gradients_of_its_layers():
     adapted, x = train(adapt(nnx_model(Scanned))), inputs(5, WIDTH)
 

@@ -118,6 +118,7 @@ def rotate_neighbours(x, angles):
     return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], -1).reshape(x.shape)
 
 
+@pytest.mark.full
 @twins(["llama_stacked"], ["llama"])
 def test_interleaved_heads_are_reordered_magnitudes_too(name, monkeypatch, tmp_path):
     twin = TWINS[name]

@@ -61,6 +61,7 @@ class LinenUnstacked(nn.Module):
         return x
 
 
+@pytest.mark.full
 def test_linen_models_scanned_and_not_have_the_same_files(tmp_path):
     names = NameMap({f"layers.{{i}}.{n}": f"layers.{{i}}.{n}" for n in ("up", "down")})
     numbered = NameMap({f"layers_{{i}}.{n}": f"layers.{{i}}.{n}" for n in ("up", "down")})
