@@ -20,6 +20,8 @@ from dora_jax.errors import CheckpointError
 
 # A folder with more entries besides the version that is replaced is not copied, not even by links.
 _MANY = 1000
+# Threads of a writer that failed end within this time.
+_PATIENCE_SECONDS = 2.0
 # The old version stays so long for programs that know nothing of locks and have just opened it.
 _GRACE_SECONDS = 0.02
 
@@ -201,8 +203,16 @@ def _stage(target: pathlib.Path, *, inside: bool) -> Iterator[pathlib.Path]:
             try:
                 yield stage
             finally:
-                shutil.rmtree(stage, ignore_errors=True)
+                _remove(stage)
             return
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Removes a folder, into which threads of a writer that failed may still be writing."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.01)
 
 
 def _remove_leftovers(parent: pathlib.Path, prefix: str, target: pathlib.Path) -> None:
