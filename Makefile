@@ -45,7 +45,7 @@ test-full: lint  ## The same with the wide tables of tests, and the notebooks
 	JAX_DEFAULT_PRNG_IMPL=threefry2x32 JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --nbmake -m '' --hypothesis-profile many
 
 test-models: $(VENV)-models/.test  ## Tests on models of other libraries, in an environment of their own
-	$(VENV)-models/bin/python -m pytest -q -n $(JOBS) --dist loadgroup tests/foreign
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(VENV)-models/bin/python -m pytest -q -n $(JOBS) --dist loadgroup tests/foreign
 
 test-peft: $(VENV)-peft/.test  ## Tests against torch and PEFT (two releases), in an environment of their own
 	$(VENV)-peft/bin/python -m pytest -q -n $(JOBS) tests/parity

@@ -59,7 +59,8 @@ OTHERS = [pytest.param(put, marks=pytest.mark.full) for put in (loop, folder, po
 @pytest.mark.parametrize("name", ["own", "peft", "llama", "bert"])
 def test_what_is_no_file_is_named(tmp_path, wholes, name, put):
     kind, path, right = wholes[name]
-    needed = [file for file in path.rglob("*") if str(file).endswith(NEEDED)]
+    files = (file for file in path.rglob("*") if str(file).endswith(NEEDED))
+    needed = [file for file in files if "process_" not in file.parent.name]  # Orbax merges these
     assert needed
     for number, file in enumerate(needed):
         copy = tmp_path / str(number)
