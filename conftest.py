@@ -6,9 +6,9 @@
 - Random numbers come from the generator `rbg`, whose programs compile five to ten times faster on a
   CPU than those of the default, `threefry2x32`. No law depends on which numbers are drawn;
   `make test-full` draws them with the default.
-- XLA compiles quickly rather than well, in half the time of a whole run. `make test-full` compiles as
-  users do. The start of a large model is equal in every bit only there: compiled quickly, the plain
-  and the adapted model may round a sum in two ways.
+- XLA compiles quickly rather than well, in half the time of a whole run. `make test-full` compiles
+  as users do. The start of a large model is equal in every bit only there: compiled quickly, the
+  plain and the adapted model may round a sum in two ways.
 - Python collects garbage less often: tracing makes many objects that live long, and each full
   collection visits all of them. Programs carry no line of Python for each operation.
 - The package is imported before pytest imports its files one by one for the examples in them. Under
