@@ -36,9 +36,10 @@ def test_table_that_no_head_reads_is_adapted():
     assert report.merged <= 1e-5
 
 
-def test_layer_whose_kernel_is_read_without_a_call_is_warned_of():
+def test_layer_whose_kernel_is_read_without_a_call_is_refused():
     """Mamba2's convolution multiplies with the kernel of an `nnx.Conv` that it never calls."""
     config = dora.DoRAConfig(rank=0, target_modules=["conv1d.conv", "out_proj"])
     case = libraries.mamba2(config)
-    with pytest.warns(UserWarning, match=r"mixer\.conv1d\.conv: the traced call does not call"):
+    refusal = r"mixer\.conv1d\.conv cannot be adapted: the model computes with its kernel outside"
+    with pytest.raises(dora.errors.LayoutError, match=refusal):
         dora.apply_dora(case.model, case.config, rngs=nnx.Rngs(1), inputs=case.inputs)
