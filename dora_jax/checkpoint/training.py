@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import shutil
+import pathlib
 import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -22,7 +22,7 @@ from dora_jax.checkpoint.manifest import check_files, check_metrics, check_place
 from dora_jax.checkpoint.step import RestoredRun, StoredStep, read_step, restore_step, step_contents
 from dora_jax.checkpoint.storage import absolute, save_args
 from dora_jax.config import DoRAConfig
-from dora_jax.disk import full_disk, said_once
+from dora_jax.disk import full_disk, remove_folder, said_once
 from dora_jax.errors import AdapterError, CheckpointError
 from dora_jax.model import carries_arrays
 from dora_jax.validation import is_number
@@ -280,7 +280,7 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:
             for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+                remove_folder(pathlib.Path(unfinished))
 
 
 def _metric(name: str, mode: str, metrics: Any) -> float:

@@ -8,13 +8,14 @@ frees, and is removed by the next writer. A symbolic link stays, and what it poi
 from dora_jax.disk.full import full_disk, said_once
 from dora_jax.disk.locks import read_in_one_piece, unchanged
 from dora_jax.disk.paths import Folder, given_folder, target_folder
-from dora_jax.disk.replacing import written_whole
+from dora_jax.disk.replacing import remove_folder, written_whole
 
 __all__ = [
     "Folder",
     "full_disk",
     "given_folder",
     "read_in_one_piece",
+    "remove_folder",
     "said_once",
     "target_folder",
     "unchanged",

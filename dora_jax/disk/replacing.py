@@ -203,11 +203,11 @@ def _stage(target: pathlib.Path, *, inside: bool) -> Iterator[pathlib.Path]:
             try:
                 yield stage
             finally:
-                _remove(stage)
+                remove_folder(stage)
             return
 
 
-def _remove(folder: pathlib.Path) -> None:
+def remove_folder(folder: pathlib.Path) -> None:
     """Removes a folder, into which threads of a writer that failed may still be writing."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while folder.exists() and time.monotonic() < deadline:
