@@ -1,7 +1,7 @@
 """An adapted model of either front end, seen alike.
 
-Whatever works on adapted models (checkpoints, PEFT, analysis, the command) asks these functions.
-With the front ends and `api`, they are the only place that tells Linen from NNX.
+What works on adapted models (checkpoints, PEFT, analysis, the command) asks these functions. Only
+they, the front ends and `api` tell Linen from NNX.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
 from dora_jax.adapters.placement import device_put_like
 from dora_jax.adapters.trees import Tree, flatten, nest, tree_shapes
-from dora_jax.config import DoRAConfig, LayerSettings
+from dora_jax.config import DoRAConfig, LayerSettings, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import AdapterError, Path
@@ -32,8 +32,7 @@ from dora_jax.nnx.variables import BaseParam, DoRAParam, copy_model, nnx_values,
 M = TypeVar("M")
 # Variables of an NNX model that a call changes: running means, and counters of random streams.
 STATISTICS, STREAMS = nnx.BatchStat, nnx.RngState
-# An NNX module or a `DoRAModel`: what `apply_dora` returns of either front end.
-AdaptedModel = Any
+AdaptedModel = Any  # an NNX module or a `DoRAModel`: what `apply_dora` returns of either front end
 
 
 class ModelLayer(NamedTuple):
@@ -116,7 +115,8 @@ def adapt(model: Any, config: DoRAConfig, plain: Plain) -> tuple[AdaptedModel, d
     if plain.params is None or plain.inputs is None:
         raise TypeError("a Linen module needs params and inputs too")
     rng = jax.random.key(0) if plain.rngs is None else plain.rngs
-    return dora_linen.adapt_model(model, config, params=plain.params, rng=rng, inputs=plain.inputs)
+    config = TrainedConfig.of(config)
+    return dora_linen.apply_dora(model, config, params=plain.params, rng=rng, inputs=plain.inputs)
 
 
 def adapt_abstract(model: Any, config: DoRAConfig, plain: Plain) -> AdaptedModel:

@@ -182,7 +182,7 @@ def check_reached(
         warnings.warn(
             f"the traced call does not reach {', '.join(names)}, so that what it computes there "
             f"gets no adapter: give {advice}",
-            stacklevel=6,
+            stacklevel=5,
         )
 
 

@@ -4,7 +4,7 @@ The adapters travel inside `params`, next to the kernels they adapt, so that wha
 with its own parameters (`nn.scan`, `nn.vmap`, `nn.remat`, `nn.share_scope`) it does with them.
 """
 
-from dora_jax.linen.adapt import adapt_model, apply_dora
+from dora_jax.linen.adapt import apply_dora
 from dora_jax.linen.inference import apply_mixed, disabled_adapters, precompute_scales
 from dora_jax.linen.merge import merge
 from dora_jax.linen.model import DoRAModel, check_adapters, check_base, remembered
@@ -13,7 +13,6 @@ from dora_jax.linen.tracing import ExampleCall
 __all__ = [
     "DoRAModel",
     "ExampleCall",
-    "adapt_model",
     "apply_dora",
     "apply_mixed",
     "check_adapters",

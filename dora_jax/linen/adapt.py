@@ -76,25 +76,15 @@ def apply_dora(
       >>> jax.tree.map(jnp.shape, adapters)
       {'lora_a': (4, 2), 'lora_b': (2, 3), 'magnitude': (3,)}
     """
-    chosen = not isinstance(config, TrainedConfig)
-    return adapt_model(module, config, params=params, rng=rng, inputs=inputs, chosen=chosen)
-
-
-def adapt_model(
-    module: nn.Module | DoRAModel,
-    config: DoRAConfig,
-    *,
-    params: Tree,
-    rng: jax.Array,
-    inputs: Sequence[Any] | ExampleCall,
-    chosen: bool = False,
-) -> tuple[DoRAModel, dict[str, Any]]:
-    """Does what `apply_dora` does; warns of ranks if a user `chosen` them.
-
-    A trained adapter has the configuration that it has.
-    """
     module = _checked_module(module, params)
     call = inputs if isinstance(inputs, ExampleCall) else ExampleCall(inputs)
+    return _adapt(module, config, params, rng, call)
+
+
+def _adapt(
+    module: nn.Module, config: DoRAConfig, params: Tree, rng: jax.Array, call: ExampleCall
+) -> tuple[DoRAModel, dict[str, Any]]:
+    """Does what `apply_dora` does, with arguments that were checked."""
     trace = trace_layers(module, params, call)
     layouts = {path: layer.layout for path, layer in trace.layers.items()}
     unreached = _unreached(params, trace)
@@ -103,7 +93,7 @@ def adapt_model(
     settings = plan_layers(config, layouts, parts, trace.unsupported)
     stored = _stored_layers(module, params, call, trace, settings)
     kernels = {p: StoredKernel(layer.kernel(params), layer.axes) for p, layer in stored.items()}
-    if chosen:
+    if not isinstance(config, TrainedConfig):
         warn_of_high_ranks(settings, kernels)
     started = start_layers(config, settings, kernels, rng, [*trace.modules, *unreached])
     layers = {path: stored[path] for path in started}

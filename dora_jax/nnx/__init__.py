@@ -4,7 +4,7 @@ An adapted layer is the same object, of a subclass of its class. So the paths an
 base model, and the base checkpoints made for them, stay valid.
 """
 
-from dora_jax.nnx.adapt import adapt_model, adapt_to_load, apply_dora
+from dora_jax.nnx.adapt import adapt_to_load, apply_dora
 from dora_jax.nnx.inference import apply_mixed, disabled_adapters, precompute_scales
 from dora_jax.nnx.merge import merge
 from dora_jax.nnx.model import (
@@ -20,7 +20,6 @@ __all__ = [
     "BaseParam",
     "DoRAParam",
     "SavedParam",
-    "adapt_model",
     "adapt_to_load",
     "adapted_layers",
     "apply_dora",

@@ -72,22 +72,6 @@ def apply_dora(
       >>> bool((adapted(x) == model(x)).all()), adapted.magnitude.shape
       (True, (3,))
     """
-    chosen = not isinstance(config, TrainedConfig)
-    return adapt_model(model, config, rngs=rngs, inputs=inputs, chosen=chosen)
-
-
-def adapt_model(
-    model: M,
-    config: DoRAConfig,
-    *,
-    rngs: nnx.Rngs,
-    inputs: Sequence[Any] | None = None,
-    chosen: bool = False,
-) -> M:
-    """Does what `apply_dora` does; warns of ranks and of what is not checked if a user `chosen` it.
-
-    A trained adapter has the configuration that it has.
-    """
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs must be an nnx.Rngs, as in rngs=nnx.Rngs(0), got {type(rngs)}")
     if adapted := list(adapted_layers(model)):
@@ -95,7 +79,11 @@ def adapt_model(
             f"the model is adapted already ({layer_name(adapted[0])} has an adapter); merge it "
             "first"
         )
-    model = copy_model(model)
+    return _adapt(copy_model(model), config, rngs, inputs)
+
+
+def _adapt(model: M, config: DoRAConfig, rngs: nnx.Rngs, inputs: Sequence[Any] | None) -> M:
+    """Adapts the layers of a plain model, in place, and returns it."""
     modules: dict[Path, Any] = dict(named_modules(model))
     for path, module in modules.items():
         check_not_intercepted(path, type(module))
@@ -106,7 +94,7 @@ def adapt_model(
     layers = {path: (modules[path], layouts[path]) for path in settings}
     axes = _call_axes(model, layers, inputs)
     kernels = {path: _stored_kernel(path, *layers[path], axes[path]) for path in settings}
-    if chosen:
+    if not isinstance(config, TrainedConfig):
         warn_of_high_ranks(settings, kernels)
         if inputs is None and settings:
             warn_of_unchecked(settings, [m for path, m in modules.items() if path not in layouts])
@@ -134,7 +122,7 @@ def adapt_to_load(
     does not act until `train()` is called.
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
-    adapted = adapt_model(model, config, rngs=rngs, inputs=inputs)
+    adapted = apply_dora(model, TrainedConfig.of(config), rngs=rngs, inputs=inputs)
     if not modes_of(dict(named_modules(model))):
         for layer in adapted_layers(adapted).values():
             layer.lora_dropout.deterministic = layer.adapted.settings.dropout > 0

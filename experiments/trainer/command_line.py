@@ -20,7 +20,7 @@ from experiments.trainer.training import DivergedError
 
 C = TypeVar("C")
 
-# What a user can mend: no network, a damaged file, a learning rate.
+# Errors that a user can correct: no network, a damaged file, a learning rate that is too high.
 _EXPECTED = (
     dora.DoRAError,
     DivergedError,

@@ -326,9 +326,11 @@ def test_arguments_that_are_no_arrays_are_static(inputs):
     call = dora.linen.ExampleCall((X,), {"mask": MASK, "train": True, "steps": 1, "act": "relu"})
     key, config = jax.random.key(1), dora.DoRAConfig(rank=2)
     for example in (inputs, call):
-        dora.apply_dora(Optional(), config, params=params, rng=key, inputs=example)
+        adapted, _ = dora.apply_dora(Optional(), config, params=params, rng=key, inputs=example)
+        assert list(adapted.layers) == [("Dense_0",)]
     model = nnx.eval_shape(lambda: NNXOptional(nnx.Rngs(0)))
-    dora.apply_dora(model, config, rngs=nnx.Rngs(1), inputs=inputs)
+    adapted = dora.apply_dora(model, config, rngs=nnx.Rngs(1), inputs=inputs)
+    assert list(dora.nnx.adapted_layers(adapted)) == [("dense",)]
 
 
 class NNXModel(nnx.Module):

@@ -125,7 +125,9 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_are_read(tmp_path, name):
-    read(tmp_path, PUBLISHED[name])
+    config = read(tmp_path, PUBLISHED[name])
+    for field in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        assert getattr(config, field) == PUBLISHED[name][field]
 
 
 @pytest.mark.parametrize("model_type", DECODERS)
