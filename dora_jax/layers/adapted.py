@@ -21,9 +21,9 @@ from dora_jax.decomposition.scale import (
     norm_of_layer,
 )
 from dora_jax.errors import LayoutError, Path
-from dora_jax.layers.exact_output import can_cancel, exact_attend, exact_output
+from dora_jax.layers.exact_output import can_cancel, exact_attend, exact_output, multiplies_wide
 from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes, low_rank_dtype
-from dora_jax.ops.output_scale import apply_scale, apply_scale_to_sum, wide_dtype
+from dora_jax.ops.output_scale import apply_scale, apply_scale_to_sum
 from dora_jax.ops.remat import scaled_name
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def adapted_attend(
     def added(query: Array) -> Array:
         return settings.scaling * (query @ b.T) @ a.T
 
-    if norm is not None and wide_dtype(dtype) == jnp.dtype(dtype):
+    if norm is not None and multiplies_wide(dtype, product.precision):
         columns = Columns.of(product, settings.scaling, call.kernel, b)
         short = is_short(norm, base)
         return exact_attend(columns, call.attend, added, query, (short, call.kernel, a, b))

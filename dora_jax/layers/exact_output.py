@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dora_jax.decomposition.direction import Columns
 from dora_jax.decomposition.product import KernelProduct
@@ -32,7 +33,19 @@ def can_cancel(layout: Layout, call: LayerCall, dropped: LayerCall, dtype: DType
     """
     x = call.arguments[layout.inputs]
     same = dropped.arguments[layout.inputs] is x
-    return same and jnp.issubdtype(x.dtype, jnp.inexact) and wide_dtype(dtype) == jnp.dtype(dtype)
+    precision = getattr(call.layer, "precision", None)
+    return same and jnp.issubdtype(x.dtype, jnp.inexact) and multiplies_wide(dtype, precision)
+
+
+def multiplies_wide(dtype: DTypeLike, precision: lax.PrecisionLike) -> bool:
+    """Whether a layer multiplies in float32 or wider.
+
+    A GPU rounds the operands of a float32 product to TF32, unless a precision says otherwise.
+    """
+    if wide_dtype(dtype) != jnp.dtype(dtype):
+        return False
+    default = precision is None and jax.config.jax_default_matmul_precision is None  # type: ignore[attr-defined]
+    return not (default and jax.default_backend() == "gpu" and jnp.dtype(dtype) == jnp.float32)
 
 
 def exact_output(
