@@ -5,7 +5,6 @@ Each function returns what `choose` calls in a program for one GPU, or None for 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from dora_jax.decomposition.product import KernelProduct
-from dora_jax.ops.short_columns import Direction, columns_anew, transpose_anew
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -28,8 +26,8 @@ def square_and_rows_on_gpu(product: KernelProduct, scaling: float) -> Function |
         return None
 
     def run(is_short: Array, found: Any, kernel: Array, a: Array, b: Array, base: Array) -> Any:
-        matrices = _Matrices(product, kernel, a, b)
-        anew = matrices.over_stack(functools.partial(columns_anew, scaling=scaling))
+        matrices = _Matrices(product, scaling, kernel, a, b)
+        anew = matrices.over_stack(_module().columns_anew)
         square, rows = anew(
             matrices.vector(found[0]),
             matrices.rows(found[1]),
@@ -49,8 +47,8 @@ def rows_on_gpu(*_: Array, product: KernelProduct, scaling: float) -> Function |
         return None
 
     def run(is_short: Array, found: Array, x: Array, kernel: Array, a: Array, b: Array) -> Array:
-        matrices = _Matrices(product, kernel, a, b)
-        anew = matrices.over_stack(functools.partial(columns_anew, scaling=scaling))
+        matrices = _Matrices(product, scaling, kernel, a, b)
+        anew = matrices.over_stack(_module().columns_anew)
         short, rows = matrices.vector(is_short), matrices.rows(found)
         x = matrices.leading(product.tangent(x))
         _, new = anew(jnp.zeros(short.shape), rows, short, matrices.direction, x)
@@ -65,8 +63,8 @@ def transpose_on_gpu(*_: Array, product: KernelProduct, scaling: float) -> Funct
         return None
 
     def run(is_short: Array, found: Array, y: Array, kernel: Array, a: Array, b: Array) -> Array:
-        matrices = _Matrices(product, kernel, a, b)
-        anew = matrices.over_stack(functools.partial(transpose_anew, scaling=scaling))
+        matrices = _Matrices(product, scaling, kernel, a, b)
+        anew = matrices.over_stack(_module().transpose_anew)
         new = anew(
             matrices.leading(found.astype(jnp.float32)),
             matrices.vector(is_short),
@@ -78,6 +76,13 @@ def transpose_on_gpu(*_: Array, product: KernelProduct, scaling: float) -> Funct
     return run
 
 
+def _module() -> Any:
+    """Imported where it is used: Pallas takes as long to import as the rest of the library."""
+    from dora_jax.ops import short_columns
+
+    return short_columns
+
+
 def _is_matrix(product: KernelProduct) -> bool:
     """Whether a kernel is `(*stack, *in, *out)`, and its norm is computed in float32."""
     in_order = sum(product.axes, ()) == tuple(range(product.axes.ndim))
@@ -87,16 +92,20 @@ def _is_matrix(product: KernelProduct) -> bool:
 class _Matrices:
     """A layer's arrays as stacks of matrices, with one axis each for the stack, in and out."""
 
-    def __init__(self, product: KernelProduct, kernel: Array, a: Array, b: Array) -> None:
+    def __init__(
+        self, product: KernelProduct, scaling: float, kernel: Array, a: Array, b: Array
+    ) -> None:
         stack, inputs, outputs = (
             math.prod(kernel.shape[i] for i in group) for group in product.axes
         )
         self.stack = stack if product.axes.stack else None
         self.sizes = inputs, outputs
-        self.direction = Direction(
-            self._stacked(kernel.astype(product.dtype), inputs, outputs),
+        self.direction = _module().Direction(
+            self._stacked(kernel, inputs, outputs),
             self.leading(product.rounded(a)),
             self.rows(product.rounded(b)),
+            scaling,
+            product.dtype,
         )
 
     def over_stack(self, function: Function) -> Function:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,7 +110,9 @@ def _lower_for_cuda(ctx: Any, *given: Any, **params: Any) -> Any:
     """Kernels of our own on one GPU; among several, XLA has to divide the work."""
     one = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
     run = _by_kernels if one else _by_condition
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *given, **params)
+    with warnings.catch_warnings():  # that Pallas will compile by other means than Triton
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *given, **params)
 
 
 def _shapes(*given: Any, structure: Any, cheap: Function, **_: Function) -> list[Any]:
@@ -252,8 +255,7 @@ def _define(name: str, cheap: Function, exact: Function, on_gpu: Function) -> _L
     primitive = Primitive(name)
     primitive.def_impl(run)
     primitive.def_abstract_eval(shape)
-    ad.primitive_jvps[primitive] = derivative
-    ad.primitive_transposes[primitive] = transpose
+    ad.primitive_jvps[primitive], ad.primitive_transposes[primitive] = derivative, transpose
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
     this.bind = primitive.bind

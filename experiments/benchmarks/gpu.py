@@ -155,7 +155,7 @@ def kernels(text: str) -> dict[str, int]:
 
 
 def profile(call: Callable[[], Any]) -> str:
-    """Returns the seconds of each kernel that a call starts, of JAX's too, as torch's profiler has it."""
+    """Returns the seconds of each kernel of a call, JAX's too, by torch's profiler."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as traced
 

@@ -17,7 +17,6 @@ _COLUMNS = (
     "/ PEFT's LoRA",
     "peak GB",
     "compile s",
-    "kernels",
 )
 _OVER = ("lora", "lora-by-hand", "peft-dora", "peft-lora")
 
@@ -64,8 +63,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         cells[2] = ", ".join(others)
     peak, compiled = row.get("peak_bytes"), row.get("compile_seconds")
     cells += ["" if peak is None else f"{peak / 1e9:.2f}"]
-    cells += ["" if compiled is None else f"{compiled:.1f}"]
-    return [*cells, ", ".join(f"{n} {kind}" for kind, n in row.get("kernels", {}).items())]
+    return [*cells, "" if compiled is None else f"{compiled:.1f}"]
 
 
 def _ratio(ratio: Mapping[str, Any]) -> str:

@@ -142,7 +142,7 @@ class LlamaAttention(nnx.Module):
         return self.o_proj(y_BxTxNxH.reshape(*x_BxTxD.shape[:2], -1))
 
 
-def _implementation(dtype: DTypeLike, mask: Mask | None, window: int | None) -> str | None:
+def _implementation(dtype: DTypeLike, mask: Mask | None, window: int | None) -> Any:
     """Returns cuDNN's flash attention where it can be used: on a GPU, in a narrow dtype, causal."""
     narrow = jnp.dtype(dtype).itemsize == 2
     plain = mask is None and window is None

@@ -20,7 +20,11 @@ def arrays(*axes, seed=0):
 def kernel_and_factors(dtype=jnp.float32):
     a, b = arrays("in", "r", seed=1), arrays("r", "out", seed=2)
     w = np.asarray(jnp.asarray(-SCALING * a @ b, dtype))  # V is what the rounding leaves
-    return w, Direction(w, a, b), w.astype(np.float64) + SCALING * a.astype(np.float64) @ b
+    return (
+        w,
+        Direction(w, a, b, SCALING, dtype),
+        w.astype(np.float64) + SCALING * a.astype(np.float64) @ b,
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -29,7 +33,7 @@ def test_only_blocks_with_a_short_column_are_computed_anew_from_the_direction(dt
     x = arrays("in", "k", seed=3)
     is_short = np.zeros(SIZES["out"], bool)
     is_short[70] = True
-    run = jax.jit(lambda *given: columns_anew(*given, scaling=SCALING, interpret=not ON_GPU))
+    run = jax.jit(lambda *given: columns_anew(*given, interpret=not ON_GPU))
     square, rows = run(
         -np.ones(SIZES["out"], np.float32), -np.ones((3, 150), np.float32), is_short, direction, x
     )
@@ -50,7 +54,7 @@ def test_the_transpose_is_computed_anew_if_any_column_is_short(short):
     rows = arrays("k", "out", seed=3)
     is_short = np.zeros(SIZES["out"], bool)
     is_short[-1] = short
-    run = jax.jit(lambda *given: transpose_anew(*given, scaling=SCALING, interpret=not ON_GPU))
+    run = jax.jit(lambda *given: transpose_anew(*given, interpret=not ON_GPU))
     total = run(-np.ones((SIZES["in"], 3), np.float32), is_short, direction, rows)
     if not short:
         assert np.all(np.asarray(total) == -1)
