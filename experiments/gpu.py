@@ -2,9 +2,9 @@
 
 It needs what an image for CUDA usually holds: jax, flax, optax, orbax-checkpoint, chex, torch,
 transformers and peft; and tyro with docstring-parser and typeguard, which are Python alone, so that
-their wheels can be carried to a machine without a network. Parts run in the order of their weight. A part that no longer fits into the
-time is left out, and the table says so. On a machine without a GPU everything is small: that only
-shows that it runs.
+their wheels can be carried to a machine without a network. Parts run in the order of their weight.
+A part that no longer fits into the time is left out, and the table says so. On a machine without a
+GPU everything is small: that only shows that it runs.
 
     python -m experiments.gpu --minutes 8 --results-folder runs/gpu
 """
