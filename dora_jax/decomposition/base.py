@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.decomposition.axes import KernelAxes, canonical_transpose
+from dora_jax.decomposition.sharding import explicit_shardings
 from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.ops.mesh_types import automatically
 from dora_jax.ops.output_scale import wide_dtype
 
 if TYPE_CHECKING:
@@ -83,7 +86,9 @@ def base_changed(
     kernel: Float[Array, "..."], base: FrozenBase, axes: KernelAxes
 ) -> Bool[Array, "*stack *out"]:
     """Returns True for each output feature whose kernel is not the one `base` describes."""
-    return ~same_base(kernel, base, axes)
+    shardings = explicit_shardings(kernel, axes)
+    same = functools.partial(same_base, axes=axes)
+    return ~automatically(same, shardings.get("norm"), kernel, base)
 
 
 def same_base(

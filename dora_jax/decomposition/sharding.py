@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.ops.mesh_types import explicit_mesh
 
 # What cuts one axis of an array: a name of a mesh axis or a logical one, several, or None.
 Entries = tuple[Any, ...]
@@ -76,3 +77,9 @@ def layer_shardings(kernel: Any, axes: KernelAxes) -> Mapping[str, NamedSharding
         name: NamedSharding(own.mesh, PartitionSpec(*entries), memory_kind=own.memory_kind)
         for name, entries in layer_entries(axes, own.spec).items()
     }
+
+
+def explicit_shardings(kernel: Any, axes: KernelAxes) -> Mapping[str, NamedSharding]:
+    """Returns `layer_shardings` where the kernel's type says them; elsewhere nothing."""
+    explicit = explicit_mesh(kernel) is not None
+    return (layer_shardings(kernel, axes) if explicit else None) or {}

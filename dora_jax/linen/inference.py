@@ -10,7 +10,7 @@ from dora_jax.adapters.origin import check_origin
 from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.serving import check_index, disable, select_adapters
 from dora_jax.adapters.trees import Tree, flatten, get_in, set_in
-from dora_jax.decomposition.scale import magnitude_over_norm
+from dora_jax.decomposition.scale import stored_scale
 from dora_jax.linen.model import (
     DoRAModel,
     check_adapters,
@@ -51,7 +51,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
             continue
         adapter = dict(get_in(adapters, path))
         kernel, base = layer.kernel(params), model.base[path]
-        scale = magnitude_over_norm(settings, kernel, adapter, base, layer.product)
+        scale = stored_scale(settings, kernel, adapter, base, layer.product)
         adapter.pop("magnitude", None)
         precomputed = set_in(precomputed, path, {**adapter, "scale": scale})
     return jax.tree.map(own_array, precomputed)

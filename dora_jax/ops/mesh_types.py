@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 
 def explicit_mesh(*trees: Any) -> AbstractMesh | None:
@@ -17,6 +17,17 @@ def explicit_mesh(*trees: Any) -> AbstractMesh | None:
             if AxisType.Explicit in mesh.axis_types:
                 return mesh
     return None
+
+
+def context_mesh() -> Mesh | AbstractMesh | None:
+    """Returns the mesh that `jax.set_mesh` has set; None if there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError:  # inside a program, where devices are not known
+        return mesh
 
 
 def automatically(function: Callable[..., Any], out: Any, *operands: Any) -> Any:
