@@ -9,7 +9,7 @@ import jax
 from dora_jax.adapters.origin import check_origin
 from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.serving import check_index, disable, select_adapters
-from dora_jax.adapters.trees import Tree, flatten, get_in, set_in
+from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, unboxed
 from dora_jax.decomposition.scale import stored_scale
 from dora_jax.linen.model import (
     DoRAModel,
@@ -44,6 +44,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
     """
     check_adapters(model, adapters)
     check_byte_order(params)
+    adapters = unboxed(adapters)
     precomputed: Any = adapters
     for path, layer in model.layers.items():
         settings = layer.adapted.settings
