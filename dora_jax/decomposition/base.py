@@ -92,13 +92,17 @@ def base_changed(
 
 
 def same_base(
-    kernel: Float[Array, "..."], base: FrozenBase, axes: KernelAxes
+    kernel: Float[Array, "..."], base: FrozenBase, axes: KernelAxes, cut: tuple[str, ...] = ()
 ) -> Bool[Array, "*stack *out"]:
     """Returns True for each output feature whose first weight is the one that `base` holds.
 
-    A cast of the kernel to a narrower dtype is no change.
+    A cast of the kernel to a narrower dtype is no change. `cut` is as in `KernelProduct`.
     """
-    kept, now = (x.astype(jnp.float32) for x in (base.first_row, first_row(kernel, axes)))
+    row = first_row(kernel, axes)
+    if cut:  # the first shard has it
+        first = sum(jax.lax.axis_index(name) for name in cut) == 0
+        row = jax.lax.psum(jnp.where(first, row, 0), cut)
+    kept, now = (x.astype(jnp.float32) for x in (base.first_row, row))
     # The absolute part is for float16, in which numbers under 6e-8 become 0.
     return jnp.abs(now - kept) <= _CAST_TOLERANCE * jnp.abs(kept) + 1e-7
 

@@ -96,7 +96,7 @@ def _shapes(
     if shardings is None:
         return adapter, base
 
-    def place(arrays: ArrayDict) -> ArrayDict:
+    def place(arrays: Mapping[str, Any]) -> dict[str, Any]:
         return {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
             for name, x in arrays.items()

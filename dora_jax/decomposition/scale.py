@@ -132,7 +132,9 @@ def magnitude_over_norm(
     if base.mask is not None:
         adapted = expand_trailing(base.mask, n.ndim)
         magnitude, n = jnp.where(adapted, magnitude, 1), jnp.where(adapted, n, 1)
-    return _ratio(magnitude, jnp.where(same_base(kernel, base, product.axes), n, jnp.nan))
+    return _ratio(
+        magnitude, jnp.where(same_base(kernel, base, product.axes, product.cut), n, jnp.nan)
+    )
 
 
 @jax.custom_jvp

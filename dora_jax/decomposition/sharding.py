@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dora_jax.decomposition.axes import KernelAxes
-from dora_jax.ops.mesh_types import explicit_mesh
+from dora_jax.ops.mesh_types import explicit_mesh, varying_axes
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
 
 # What cuts one axis of an array: a name of a mesh axis or a logical one, several, or None.
 Entries = tuple[Any, ...]
@@ -83,3 +87,29 @@ def explicit_shardings(kernel: Any, axes: KernelAxes) -> Mapping[str, NamedShard
     """Returns `layer_shardings` where the kernel's type says them; elsewhere nothing."""
     explicit = explicit_mesh(kernel) is not None
     return (layer_shardings(kernel, axes) if explicit else None) or {}
+
+
+def axes_that_cut(
+    kernel: Array, inputs: Sequence[int], whole: Sequence[int], norm: Array
+) -> tuple[str, ...] | None:
+    """Returns the mesh axes that cut a kernel's in axes inside `jax.shard_map`.
+
+    The kernel differs along them, and its norm does not.
+
+    Args:
+      kernel: the shard that one device sees.
+      inputs: which of its axes are in axes.
+      whole: the sizes of those axes in the whole kernel; empty if they are not known.
+      norm: of the whole kernel over its in axes, or a shard of it.
+
+    Returns:
+      The axes, none if the kernel is not cut; None if it is, and its type does not say along what.
+    """
+    own = [kernel.shape[i] for i in inputs]
+    if not whole or own == list(whole):
+        return ()
+    along = varying_axes(norm)
+    names = {name: size for name, size in varying_axes(kernel).items() if name not in along}
+    if math.prod(names.values()) * math.prod(own) != math.prod(whole):
+        return None
+    return tuple(names)

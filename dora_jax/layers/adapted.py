@@ -21,7 +21,8 @@ from dora_jax.decomposition.scale import (
     magnitude_over_norm,
     norm_of_layer,
 )
-from dora_jax.errors import LayoutError, Path
+from dora_jax.decomposition.sharding import axes_that_cut
+from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.exact_output import can_cancel, exact_attend, exact_output
 from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes, low_rank_dtype
 from dora_jax.ops.mesh_types import automatically, explicit_mesh
@@ -42,12 +43,34 @@ class AdaptedLayer:
       layout: the layout of its class.
       axes: of the kernel that one call sees, without the stack axes that a scan or vmap takes.
       path: of the layer, by which rematerialisation may save its output.
+      inputs: the sizes of the in axes of the whole kernel, of which `jax.shard_map` may cut a part.
     """
 
     settings: LayerSettings
     layout: Layout
     axes: KernelAxes
     path: Path = ()
+    inputs: tuple[int, ...] = ()
+
+    def product(
+        self, layer: Any, kernel: Array, axes: KernelAxes, dtype: DTypeLike, base: FrozenBase
+    ) -> KernelProduct:
+        """Returns how the norm multiplies a kernel of these axes.
+
+        Raises:
+          LayoutError: inside `jax.shard_map` the kernel is cut along an in axis, and its type does
+            not say by which mesh axis.
+        """
+        cut = axes_that_cut(kernel, axes.inputs, self.inputs, base.norm)
+        if cut is None:
+            raise LayoutError(
+                f"{layer_name(self.path)}: this call sees a part of the kernel's in axes, "
+                f"{[kernel.shape[i] for i in axes.inputs]} of {list(self.inputs)}, and which mesh "
+                "axes cut them is not known, so that its norm cannot be summed: inside "
+                "jax.shard_map leave check_vma on, and pass kernel, adapters and base with the "
+                "specs of dora.shardings"
+            )
+        return KernelProduct(axes, dtype, getattr(layer, "precision", None), cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +138,7 @@ def _adapted_output(
     axes = _checked_axes(adapted, call)
     output_axes = layout.output_axes(layer, call.arguments, axes)
     dtype = compute_dtype(layer, call.arguments[layout.inputs], call.kernel)
-    product = KernelProduct(axes, dtype, getattr(layer, "precision", None))
+    product = adapted.product(layer, call.kernel, axes, dtype, base)
     h, exact = call.plain_output, None
     factors = effective_factors(adapter, base, axes) if settings.rank else None
     norm = norm_of_layer(settings, call.kernel, adapter, base, product, factors)
@@ -149,7 +172,7 @@ def adapted_attend(
     settings, axes = adapted.settings, adapted.axes
     dtype = compute_dtype(call.layer, call.query, call.kernel)
     query = call.query.astype(dtype)
-    product = KernelProduct(axes, dtype, getattr(call.layer, "precision", None))
+    product = adapted.product(call.layer, call.kernel, axes, dtype, base)
 
     def scaled(query: Array, kernel: Array, adapter: Adapter, base: FrozenBase) -> Any:
         factors = effective_factors(adapter, base, axes) if settings.rank else None

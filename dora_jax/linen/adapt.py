@@ -169,7 +169,8 @@ def _stored_layers(
     for path, own in settings.items():
         traced = layers[path]
         positions, axes = stored_kernel_axes(path, traced, shapes[path])
-        adapted = AdaptedLayer(own, traced.layout, traced.axes, path)
+        whole = tuple(shapes[path][i] for i in axes.inputs)
+        adapted = AdaptedLayer(own, traced.layout, traced.axes, path, whole)
         box = get_in(params, kernels[path])
         box = box.replace(value=None) if isinstance(box, meta.Partitioned) else None
         module = traced.module

@@ -52,7 +52,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
             continue
         adapter = dict(get_in(adapters, path))
         kernel, base = layer.kernel(params), model.base[path]
-        scale = stored_scale(settings, kernel, adapter, base, layer.product)
+        scale = stored_scale(settings, kernel, adapter, base, layer.product(kernel, base))
         adapter.pop("magnitude", None)
         precomputed = set_in(precomputed, path, {**adapter, "scale": scale})
     return jax.tree.map(own_array, precomputed)

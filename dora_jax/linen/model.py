@@ -55,10 +55,9 @@ class StoredLayer:
     module: nn.Module
     box: meta.Partitioned[None] | None = None
 
-    @property
-    def product(self) -> KernelProduct:
-        """How the norm multiplies with the stored kernel."""
-        return KernelProduct(self.axes, self.dtype, getattr(self.module, "precision", None))
+    def product(self, kernel: Any, base: FrozenBase) -> KernelProduct:
+        """Returns how the norm multiplies with the stored kernel."""
+        return self.adapted.product(self.module, kernel, self.axes, self.dtype, base)
 
     def boxed(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Returns arrays of the layer by name, each in a box like the kernel's if that has one."""

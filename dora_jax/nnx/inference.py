@@ -11,7 +11,6 @@ from flax import nnx
 from dora_jax.adapters.origin import check_origin
 from dora_jax.adapters.serving import check_index, disable, select_adapters
 from dora_jax.adapters.trees import check_shapes, flatten, tree_shapes
-from dora_jax.decomposition.product import KernelProduct
 from dora_jax.decomposition.scale import stored_scale
 from dora_jax.layers.adapted import compute_dtype
 from dora_jax.nnx.layers import adapter_of, base_of, kernel_and_axes
@@ -49,10 +48,9 @@ def precompute_scales(model: M) -> M:
             continue
         kernel, axes = kernel_and_axes(layer)
         value = kernel[...]
-        product = KernelProduct(
-            axes, compute_dtype(layer, value, value), getattr(layer, "precision", None)
-        )
-        scale = stored_scale(settings, value, adapter_of(layer), base_of(layer), product)
+        base, dtype = base_of(layer), compute_dtype(layer, value, value)
+        product = layer.adapted.product(layer, value, axes, dtype, base)
+        scale = stored_scale(settings, value, adapter_of(layer), base, product)
         if settings.has_magnitude:
             delattr(layer, "magnitude")
         metadata = layer_metadata(kernel, axes).get("scale")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType
 
 
 def explicit_mesh(*trees: Any) -> AbstractMesh | None:
@@ -19,7 +19,7 @@ def explicit_mesh(*trees: Any) -> AbstractMesh | None:
     return None
 
 
-def context_mesh() -> Mesh | AbstractMesh | None:
+def context_mesh() -> Any:
     """Returns the mesh that `jax.set_mesh` has set; None if there is none."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -28,6 +28,17 @@ def context_mesh() -> Mesh | AbstractMesh | None:
         return jax.sharding.get_mesh()
     except ValueError:  # inside a program, where devices are not known
         return mesh
+
+
+def varying_axes(x: jax.Array) -> dict[str, int]:
+    """Returns the sizes of the mesh axes along which an array differs, inside `jax.shard_map`.
+
+    They are known with `check_vma=True`, the default of `shard_map`.
+    """
+    aval: Any = jax.typeof(x)
+    # Newer releases have a record of its own for manual axes.
+    names = aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
+    return {name: size for name, size in aval.sharding.mesh.shape.items() if name in names}
 
 
 def automatically(function: Callable[..., Any], out: Any, *operands: Any) -> Any:
