@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dora_jax.adapters.placement import device_put_like
-from dora_jax.adapters.trees import flatten, nest
+from dora_jax.adapters.trees import boxed_like, flatten, nest
 from dora_jax.checkpoint.checks import check_settings, check_values
 from dora_jax.checkpoint.contents import Trained, contents
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
@@ -147,7 +147,8 @@ def restore_step(
             set_mutable_arrays(model, kind, stored.part(part))
         model = None
     else:
-        adapters = nest({p: device_put_like(x, own[p]) for p, x in stored.part("adapters").items()})
+        placed = {p: device_put_like(x, own[p]) for p, x in stored.part("adapters").items()}
+        adapters = boxed_like(nest(placed), run.adapters)
     return RestoredRun(
         stored.metadata["step"],
         adapters,

@@ -9,8 +9,8 @@ import jax
 from dora_jax.adapters.origin import check_origin
 from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.serving import check_index, disable, select_adapters
-from dora_jax.adapters.trees import Tree, flatten, get_in, set_in
-from dora_jax.decomposition.scale import magnitude_over_norm
+from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, unboxed
+from dora_jax.decomposition.scale import stored_scale
 from dora_jax.linen.model import (
     DoRAModel,
     check_adapters,
@@ -44,6 +44,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
     """
     check_adapters(model, adapters)
     check_byte_order(params)
+    adapters = unboxed(adapters)
     precomputed: Any = adapters
     for path, layer in model.layers.items():
         settings = layer.adapted.settings
@@ -51,7 +52,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
             continue
         adapter = dict(get_in(adapters, path))
         kernel, base = layer.kernel(params), model.base[path]
-        scale = magnitude_over_norm(settings, kernel, adapter, base, layer.product)
+        scale = stored_scale(settings, kernel, adapter, base, layer.product(kernel, base))
         adapter.pop("magnitude", None)
         precomputed = set_in(precomputed, path, {**adapter, "scale": scale})
     return jax.tree.map(own_array, precomputed)
