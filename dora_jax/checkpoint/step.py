@@ -12,11 +12,11 @@ from dora_jax.adapters.trees import flatten, nest
 from dora_jax.checkpoint.checks import check_settings, check_values
 from dora_jax.checkpoint.contents import Trained, contents
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
+from dora_jax.checkpoint.position import restored_position
 from dora_jax.checkpoint.state import state_values, with_state_values
 from dora_jax.checkpoint.statistics import check_statistics_given
 from dora_jax.checkpoint.storage import read, read_metadata
 from dora_jax.errors import CheckpointError, Path
-from dora_jax.json_file import reason
 from dora_jax.model import (
     STATISTICS,
     STREAMS,
@@ -41,7 +41,8 @@ class RestoredRun:
       step: the number of steps taken.
       adapters: the NNX model, changed in place, or the adapter tree.
       state: as it was given to `restore`, with the values of the checkpoint.
-      data: the position in the data, as it was given to `save`.
+      data: the position in the data, as it was given to `save`. Where each process had its own,
+        that of this one, or a list of all if there are now more or fewer processes.
       model: the `DoRAModel` to train on with, if the run has one.
     """
 
@@ -133,14 +134,7 @@ def restore_step(
         base = group_records(stored.part("base"))
         records = check_same_base(base, model, allow_base_mismatch=allow_base_mismatch)
         model = with_base_records(model, records)
-    if data is not None:
-        try:
-            data.set_state(stored.metadata["data"])
-        except Exception as error:  # of any class: iterators are of other libraries
-            raise CheckpointError(
-                f"step {stored.metadata['step']}: the position in the data does not fit the "
-                f"iterator: {type(error).__name__}: {reason(error)}"
-            ) from error
+    position = restored_position(stored.metadata, data)
     if carries_arrays(model):
         adapters = with_adapter_arrays(model, run.adapters, stored.part("adapters"))
         for part, kind in _MUTABLE.items():
@@ -152,6 +146,6 @@ def restore_step(
         stored.metadata["step"],
         adapters,
         with_state_values(state, stored.part("state")),
-        stored.metadata["data"],
+        position,
         model,
     )

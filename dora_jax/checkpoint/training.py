@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
-import pathlib
 import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath  # type: ignore[import-untyped]
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dora_jax.checkpoint.contents import Trained, trained
+from dora_jax.checkpoint.leftovers import remove_unfinished, set_aside
 from dora_jax.checkpoint.manifest import check_files, check_metrics, check_place
+from dora_jax.checkpoint.position import position_to_save
 from dora_jax.checkpoint.step import RestoredRun, StoredStep, read_step, restore_step, step_contents
 from dora_jax.checkpoint.storage import absolute, save_args
 from dora_jax.config import DoRAConfig
-from dora_jax.disk import full_disk, remove_folder, said_once
+from dora_jax.disk import full_disk, said_once
 from dora_jax.errors import AdapterError, CheckpointError
 from dora_jax.model import carries_arrays
+from dora_jax.processes import failing_together, same_everywhere, several
 from dora_jax.validation import is_number
 
 if TYPE_CHECKING:
@@ -40,7 +42,10 @@ class Checkpoints:
 
     They are written in the background. Incomplete checkpoints, as of a process that was killed
     while writing, and damaged ones are recognised and skipped. One run writes into a folder; other
-    processes may read it meanwhile, as `dora_jax.load` does with one step.
+    programs may read it meanwhile, as `dora_jax.load` does with one step.
+
+    Of a run of several processes each one calls every method, on a folder that all of them see, and
+    writes what its own devices hold. A checkpoint is restored on any number of processes.
 
     Args:
       folder: made if it does not exist.
@@ -112,6 +117,8 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if several() and isinstance(error, jax.errors.JaxRuntimeError):
+            return  # another process may be lost, and the end of a checkpoint waits for all
         self.close()
 
     def steps(self) -> list[int]:
@@ -163,8 +170,7 @@ class Checkpoints:
                 f"metrics need a finite {self._best!r}, by which the best are kept, got {metrics}"
             )
         tree, metadata = step_contents(self._trained(adapters), state)
-        position = data.get_state() if hasattr(data, "get_state") else data
-        metadata |= {"step": step, "data": position, "metrics": dict(metrics or {})}
+        metadata |= {"step": step, **position_to_save(data), "metrics": dict(metrics or {})}
         args = save_args(tree, metadata)
         with self._writing():
             self._manager.save(step, args=args, metrics=metrics)
@@ -204,7 +210,7 @@ class Checkpoints:
         """
         self.wait()
         if step is not None:
-            stored = read_step(self.folder / str(step), with_state=state is not None)
+            stored = self._read(step, with_state=state is not None)
         elif (newest := self._read_newest(with_state=state is not None)) is not None:
             stored = newest
         elif self._damaged:
@@ -239,7 +245,7 @@ class Checkpoints:
         except Exception as error:
             if (full := full_disk(self.folder, error)) is None:
                 raise
-            self._remove_unfinished()
+            remove_unfinished(self.folder)
             raise full from None
 
     def _trained(self, adapters: Any) -> Trained:
@@ -249,16 +255,21 @@ class Checkpoints:
 
     def _read_newest(self, *, with_state: bool) -> StoredStep | None:
         """Returns the newest good checkpoint; warns of each damaged one that it skips."""
-        for step in reversed(self.steps()):
+        for step in reversed(json.loads(same_everywhere(json.dumps(self.steps())))):
             try:
-                return read_step(self.folder / str(step), with_state=with_state)
+                return self._read(step, with_state=with_state)
             except CheckpointError as error:
                 self._damaged[step] = str(error)
                 warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=3)
         return None
 
+    def _read(self, step: int, *, with_state: bool) -> StoredStep:
+        """Reads a checkpoint; in all processes, if it is good in all."""
+        with failing_together():
+            return read_step(self.folder / str(step), with_state=with_state)
+
     def _clean(self) -> None:
-        """Removes what killed processes left, and renames damaged checkpoints.
+        """Removes what killed writers left, and renames damaged checkpoints.
 
             4/  6.orbax-checkpoint-tmp-1/  8/ (damaged)  ->  4/  damaged-8-0/
 
@@ -266,21 +277,14 @@ class Checkpoints:
         reader must not modify the folder.
         """
         if not self._has_saved:
-            self._remove_unfinished()
+            remove_unfinished(self.folder)
         self._has_saved = True
         if not self._damaged:
             return
         self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            for step in self._damaged:
-                _set_aside(self.folder, step)
+        set_aside(self.folder, self._damaged)
         self._damaged.clear()
         self._manager.reload()
-
-    def _remove_unfinished(self) -> None:
-        if jax.process_index() == 0:
-            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                remove_folder(pathlib.Path(unfinished))
 
 
 def _metric(name: str, mode: str, metrics: Any) -> float:
@@ -288,12 +292,3 @@ def _metric(name: str, mode: str, metrics: Any) -> float:
     value: Any = metrics.get(name) if isinstance(metrics, Mapping) else None
     worst = math.inf if mode == "min" else -math.inf
     return float(value) if is_number(value) else worst
-
-
-def _set_aside(folder: epath.Path, step: int) -> None:
-    """Renames the folder of a step to `damaged-STEP-0`, or to the first number that is free."""
-    number = 0
-    while (aside := folder / f"damaged-{step}-{number}").exists():
-        number += 1
-    if (damaged := folder / str(step)).exists():
-        damaged.rename(aside)
