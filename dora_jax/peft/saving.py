@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+from flax import nnx
 
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, get_in
 from dora_jax.config import LayerSettings
@@ -34,7 +35,6 @@ from dora_jax.peft.settings import select_only, with_patterns
 from dora_jax.processes import first_alone, on_first_host
 
 if TYPE_CHECKING:
-    from flax import nnx
     from jax.typing import DTypeLike
 
     from dora_jax.api import DoRAModel
@@ -105,7 +105,6 @@ def save_pretrained(
     Example:
       >>> import tempfile, dora_jax as dora
       >>> from dora_jax.names import IDENTITY
-      >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
       >>> model = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
       >>> with tempfile.TemporaryDirectory() as folder:
