@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.adapters.origin import origin_of, remember
+from dora_jax.processes import spans_processes
 
 
 def device_put_like(value: Any, like: Any) -> Any:
@@ -17,6 +18,8 @@ def device_put_like(value: Any, like: Any) -> Any:
     In a run of several processes, each one writes the shards of its own devices. Where `like` is a
     NumPy array, the value stays on the host.
     """
+    if spans_processes(value):  # it was read into that sharding
+        return value
     if not isinstance(like, jax.Array):
         return value if isinstance(like, np.ndarray | np.generic) else jnp.asarray(value)
     if not like.committed:

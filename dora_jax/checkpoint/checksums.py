@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -54,14 +55,40 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def matches(value: np.ndarray, entry: Mapping[str, Any]) -> bool:
-    """Returns whether an array has the checksums of its entry in a manifest."""
-    if "sha256" in entry:
-        return digest(_bytes(value)) == entry["sha256"]
+def matches(value: Any, entry: Mapping[str, Any]) -> bool:
+    """Returns whether an array, or what this process holds of it, has the checksums of its entry.
+
+    Args:
+      value: on the host; or an array that spans processes, of which `saved_in_parts_of` is true.
+      entry: of the array in a manifest.
+    """
+    known = _checksums_of(entry)
+    if spans_processes(value):
+        held = {_bounds(x.index, value.shape): x.data for x in value.addressable_shards}
+        return all(known[bounds] == digest(_bytes(np.asarray(x))) for bounds, x in held.items())
     return all(
         digest(_bytes(value[tuple(slice(*pair) for pair in bounds)])) == checksum
-        for bounds, checksum in entry["parts"]
+        for bounds, checksum in known.items()
     )
+
+
+def saved_in_parts_of(like: jax.Array, entry: Mapping[str, Any]) -> bool:
+    """Returns whether the parts of an array, of all processes, are those that an entry has."""
+    if [list(like.shape), like.dtype.name] != [entry["shape"], entry["dtype"]]:
+        return False
+    indices = like.sharding.devices_indices_map(like.shape).values()
+    return {_bounds(index, like.shape) for index in indices} <= _checksums_of(entry).keys()
+
+
+def _checksums_of(entry: Mapping[str, Any]) -> dict[Bounds, str]:
+    """Returns the checksum of each part; a whole array is one part."""
+    if "sha256" in entry:
+        return {tuple((0, n) for n in entry["shape"]): entry["sha256"]}
+    return {tuple(map(tuple, bounds)): checksum for bounds, checksum in entry["parts"]}
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    return tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
 
 
 def _parts(x: Any) -> dict[Bounds, Any]:
@@ -76,10 +103,7 @@ def _parts(x: Any) -> dict[Bounds, Any]:
     found: dict[Bounds, Any] = {}
     for shard in x.global_shards:
         if shard.replica_id == 0:
-            bounds = tuple(
-                part.indices(n)[:2] for part, n in zip(shard.index, x.shape, strict=True)
-            )
-            found[bounds] = shard.data
+            found[_bounds(shard.index, x.shape)] = shard.data
     return dict(sorted(found.items()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from dora_jax.errors import CheckpointError, Path
 from dora_jax.model import (
     STATISTICS,
     STREAMS,
+    base_records,
     carries_arrays,
     layer_settings,
     mutable_arrays,
@@ -27,6 +29,7 @@ from dora_jax.model import (
     with_adapter_arrays,
     with_base_records,
 )
+from dora_jax.validation import is_number
 
 _PARTS = {"adapters", "base", "statistics", "model", "state"}
 # The parts of a checkpoint that hold what calls of an NNX model change.
@@ -86,15 +89,35 @@ def step_contents(run: Trained, state: Any) -> tuple[dict[str, Any], dict[str, A
     return tree, metadata
 
 
-def read_step(folder: Any, *, with_state: bool) -> StoredStep:
+def arrays_of(run: Trained, state: Any) -> dict[Path, Any]:
+    """Returns the arrays of a run by the paths that a checkpoint has for them."""
+    values = {("adapters", *path): x for path, x in flatten(run.adapters).items()}
+    values |= {("state", *path): x for path, x in state_values(state).items()}
+    for path, record in {} if run.model is None else base_records(run.model).items():
+        values |= {("base", *path, name): x for name, x in record.arrays().items()}
+    return values
+
+
+def read_step(
+    folder: Any, *, with_state: bool, likes: Mapping[Path, Any] | None = None
+) -> StoredStep:
     """Reads the checkpoint in a folder.
+
+    Args:
+      folder: of one step.
+      with_state: whether to read the part `state` too.
+      likes: the arrays of the run, see `arrays_of`; those that span processes are read in parts.
 
     Raises:
       CheckpointError: it is damaged or incomplete; names the file or array.
     """
     _, metadata = read_metadata(folder)
     parts: dict[str, dict[Path, Any]] = {}
-    for path, value in read(folder, lambda path: with_state or path[0] != "state").items():
+
+    def wanted(path: Path) -> bool:
+        return with_state or path[0] != "state"
+
+    for path, value in read(folder, wanted, likes).items():
         parts.setdefault(path[0], {})[path[1:]] = value
     _check_step(folder, metadata, parts)
     return StoredStep(parts, metadata)
@@ -149,3 +172,10 @@ def restore_step(
         position,
         model,
     )
+
+
+def metric_of(name: str, mode: str, metrics: Any) -> float:
+    """Returns a step's metric; the worst one if its file does not hold it."""
+    value: Any = metrics.get(name) if isinstance(metrics, Mapping) else None
+    worst = math.inf if mode == "min" else -math.inf
+    return float(value) if is_number(value) else worst

@@ -22,7 +22,7 @@ from etils import epath  # type: ignore[import-untyped]
 
 from dora_jax.adapters.placement import host_value, is_random_key
 from dora_jax.adapters.trees import flatten, nest
-from dora_jax.checkpoint.checksums import checksums, matches
+from dora_jax.checkpoint.checksums import checksums, matches, saved_in_parts_of
 from dora_jax.checkpoint.manifest import (
     FORMAT,
     canonical_json,
@@ -131,13 +131,18 @@ def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str
 
 
 def read(
-    folder: str | PathLike[str], wanted: Callable[[Path], bool] = lambda path: True
+    folder: str | PathLike[str],
+    wanted: Callable[[Path], bool] = lambda path: True,
+    likes: Mapping[Path, Any] | None = None,
 ) -> dict[Path, Any]:
     """Returns the arrays of a folder by path, as NumPy arrays, each checked by its checksum.
 
     Args:
       folder: written by `write`, or one step of a `CheckpointManager` with `save_args`.
       wanted: which arrays to read, by path.
+      likes: arrays in whose place they are to be. Where such an array spans processes, and was
+        saved in the same parts, each process reads and checks its own, and the result is an array
+        in that sharding.
 
     Raises:
       CheckpointError: a file or an array is missing or damaged; names it.
@@ -148,9 +153,13 @@ def read(
     if not entries:
         return {}
     check_files(path / "arrays")
-    wanted_tree = nest(dict.fromkeys((tuple(name.split("/")) for name in entries), 0))
+    placed = {name: (likes or {}).get(path_of(name)) for name in entries}
+    arguments = {
+        tuple(name.split("/")): _restore_args(entry, placed[name])
+        for name, entry in entries.items()
+    }
     try:
-        restored = flatten(_restore(path / "arrays", wanted_tree))
+        restored = flatten(_restore(path / "arrays", nest(arguments)))
     except Exception as error:  # of any class: Orbax and TensorStore raise many for damaged files
         raise CheckpointError(
             f"{path / 'arrays'} is damaged or incomplete: {_first_line(error)}"
@@ -219,7 +228,7 @@ def _as_written(leaf: Any) -> Any:
 
 def _checked(folder: epath.Path, name: str, value: Any, entry: Mapping[str, Any]) -> Any:
     """Returns an array as it was before it was written; raises `CheckpointError` if damaged."""
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray | jax.Array):
         raise CheckpointError(f"{folder}: array {name} is missing")
     given = [list(value.shape), value.dtype.name]
     if given != [entry["shape"], entry["dtype"]]:
@@ -237,12 +246,20 @@ def _checked(folder: epath.Path, name: str, value: Any, entry: Mapping[str, Any]
     return value
 
 
-def _restore(folder: epath.Path, item: dict[str, Any]) -> Any:
-    """Reads the arrays of a tree of placeholders to the host, whatever devices they were on."""
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+def _restore_args(entry: Mapping[str, Any], like: Any) -> ocp.RestoreArgs:
+    """Returns how Orbax reads an array: into the sharding of another one, or to the host."""
+    if spans_processes(like) and saved_in_parts_of(like, entry):
+        return ocp.ArrayRestoreArgs(sharding=like.sharding, global_shape=like.shape)
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _restore(folder: epath.Path, arguments: dict[str, Any]) -> Any:
+    """Reads the arrays of a tree of Orbax's arguments, whatever devices they were on."""
+    is_leaf = lambda x: isinstance(x, ocp.RestoreArgs)  # noqa: E731
+    item = jax.tree.map(lambda _: 0, arguments, is_leaf=is_leaf)
     return ocp.PyTreeCheckpointHandler().restore(
         folder,
-        args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True),
+        args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
     )
 
 

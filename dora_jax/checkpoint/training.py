@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -20,14 +19,21 @@ from dora_jax.checkpoint.contents import Trained, trained
 from dora_jax.checkpoint.leftovers import remove_unfinished, set_aside
 from dora_jax.checkpoint.manifest import check_files, check_metrics, check_place
 from dora_jax.checkpoint.position import position_to_save
-from dora_jax.checkpoint.step import RestoredRun, StoredStep, read_step, restore_step, step_contents
+from dora_jax.checkpoint.step import (
+    RestoredRun,
+    StoredStep,
+    arrays_of,
+    metric_of,
+    read_step,
+    restore_step,
+    step_contents,
+)
 from dora_jax.checkpoint.storage import absolute, save_args
 from dora_jax.config import DoRAConfig
 from dora_jax.disk import full_disk, said_once
-from dora_jax.errors import AdapterError, CheckpointError
+from dora_jax.errors import AdapterError, CheckpointError, Path
 from dora_jax.model import carries_arrays
 from dora_jax.processes import failing_together, same_everywhere, several
-from dora_jax.validation import is_number
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -93,7 +99,7 @@ class Checkpoints:
         self._damaged: dict[int, str] = {}
         self._has_saved = False
         policies: list[Any] = [preservation_policy.LatestN(n=keep)]
-        metric = None if best is None else functools.partial(_metric, best, mode)
+        metric = None if best is None else functools.partial(metric_of, best, mode)
         if metric is not None:
             best_n = preservation_policy.BestN
             policies.append(best_n(get_metric_fn=metric, reverse=mode == "min", n=keep_best))
@@ -130,7 +136,7 @@ class Checkpoints:
 
         The checkpoint is read in full, to know that it is good.
         """
-        found = self._read_newest(with_state=True)
+        found = self._read_newest({}, with_state=True)
         return None if found is None else found.metadata["step"]
 
     def save(
@@ -209,9 +215,11 @@ class Checkpoints:
           UserWarning: a damaged checkpoint was skipped; names the damage.
         """
         self.wait()
+        run = self._trained(adapters)
+        likes = arrays_of(run, state)
         if step is not None:
-            stored = self._read(step, with_state=state is not None)
-        elif (newest := self._read_newest(with_state=state is not None)) is not None:
+            stored = self._read(step, likes, with_state=state is not None)
+        elif (newest := self._read_newest(likes, with_state=state is not None)) is not None:
             stored = newest
         elif self._damaged:
             raise CheckpointError(
@@ -220,7 +228,6 @@ class Checkpoints:
             )
         else:
             return None
-        run = self._trained(adapters)
         return restore_step(stored, run, state, data, allow_base_mismatch=allow_base_mismatch)
 
     def wait(self) -> None:
@@ -253,20 +260,20 @@ class Checkpoints:
             return trained(adapters, self._config)
         return trained(self._config, adapters)
 
-    def _read_newest(self, *, with_state: bool) -> StoredStep | None:
+    def _read_newest(self, likes: Mapping[Path, Any], *, with_state: bool) -> StoredStep | None:
         """Returns the newest good checkpoint; warns of each damaged one that it skips."""
         for step in reversed(json.loads(same_everywhere(json.dumps(self.steps())))):
             try:
-                return self._read(step, with_state=with_state)
+                return self._read(step, likes, with_state=with_state)
             except CheckpointError as error:
                 self._damaged[step] = str(error)
                 warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=3)
         return None
 
-    def _read(self, step: int, *, with_state: bool) -> StoredStep:
+    def _read(self, step: int, likes: Mapping[Path, Any], *, with_state: bool) -> StoredStep:
         """Reads a checkpoint; in all processes, if it is good in all."""
         with failing_together():
-            return read_step(self.folder / str(step), with_state=with_state)
+            return read_step(self.folder / str(step), with_state=with_state, likes=likes)
 
     def _clean(self) -> None:
         """Removes what killed writers left, and renames damaged checkpoints.
@@ -285,10 +292,3 @@ class Checkpoints:
         set_aside(self.folder, self._damaged)
         self._damaged.clear()
         self._manager.reload()
-
-
-def _metric(name: str, mode: str, metrics: Any) -> float:
-    """Returns a step's metric; the worst one if its file does not hold it."""
-    value: Any = metrics.get(name) if isinstance(metrics, Mapping) else None
-    worst = math.inf if mode == "min" else -math.inf
-    return float(value) if is_number(value) else worst
