@@ -134,8 +134,8 @@ def canonical_json(content: Mapping[str, Any]) -> bytes:
     return json.dumps({k: v for k, v in content.items() if k != "sha256"}).encode()
 
 
-def digest(data: bytes) -> str:
-    """Returns a SHA-256, in hexadecimal."""
+def digest(data: Any) -> str:
+    """Returns the SHA-256 of bytes, or of an array of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -149,12 +149,19 @@ def _problem(arrays: Any) -> str:
             return f"{name[:100]!r} in arrays is not the path of an array"
         if any(path[:i] in paths for i in range(1, len(path))):
             return f"{name!r} in arrays is inside another array"
-        if problem := _problem_of_entry(arrays[name]):
+        if problem := problem_of_entry(arrays[name]):
             return f"arrays[{name!r}] {problem}"
     return ""
 
 
-def _problem_of_entry(entry: Any) -> str:
+def problem_of_entry(entry: Any) -> str:
+    """Returns what is wrong with the entry of an array; empty if nothing is.
+
+        {"shape": [4, 6], "dtype": "float32", "sha256": ...}     one process held the array
+        {"shape": ..., "dtype": ..., "parts": [[[[0, 4], [0, 3]], ...], ...]}
+
+    The parts of an array that several processes held have bounds on each axis, and a SHA-256.
+    """
     if not (isinstance(entry, dict) and entry.keys() <= _MEMBERS_OF_ENTRY):
         return f"must hold shape, dtype and sha256, not {entry!r:.100}"
     shape = entry.get("shape")

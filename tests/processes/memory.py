@@ -1,7 +1,8 @@
 """`python -m tests.processes.memory FOLDER`: saves adapters of a 70B model, an eighth as wide.
 
-Adapters and both moments are cut over the devices. Each process prints, in bytes, what its devices
-hold, what all arrays take, what it wrote, and by how much its memory rose while it saved.
+Adapters and both moments are cut over the devices. Each process leaves in the file FOLDER-PROCESS,
+in bytes, what its devices hold, what it wrote, and by how much its memory rose while it saved and
+while it restored.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ def main(folder: str) -> None:
         before = memory("VmRSS")
         checkpoints.save(1, trees[0], {"mu": trees[1], "nu": trees[2]})
         checkpoints.wait()
-        rose = memory("VmHWM") - before
+        rose = [memory("VmHWM") - before]
+        Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
+        checkpoints.restore(trees[0], {"mu": trees[1], "nu": trees[2]})
+        rose.append(memory("VmHWM") - before)
     files = Path(folder).glob(f"1/arrays/ocdbt.process_{jax.process_index()}/**/*")
     written = sum(file.stat().st_size for file in files if file.is_file())
-    words = own, sum(x.nbytes for x in leaves), written, rose
+    words = own, written, *rose
     Path(f"{folder}-{jax.process_index()}").write_text(" ".join(map(str, words)))
 
 
