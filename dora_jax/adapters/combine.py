@@ -26,6 +26,7 @@ from dora_jax.adapters.trees import (
 from dora_jax.config import OUTPUT_FIELDS, DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.processes import spans_processes
 from dora_jax.selection import is_in_saved_module
 
 
@@ -201,10 +202,23 @@ def diff(one: Tree, other: Tree) -> dict[str, float]:
     others = flatten(other)
     differences = {}
     for path, x in flatten(one).items():
-        x, y = (np.asarray(v, np.float64) for v in (x, others[path]))
-        largest = max(np.linalg.norm(x), np.linalg.norm(y))
-        differences[".".join(path)] = float(np.linalg.norm(x - y) / largest) if largest else 0.0
+        apart, *lengths = _lengths(x, others[path])
+        differences[".".join(path)] = apart / max(lengths) if max(lengths) else 0.0
     return differences
+
+
+def _lengths(one: Any, other: Any) -> list[float]:
+    """Returns `||x - y||`, `||x||` and `||y||`, in float64 where one process has both."""
+    if spans_processes(one) or spans_processes(other):
+        return list(map(float, _lengths_on_devices(one, other)))
+    x, y = (np.asarray(v, np.float64) for v in (one, other))
+    return [float(np.linalg.norm(v)) for v in (x - y, x, y)]
+
+
+@jax.jit
+def _lengths_on_devices(one: jax.Array, other: jax.Array) -> list[jax.Array]:
+    x, y = (v.astype(jnp.float32) for v in (one, other))
+    return [jnp.sqrt(jnp.sum(jnp.square(v))) for v in (x - y, x, y)]
 
 
 def check_weights(trees: Sequence[Tree], weights: Sequence[float]) -> None:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
 from dora_jax.adapters.placement import host_value
 from dora_jax.errors import AdapterError, Path, listing
+from dora_jax.processes import spans_processes
 
 Tree = Mapping[str, Any]
 
@@ -166,10 +168,20 @@ def check_finite(adapters: Tree) -> None:
     Under a transformation, where values are not known, nothing is checked.
     """
     known = {p: x for p, x in flatten(adapters).items() if not isinstance(x, jax.core.Tracer)}
+    shared = {path: x for path, x in known.items() if spans_processes(x)}
+    finite = _are_finite(shared) if shared else {}
     if lost := [
-        ".".join(path) for path, x in known.items() if not np.isfinite(host_value(x)).all()
+        ".".join(path)
+        for path, x in known.items()
+        if not (finite[path] if path in finite else np.isfinite(host_value(x)).all())
     ]:
         raise AdapterError(
             f"{listing(lost)} {'is' if len(lost) == 1 else 'are'} not finite: the training "
             "diverged; restore an earlier checkpoint"
         )
+
+
+@jax.jit
+def _are_finite(arrays: Mapping[Path, jax.Array]) -> dict[Path, jax.Array]:
+    """Returns for each array, which no process holds whole, what every process then knows."""
+    return {path: jnp.isfinite(x).all() for path, x in arrays.items()}

@@ -20,6 +20,7 @@ from dora_jax.decomposition.base import FrozenBase, describe_base
 from dora_jax.decomposition.sharding import layer_shardings
 from dora_jax.errors import ConfigError, Path, layer_name
 from dora_jax.ops.mesh_types import automatically
+from dora_jax.processes import spans_processes
 
 if TYPE_CHECKING:
     from jax.sharding import NamedSharding
@@ -219,9 +220,15 @@ def _with_rank(
 def _warn_of_zero_columns(name: str, norm: Array) -> None:
     if isinstance(norm, jax.core.Tracer):
         return
-    if zeros := int(np.sum(np.asarray(norm) == 0)):
+    if zeros := int(_count_zeros(norm) if spans_processes(norm) else np.sum(np.asarray(norm) == 0)):
         warnings.warn(
             f"{name}: {zeros} of {norm.size} columns of the kernel are exactly zero; "
             "they have no direction and stay zero",
             stacklevel=2,
         )
+
+
+@jax.jit
+def _count_zeros(norm: Array) -> Array:
+    """Returns a number that every process knows, of an array that none of them holds whole."""
+    return jnp.sum(norm == 0)

@@ -9,6 +9,7 @@ from dora_jax.disk.full import full_disk, said_once
 from dora_jax.disk.locks import read_in_one_piece, unchanged
 from dora_jax.disk.paths import Folder, given_folder, target_folder
 from dora_jax.disk.replacing import remove_folder, written_whole
+from dora_jax.disk.together import written_by_all
 
 __all__ = [
     "Folder",
@@ -19,5 +20,6 @@ __all__ = [
     "said_once",
     "target_folder",
     "unchanged",
+    "written_by_all",
     "written_whole",
 ]

@@ -14,6 +14,7 @@ from dora_jax.decomposition.scale import stored_scale
 from dora_jax.linen.model import (
     DoRAModel,
     check_adapters,
+    check_base_is_no_constant,
     check_byte_order,
     check_collections,
     origins,
@@ -42,6 +43,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
       >>> precompute_scales(model, params, adapters)["scale"]
       Array([1., 1., 1.], dtype=float32)
     """
+    check_base_is_no_constant(model)
     check_adapters(model, adapters)
     check_byte_order(params)
     adapters = unboxed(adapters)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
@@ -33,6 +34,7 @@ from dora_jax.layers.adapted import AdaptedLayer
 from dora_jax.layers.layout import is_array, quantised_since
 from dora_jax.linen.interceptor import ADAPTER_KEY, intercept
 from dora_jax.linen.stack_axes import stack_at
+from dora_jax.processes import spans_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +149,12 @@ class DoRAModel:
           **kwargs: the module's keyword arguments.
 
         Raises:
-          AdapterError: `dora` is missing, or does not fit the model; names the layer.
+          AdapterError: `dora` is missing, or does not fit the model; names the layer. Or on several
+            hosts `dora_base` is missing under `jax.jit`.
         """
         check_collections(variables)
         model = self.with_base(variables["dora_base"]) if "dora_base" in variables else self
+        check_base_is_no_constant(model)
         check_adapters(model, variables["dora"])
         adapters = unboxed(variables["dora"])
         others = {k: value for k, value in variables.items() if k not in ("dora", "dora_base")}
@@ -194,6 +198,22 @@ def check_collections(variables: Tree) -> None:
         )
 
 
+def check_base_is_no_constant(model: DoRAModel) -> None:
+    """Raises `AdapterError` where a program would hold arrays of other processes as constants.
+
+    What a model keeps of its base is no argument of a function that closes over the model. JAX
+    compiles no program with such arrays if they span processes.
+    """
+    kept = (x for base in model.base.values() for x in base.arrays().values())
+    if any(map(spans_processes, kept)) and isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise AdapterError(
+            "the arrays that the model keeps of its base span several processes, so that a "
+            "compiled function takes them as an argument: pass model.base_collection to it, and "
+            "inside it variables={'params': ..., 'dora': ..., 'dora_base': that collection} to "
+            "apply, or model.with_base(that collection) to other functions"
+        )
+
+
 def check_adapters(model: DoRAModel, adapters: Tree) -> None:
     """Raises `AdapterError` if an adapter array is missing, unknown or of a wrong shape.
 
@@ -234,6 +254,7 @@ def check_base(model: DoRAModel, params: Tree) -> None:
     An adapted layer whose kernel was exchanged gives NaN, and merges to NaN; this says which,
     except under a transformation such as `jax.jit`, where the values are not known.
     """
+    check_base_is_no_constant(model)
     check_byte_order(params)
     for path, layer in model.layers.items():
         check_kernel(path, layer.kernel(params), model.base[path], layer.axes)
