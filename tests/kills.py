@@ -151,6 +151,7 @@ def kill(
 
 def main(seed: int, count: int, only: str | None) -> int:
     """Kills so often; returns the exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     draw, failures, killed = random.Random(seed), 0, collections.Counter()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         work = Path(name)
