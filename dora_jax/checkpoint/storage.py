@@ -31,7 +31,13 @@ from dora_jax.checkpoint.manifest import (
     read_manifest,
     slashed,
 )
-from dora_jax.disk import given_folder, said_once, target_folder, written_whole
+from dora_jax.disk import (
+    given_folder,
+    ignore_late_threads,
+    said_once,
+    target_folder,
+    written_whole,
+)
 from dora_jax.errors import AdapterError, CheckpointError, Path
 from dora_jax.json_file import is_folder, reason, shown
 
@@ -134,12 +140,14 @@ def read(
         return {}
     check_files(path / "arrays")
     wanted_tree = nest(dict.fromkeys((tuple(name.split("/")) for name in entries), 0))
+    undo = ignore_late_threads()
     try:
         restored = flatten(_restore(path / "arrays", wanted_tree))
     except Exception as error:  # of any class: Orbax and TensorStore raise many for damaged files
         raise CheckpointError(
             f"{path / 'arrays'} is damaged or incomplete: {_first_line(error)}"
         ) from error
+    undo()
     return {
         path_of(name): _checked(path, name, restored.get(tuple(name.split("/"))), entry)
         for name, entry in entries.items()

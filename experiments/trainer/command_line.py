@@ -10,6 +10,7 @@ from typing import TypeVar
 import tyro
 
 import dora_jax as dora
+from dora_jax.disk import ignore_late_threads
 from dora_jax.interrupts import InterruptError, raised
 from experiments import end_at_once
 from experiments.models.config_file import ModelConfigError
@@ -63,6 +64,7 @@ def in_one_line(message: str) -> Iterator[None]:
         SystemExit: With status 130 after Ctrl-C, 143 after SIGTERM, and 1 where there is no
             network, no room on the disk, or where the training diverged.
     """
+    ignore_late_threads()
     try:
         with raised(again=end_at_once):
             yield
