@@ -141,8 +141,10 @@ def kill(
         process.send_signal(number)
         status = process.wait()
     errors = (folder / "errors.txt").read_text()
-    problems = []
-    if program.statuses and status not in (0, program.statuses[number]):
+    expected, problems = {0, program.statuses.get(number)}, []
+    if (folder / "run" / "summary.json").exists():
+        expected.add(-number)  # Python was ending, and had given its handlers back
+    if program.statuses and status not in expected:
         problems.append(f"status {status}")
     if program.statuses and "Traceback" in errors:
         problems.append(errors)
