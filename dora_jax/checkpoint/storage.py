@@ -33,7 +33,14 @@ from dora_jax.checkpoint.manifest import (
     read_manifest,
     slashed,
 )
-from dora_jax.disk import given_folder, said_once, target_folder, written_by_all, written_whole
+from dora_jax.disk import (
+    given_folder,
+    ignore_late_threads,
+    said_once,
+    target_folder,
+    written_by_all,
+    written_whole,
+)
 from dora_jax.errors import AdapterError, CheckpointError, Path
 from dora_jax.json_file import is_folder, reason, shown
 from dora_jax.processes import several, spans_processes
@@ -158,12 +165,14 @@ def read(
         tuple(name.split("/")): _restore_args(entry, placed[name])
         for name, entry in entries.items()
     }
+    undo = ignore_late_threads()
     try:
         restored = flatten(_restore(path / "arrays", nest(arguments)))
     except Exception as error:  # of any class: Orbax and TensorStore raise many for damaged files
         raise CheckpointError(
             f"{path / 'arrays'} is damaged or incomplete: {_first_line(error)}"
         ) from error
+    undo()
     return {
         path_of(name): _checked(path, name, restored.get(tuple(name.split("/"))), entry)
         for name, entry in entries.items()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import tyro
 
 import dora_jax as dora
+from dora_jax.disk import ignore_late_threads
+from dora_jax.interrupts import InterruptError, raised
 from experiments import end_at_once
 from experiments.models.config_file import ModelConfigError
 from experiments.tasks.download import DownloadError
@@ -53,10 +53,6 @@ def settings(kind: type[C], description: str | None, arguments: Sequence[str] | 
     return tyro.cli(kind, description=description, args=words)
 
 
-class _Interrupt(KeyboardInterrupt):
-    """A signal that asks the process to end."""
-
-
 @contextlib.contextmanager
 def in_one_line(message: str) -> Iterator[None]:
     """Ends the process with a message, and without a traceback, if it is interrupted or fails.
@@ -68,24 +64,12 @@ def in_one_line(message: str) -> Iterator[None]:
         SystemExit: With status 130 after Ctrl-C, 143 after SIGTERM, and 1 where there is no
             network, no room on the disk, or where the training diverged.
     """
-
-    def raise_once(number: int, _: FrameType | None) -> NoReturn:
-        for each in before:
-            signal.signal(each, end_at_once)
-        raise _Interrupt(number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, raise_once)
+    ignore_late_threads()
     try:
-        yield
-    except _Interrupt as interrupt:
-        number = interrupt.args[0]
-        word = "Interrupted" if number == signal.SIGINT else "Terminated"
-        print(f"\n{word}. {message}", file=sys.stderr)
-        raise SystemExit(128 + number) from None
+        with raised(again=end_at_once):
+            yield
+    except InterruptError as interrupt:
+        print(f"\n{str(interrupt).capitalize()}. {message}", file=sys.stderr)
+        raise SystemExit(interrupt.status) from None
     except (*_EXPECTED, OSError) as error:
         raise SystemExit(str(error)) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
