@@ -38,7 +38,8 @@ Setting = Literal["auto", "plain", "cudnn", "splash"]
 # LLaMA-7B a device of v5e:4x4 needs as much memory with either.
 LONG = 1024
 
-_LOG = logging.getLogger(__name__)
+LOG = logging.getLogger(__name__)
+"""Where the choice is logged."""
 
 
 class AttentionError(ValueError):
@@ -166,7 +167,7 @@ def _log_once(kind: Kind, case: Case) -> None:
     others: tuple[Kind, ...] = ("cudnn", "splash")
     passed = {other: obstacle(other, case) for other in others if other != kind}
     reasons = "; ".join(f"{other}: {why}" for other, why in passed.items() if why)
-    _LOG.info(
+    LOG.info(
         "attention: %s (%s, %d tokens, heads of %d, %s%s)%s",
         kind,
         case.platform,

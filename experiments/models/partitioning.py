@@ -61,10 +61,10 @@ def resolve(axes: Axes, mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> Pa
     Example:
         >>> from jax.sharding import AbstractMesh
         >>> mesh = AbstractMesh((2, 4), ("fsdp", "tensor"))
-        >>> resolve(("batch", None, "heads"), mesh, (8, 5, 12))
-        PartitionSpec('fsdp', None, 'tensor')
-        >>> resolve(("batch", None, "heads"), mesh, (8, 5, 6))
-        PartitionSpec('fsdp', None, None)
+        >>> tuple(resolve(("batch", None, "heads"), mesh, (8, 5, 12)))
+        ('fsdp', None, 'tensor')
+        >>> tuple(resolve(("batch", None, "heads"), mesh, (8, 5, 6)))
+        ('fsdp', None, None)
     """
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
 

@@ -84,6 +84,25 @@ def _on_one_device(
     return jnp.swapaxes(y, 1, 2).astype(q.dtype)
 
 
+def _block(length: int) -> int:
+    return next(size for size in (_LARGEST_BLOCK, 256, BLOCK) if length % size == 0)
+
+
+def visited_share(length: int, window: int | None) -> float:
+    """Returns the share of the blocks of all pairs of positions that the kernel visits.
+
+    Example:
+        >>> visited_share(2048, None)  # 10 of 16 blocks of 512 x 512
+        0.625
+    """
+    starts = np.arange(0, length, block := _block(length))
+    queries, keys = starts[:, None], starts[None]
+    seen = keys <= queries
+    if window is not None:
+        seen &= keys + block > queries - window + 1
+    return float(seen.mean())
+
+
 def _kernel(length: int, heads: int, window: int | None, interpret: bool) -> Any:
     shape = (length, length)
     seen = (
@@ -91,7 +110,7 @@ def _kernel(length: int, heads: int, window: int | None, interpret: bool) -> Any
         if window is None
         else masks.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     )
-    block = next(b for b in (_LARGEST_BLOCK, 256, BLOCK) if length % b == 0)
+    block = _block(length)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     return kernels.make_splash_mha(
         masks.MultiHeadMask([seen] * heads),
