@@ -56,9 +56,7 @@ def splash_attention(
     manual = {axis for entry in spec if entry for axis in _as_tuple(entry)}
     if not manual:
         return body(q, k, v, real)
-    run = functools.partial(
-        jax.shard_map, out_specs=spec, axis_names=manual, check_vma=False
-    )
+    run = functools.partial(jax.shard_map, out_specs=spec, axis_names=manual, check_vma=False)
     if real is None:
         return run(lambda *x: body(*x, None), in_specs=(spec,) * 3)(q, k, v)
     return run(body, in_specs=(*(spec,) * 3, rows))(q, k, v, real)

@@ -116,9 +116,7 @@ def _runs(computations: Mapping[str, list[str]], entry: str) -> Counter[str]:
     return runs
 
 
-def _calls(
-    lines: list[str], computations: Mapping[str, list[str]]
-) -> Iterator[tuple[str, int]]:
+def _calls(lines: list[str], computations: Mapping[str, list[str]]) -> Iterator[tuple[str, int]]:
     for line in lines:
         if loop := _WHILE.search(line):
             yield loop[2], _trips(line, computations[loop[1]], computations[loop[2]])
@@ -133,7 +131,9 @@ def _trips(line: str, condition: list[str], body: list[str]) -> int:
     """Returns the trips of a loop that counts from 0 up to a constant; 1 if it is none."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
-    limits = [int(n) for one in condition for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", one)]
+    limits = [
+        int(n) for one in condition for n in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", one)
+    ]
     counter = re.search(
         r"get-tuple-element\(.*?\), index=(\d+)",
         next((one for one in condition if "get-tuple-element(" in one), ""),
@@ -252,4 +252,3 @@ def _is_weight(
 
 HLO_DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "int8": "s8"}
 """XLA's names of the dtypes that weights have."""
-

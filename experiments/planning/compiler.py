@@ -159,9 +159,7 @@ def _compile(setting: Setting, target: str, sizes: dict[str, int], folder: Path)
         sys.exit(1)
 
 
-def _trace_and_compile(
-    setting: Setting, target: str, sizes: dict[str, int], folder: Path
-) -> None:
+def _trace_and_compile(setting: Setting, target: str, sizes: dict[str, int], folder: Path) -> None:
     jax.config.update("jax_platforms", "cpu")
     if target == "cpu":
         jax.config.update("jax_num_cpu_devices", _product(sizes))
