@@ -14,7 +14,7 @@ from flax import nnx
 import dora_jax as dora
 from experiments.benchmarks.steps import METHODS, Program, make_program
 from experiments.benchmarks.timing import Times, time_in_turn
-from experiments.trainer.training import DivergedError
+from experiments.trainer.finite import DivergedError
 
 if TYPE_CHECKING:
     from experiments.benchmarks.cases import Case

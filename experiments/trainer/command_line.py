@@ -16,7 +16,10 @@ from experiments import end_at_once
 from experiments.models.config_file import ModelConfigError
 from experiments.tasks.download import DownloadError
 from experiments.tasks.metrics import MetricsError
-from experiments.trainer.training import DivergedError
+from experiments.trainer.finite import DivergedError
+from experiments.trainer.mesh import MeshError
+from experiments.trainer.settings import SettingsError
+from experiments.trainer.signals import SIGNALS, Interrupted, handled_by
 
 C = TypeVar("C")
 
@@ -26,8 +29,10 @@ _EXPECTED = (
     DivergedError,
     DownloadError,
     FloatingPointError,
+    MeshError,
     MetricsError,
     ModelConfigError,
+    SettingsError,
 )
 
 
@@ -53,10 +58,6 @@ def settings(kind: type[C], description: str | None, arguments: Sequence[str] | 
     return tyro.cli(kind, description=description, args=words)
 
 
-class _Interrupt(KeyboardInterrupt):
-    """A signal that asks the process to end."""
-
-
 @contextlib.contextmanager
 def in_one_line(message: str) -> Iterator[None]:
     """Ends the process with a message, and without a traceback, if it is interrupted or fails.
@@ -70,22 +71,15 @@ def in_one_line(message: str) -> Iterator[None]:
     """
 
     def raise_once(number: int, _: FrameType | None) -> NoReturn:
-        for each in before:
+        for each in SIGNALS:
             signal.signal(each, end_at_once)
-        raise _Interrupt(number)
+        raise Interrupted(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, raise_once)
-    try:
-        yield
-    except _Interrupt as interrupt:
-        number = interrupt.args[0]
-        word = "Interrupted" if number == signal.SIGINT else "Terminated"
-        print(f"\n{word}. {message}", file=sys.stderr)
-        raise SystemExit(128 + number) from None
-    except (*_EXPECTED, OSError) as error:
-        raise SystemExit(str(error)) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handled_by(raise_once):
+        try:
+            yield
+        except Interrupted as interrupt:
+            print(f"\n{str(interrupt).capitalize()}. {message}", file=sys.stderr)
+            raise SystemExit(128 + interrupt.number) from None
+        except (*_EXPECTED, OSError) as error:
+            raise SystemExit(str(error)) from None

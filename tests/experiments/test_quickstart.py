@@ -151,7 +151,7 @@ def test_a_run_stopped_before_its_first_checkpoint_or_at_its_end_goes_on(tmp_pat
         raise InterruptedError
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.trainer.training.evaluate", stop)
+        patch.setattr("experiments.trainer.classification.evaluate", stop)
         with pytest.raises(InterruptedError):
             train(tmp_path)
     first = read_metrics(tmp_path)

@@ -1,0 +1,69 @@
+"""Signals that ask the process to end: Ctrl-C (SIGINT), and SIGTERM, as schedulers send it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from experiments import end_at_once
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to end.
+
+    Attributes:
+        number: That of the signal.
+        saved_step: The step that was saved before the end, if one was.
+    """
+
+    def __init__(self, number: int, saved_step: int | None = None) -> None:
+        self.number, self.saved_step = number, saved_step
+        word = "interrupted" if number == signal.SIGINT else "terminated"
+        saved = "" if saved_step is None else f" at step {saved_step}, which is saved"
+        super().__init__(word + saved)
+
+
+@contextlib.contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Gives both signals a handler within the block; outside of the main thread it cannot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@dataclasses.dataclass
+class Asked:
+    """Whether a signal has come: its number, or None."""
+
+    number: int | None = None
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Asked]:
+    """Remembers the first signal that comes within the block; a second one ends the process."""
+    asked = Asked()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if asked.number is not None:
+            end_at_once(number, frame)
+        asked.number = number
+        os.write(2, b"\nSaving the step that is running. A second signal ends at once.\n")
+
+    with handled_by(remember):
+        yield asked

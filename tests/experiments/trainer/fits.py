@@ -1,0 +1,79 @@
+"""Runs of `fit` on the tiny task, for tests in this process and in others.
+
+`python -m tests.experiments.trainer.fits FOLDER MESH MICROBATCHES` trains in a folder and prints
+the adapters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+import dora_jax as dora
+from experiments.tasks.text import train_batches
+from experiments.trainer.classification import Schedule, classifier_training
+from experiments.trainer.loop import fit
+from experiments.trainer.settings import TrainerSettings
+from tests.experiments.tiny_task import tiny_task
+
+SCHEDULE = Schedule(1e-2, epochs=2, batch_size=4, checkpoint_every=3)
+CONFIG = dora.DoRAConfig(rank=2, modules_to_save=["classifier"])
+# One optimiser for all runs: a step of a new one is compiled again.
+TX = dora.dora_optimizer(SCHEDULE.over(10))
+TASK = tiny_task()
+
+
+def adapted():
+    model = dora.apply_dora(TASK.model(0), CONFIG, rngs=nnx.Rngs(2))
+    return model, nnx.Optimizer(model, TX, wrt=dora.DoRAParam)
+
+
+def training(model, optimizer, task=TASK, settings=None, **changes):
+    """What `fit` takes for ten steps of the tiny task."""
+    settings = settings or TrainerSettings()
+    made = classifier_training(model, optimizer, task, SCHEDULE, settings, config=CONFIG)
+    return dataclasses.replace(made, **changes)
+
+
+def run(folder, settings=None, **changes):
+    """Trains in a folder, from its newest checkpoint on if it has one."""
+    model, optimizer = adapted()
+    return model, fit(training(model, optimizer, settings=settings, **changes), folder, settings)
+
+
+class CallingBatches:
+    """The batches of the tiny task; calls a function before it gives the n-th one."""
+
+    def __init__(self, at, call):
+        tokens, labels = TASK.train.tokens, TASK.train.labels
+        self._batches = train_batches(tokens, labels, SCHEDULE.batch_size, seed=0)
+        self._at, self._call = at, call
+
+    def __next__(self):
+        if self.get_state()["next_index"] == self._at - 1:
+            self._call()
+        return next(self._batches)
+
+    def get_state(self):
+        return self._batches.get_state()
+
+    def set_state(self, state):
+        self._batches.set_state(state)
+
+
+def adapters(model):
+    """The arrays of a model's adapters by path, as lists."""
+    leaves = jax.tree_util.tree_leaves_with_path(dora.get_adapters(model))
+    return {jax.tree_util.keystr(path): leaf.tolist() for path, leaf in leaves}
+
+
+if __name__ == "__main__":
+    import json
+
+    folder, mesh, microbatches = sys.argv[1:]
+    settings = TrainerSettings(mesh=mesh, microbatches=int(microbatches))
+    print(json.dumps(adapters(run(Path(folder), settings)[0])))
