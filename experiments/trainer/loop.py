@@ -198,7 +198,7 @@ class _Loop:
         every = training.evaluate_every
         evaluates = training.evaluate and (last or (every and number % every == 0))
         saves = self.checkpoints and (last or number % training.checkpoint_every == 0)
-        if not (evaluates or saves or asked.number is not None):
+        if not (last or evaluates or saves or asked.number is not None):
             return
         self._report()
         self.step.write_back()

@@ -182,6 +182,16 @@ def test_every_step_and_every_epoch_has_its_metrics(whole):
     assert {name: validation[-1][name] for name in values} == pytest.approx(values)
 
 
+def test_a_run_that_is_neither_saved_nor_evaluated_has_the_same_steps(whole, tmp_path):
+    model, fitted = run(tmp_path, config=None, best=None, evaluate=None)
+    assert fitted.seconds_per_step > 0
+    jax.tree.map(
+        np.testing.assert_array_equal, dora.get_adapters(model), dora.get_adapters(whole[1])
+    )
+    lines = [line for line in read_metrics(whole[0]) if line["split"] == "train"]
+    assert read_metrics(tmp_path) == lines
+
+
 @pytest.mark.full
 def test_a_trace_of_some_steps_is_written(tmp_path):
     settings = TrainerSettings(profile=tmp_path / "profile")
