@@ -198,7 +198,7 @@ class _Loop:
         every = training.evaluate_every
         evaluates = training.evaluate and (last or (every and number % every == 0))
         saves = self.checkpoints and (last or number % training.checkpoint_every == 0)
-        if not (last or evaluates or saves or asked.number is not None):
+        if not (asked.at(number) is not None or last or evaluates or saves):
             return
         self._report()
         self.step.write_back()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -39,10 +40,20 @@ def _put(node: Any, mesh: Mesh, cut: Callable[[nnx.Variable], bool]) -> None:
 
         def put(x: Any, named: P = named, cuts: bool = cuts) -> Any:
             spec = named or (largest_axes(x.shape, mesh.shape) if cuts else P())
-            return jax.device_put(x, NamedSharding(mesh, spec))
+            return _on_devices(x, NamedSharding(mesh, spec))
 
         # One array as a rule; a masked part of an optimiser's state has none.
         variable.set_value(jax.tree.map(put, variable.get_value()))
+
+
+def _on_devices(x: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns an array on devices, some of them perhaps of other processes, which have it too."""
+    if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _on_devices(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x[index]))
 
 
 def largest_axes(shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import jax
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+
 from experiments import end_at_once
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -49,14 +52,26 @@ def handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None
 
 @dataclasses.dataclass
 class Asked:
-    """Whether a signal has come: its number, or None."""
+    """Whether a signal has asked the run to end: its number, or None."""
 
     number: int | None = None
+
+    def at(self, step: int) -> int | None:
+        """Returns the number after a step. Every step has to ask, in all processes.
+
+        Several processes end after the same step. JAX tells all of them when one gets SIGTERM.
+        """
+        if jax.process_count() > 1 and reached_preemption_sync_point(step):
+            self.number = signal.SIGTERM
+        return self.number
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Asked]:
-    """Remembers the first signal that comes within the block; a second one ends the process."""
+    """Remembers the first signal that comes within the block; a second one ends the process.
+
+    Of several processes, each leaves SIGTERM to JAX's own handler, and ends at once on Ctrl-C.
+    """
     asked = Asked()
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -65,5 +80,5 @@ def deferred() -> Iterator[Asked]:
         asked.number = number
         os.write(2, b"\nSaving the step that is running. A second signal ends at once.\n")
 
-    with handled_by(remember):
+    with handled_by(remember) if jax.process_count() == 1 else contextlib.nullcontext():
         yield asked

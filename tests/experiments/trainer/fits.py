@@ -1,12 +1,16 @@
 """Runs of `fit` on the tiny task, for tests in this process and in others.
 
 `python -m tests.experiments.trainer.fits FOLDER MESH MICROBATCHES` trains in a folder and prints
-the adapters.
+the adapters. With a coordinator's ADDRESS and an INDEX it is one of two processes; they train again
+in another folder, where the second one gets SIGTERM in step 4, and print the step that was saved.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +21,9 @@ import dora_jax as dora
 from experiments.tasks.text import train_batches
 from experiments.trainer.classification import Schedule, classifier_training
 from experiments.trainer.loop import fit
+from experiments.trainer.placement import own_rows
 from experiments.trainer.settings import TrainerSettings
+from experiments.trainer.signals import Interrupted
 from tests.experiments.tiny_task import tiny_task
 
 SCHEDULE = Schedule(1e-2, epochs=2, batch_size=4, checkpoint_every=3)
@@ -48,9 +54,9 @@ def run(folder, settings=None, **changes):
 class CallingBatches:
     """The batches of the tiny task; calls a function before it gives the n-th one."""
 
-    def __init__(self, at, call):
+    def __init__(self, at, call, rows=slice(None)):
         tokens, labels = TASK.train.tokens, TASK.train.labels
-        self._batches = train_batches(tokens, labels, SCHEDULE.batch_size, seed=0)
+        self._batches = train_batches(tokens, labels, SCHEDULE.batch_size, seed=0, rows=rows)
         self._at, self._call = at, call
 
     def __next__(self):
@@ -71,9 +77,27 @@ def adapters(model):
     return {jax.tree_util.keystr(path): leaf.tolist() for path, leaf in leaves}
 
 
-if __name__ == "__main__":
-    import json
-
-    folder, mesh, microbatches = sys.argv[1:]
+def main():
+    folder, mesh, microbatches, *process = sys.argv[1:]
+    if process:
+        jax.distributed.initialize(process[0], 2, int(process[1]))
     settings = TrainerSettings(mesh=mesh, microbatches=int(microbatches))
-    print(json.dumps(adapters(run(Path(folder), settings)[0])))
+    saved = {"config": CONFIG} if not process else {"config": None, "best": None}
+    model, _ = run(Path(folder), settings, **saved)
+    nnx.update(model, jax.tree.map(lambda x: x.addressable_data(0), nnx.state(model)))
+    print(json.dumps(adapters(model)))
+    if process:
+
+        def terminate():
+            if jax.process_index() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        batches = CallingBatches(4, terminate, own_rows(settings.device_mesh(), 4))
+        try:
+            run(Path(f"{folder}-stopped"), settings, best=None, batches=batches)
+        except Interrupted as interrupted:
+            print(interrupted.number, interrupted.saved_step)
+
+
+if __name__ == "__main__":
+    main()

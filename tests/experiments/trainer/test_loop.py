@@ -19,7 +19,7 @@ from experiments.trainer.classification import evaluate
 from experiments.trainer.finite import DivergedError, check_finite
 from experiments.trainer.loop import fit
 from experiments.trainer.settings import TrainerSettings
-from experiments.trainer.signals import SIGNALS, Interrupted
+from experiments.trainer.signals import SIGNALS, Interrupted, handled_by
 from tests.experiments.tiny_task import WORDS
 from tests.experiments.trainer.fits import (
     CONFIG,
@@ -78,13 +78,10 @@ def test_a_signal_saves_the_step_that_is_running(number, step, whole, tmp_path):
 
 def test_a_run_that_is_not_saved_leaves_signals_to_others(tmp_path):
     """Nothing could be saved, so that nothing is gained by waiting."""
-
-    def interrupt():
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt) as raised:
-        run(tmp_path, config=None, best=None, batches=CallingBatches(3, interrupt))
-    assert raised.type is KeyboardInterrupt and not (tmp_path / "checkpoints").exists()
+    batches = CallingBatches(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(InterruptionError), handled_by(lambda *_: raise_it()):
+        run(tmp_path, config=None, best=None, batches=batches)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def diverging_task():
