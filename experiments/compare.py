@@ -55,19 +55,23 @@ class Config:
     # Peak learning rates that every method tries.
     learning_rates: tuple[float, ...] = (6e-5, 2e-4, 6e-4, 2e-3, 6e-3)
 
-    # Adapter
+    # Rank of the adapters.
     rank: int = 8
+    # The scaling of the adapters is alpha / rank.
     alpha: float = 16.0
+    # Learning rate of the magnitude over that of the factors.
     magnitude_lr_ratio: float = 3.0
 
-    # Schedule
+    # Passes over the training texts.
     epochs: int = 1
+    # Texts in a step.
     batch_size: int = 32
 
-    # Data
     # A BERT or RoBERTa checkpoint folder in Hugging Face's format. The default is MiniLM.
     checkpoint: Path | None = None
+    # Number of training texts, up to 4,000.
     train_examples: int = 4000
+    # Tokens per text. 2 % of the headlines are longer than 24, and their end is cut off.
     max_length: int = 24
 
     # Timed steps of each method, after training; 0 turns the timing off.
@@ -78,7 +82,7 @@ class Config:
     # folder.
     results_folder: Path | None = None
 
-    # --- Devices, precision and speed ---
+    # Devices, precision, and what is recorded of the speed.
     trainer: tyro.conf.OmitArgPrefixes[TrainerSettings] = dataclasses.field(
         default_factory=TrainerSettings
     )

@@ -55,30 +55,33 @@ class Config:
     # A BERT or RoBERTa checkpoint folder in Hugging Face's format. The default is MiniLM.
     checkpoint: Path | None = None
 
-    # Adapter
+    # Rank of the adapters.
     rank: int = 8
+    # The scaling of the adapters is alpha / rank.
     alpha: float = 16.0
     # Dropout rate on the input of the low-rank branch.
     dropout: float = 0.0
 
-    # Optimiser
+    # The peak of the learning rate.
     learning_rate: float = 1e-3
     # Learning rate of the magnitude over `learning_rate`.
     magnitude_lr_ratio: float = 3.0
 
-    # Schedule
+    # Passes over the training texts.
     epochs: int = 2
+    # Texts in a step.
     batch_size: int = 32
+    # Steps between two checkpoints.
     checkpoint_every: int = 50
+    # Seed of the new head, the adapters and the order of the texts.
     seed: int = 0
 
-    # Data
     # Number of training texts, up to 4,000.
     train_examples: int = 4000
     # Tokens per text. 2 % of the headlines are longer than 24, and their end is cut off.
     max_length: int = 24
 
-    # --- Devices, precision and speed ---
+    # Devices, precision, and what is recorded of the speed.
     trainer: tyro.conf.OmitArgPrefixes[TrainerSettings] = dataclasses.field(
         default_factory=TrainerSettings
     )
