@@ -3,12 +3,16 @@
 Downloads the weights and the headlines (120 MB, once), trains every linear layer of the encoder and
 a new head, and writes the adapter, the metrics and the plots to a run folder. It takes a few
 minutes on two CPU cores.
+
+Examples:
+    python -m experiments.quickstart
+    python -m experiments.quickstart --rank 4 --epochs 1 --run-folder runs/rank-4
+    python -m experiments.quickstart --mesh fsdp=8 --dtype bfloat16
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import resource
 import sys
 import time
@@ -18,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tyro
 from flax import nnx
 
 import dora_jax as dora
@@ -25,18 +30,20 @@ from experiments.models.huggingface import save_bert
 from experiments.tasks.metrics import MetricsWriter, interval_95, read_metrics
 from experiments.tasks.probe import probe_accuracy
 from experiments.tasks.task import Examples, Task, load_task
-from experiments.trainer.command_line import in_one_line, settings
-from experiments.trainer.memory import keep_freed_memory
-from experiments.trainer.plots import layer_changes, plot_curves, plot_layer_changes
-from experiments.trainer.run_folder import alone_in, write_whole
-from experiments.trainer.training import (
+from experiments.trainer.classification import (
     Schedule,
+    classifier_training,
     count,
     evaluate,
     example_call,
-    fit,
     logits_of,
 )
+from experiments.trainer.command_line import in_one_line, settings
+from experiments.trainer.loop import fit
+from experiments.trainer.memory import keep_freed_memory
+from experiments.trainer.plots import layer_changes, plot_curves, plot_layer_changes
+from experiments.trainer.run_folder import alone_in, finish_run, start_run
+from experiments.trainer.settings import TrainerSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,34 +55,43 @@ class Config:
     # A BERT or RoBERTa checkpoint folder in Hugging Face's format. The default is MiniLM.
     checkpoint: Path | None = None
 
-    # Adapter
+    # Rank of the adapters.
     rank: int = 8
+    # The scaling of the adapters is alpha / rank.
     alpha: float = 16.0
     # Dropout rate on the input of the low-rank branch.
     dropout: float = 0.0
 
-    # Optimiser
+    # The peak of the learning rate.
     learning_rate: float = 1e-3
     # Learning rate of the magnitude over `learning_rate`.
     magnitude_lr_ratio: float = 3.0
 
-    # Schedule
+    # Passes over the training texts.
     epochs: int = 2
+    # Texts in a step.
     batch_size: int = 32
+    # Steps between two checkpoints.
     checkpoint_every: int = 50
+    # Seed of the new head, the adapters and the order of the texts.
     seed: int = 0
 
-    # Data
     # Number of training texts, up to 4,000.
     train_examples: int = 4000
     # Tokens per text. 2 % of the headlines are longer than 24, and their end is cut off.
     max_length: int = 24
+
+    # Devices, precision, and what is recorded of the speed.
+    trainer: tyro.conf.OmitArgPrefixes[TrainerSettings] = dataclasses.field(
+        default_factory=TrainerSettings
+    )
 
 
 def run(config: Config) -> dict[str, Any]:
     """Runs the experiment, and returns the contents of `summary.json`."""
     folder = config.run_folder or _new_run_folder()
     _say(f"Run folder: {folder}")
+    config.trainer.set_up()
     with alone_in(folder):
         return _run(config, folder)
 
@@ -84,7 +100,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     start = time.monotonic()
     _check_settings(config, folder)
     task = _load(config)
-    base = task.model(config.seed)
+    base = task.model(config.seed, **config.trainer.switches(task.model))
     _say("Fitting a logistic regression on the frozen encoder, for comparison")
     probe = probe_accuracy(base, task)
 
@@ -116,7 +132,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
     }
-    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    finish_run(folder, summary)
     _report(summary, folder)
     return summary
 
@@ -127,17 +143,11 @@ def _new_run_folder() -> Path:
 
 def _check_settings(config: Config, folder: Path) -> None:
     """Writes the settings into the run folder, or checks that they are the same."""
-    fields = dataclasses.asdict(config) | {"checkpoint": str(config.checkpoint or "MiniLM")}
-    del fields["run_folder"]
-    text, file = json.dumps(fields, indent=2) + "\n", folder / "config.json"
     if (folder / "summary.json").exists():
         raise SystemExit(f"{folder} holds a finished run: choose another --run-folder")
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise SystemExit(
-            f"{folder} holds an unfinished run with other settings (see {file}): "
-            "choose another --run-folder, or run with those"
-        )
-    write_whole(file, text)
+    fields = dataclasses.asdict(config) | {"checkpoint": str(config.checkpoint or "MiniLM")}
+    del fields["run_folder"], fields["trainer"]
+    start_run(folder, fields | config.trainer.changes_results)
 
 
 def _load(config: Config) -> Task:
@@ -168,20 +178,20 @@ def _train(
         schedule.learning_rates(task.train), magnitude_lr_ratio=config.magnitude_lr_ratio
     )
     optimizer = nnx.Optimizer(model, tx, wrt=dora.DoRAParam)
-    checkpoints = dora.Checkpoints(folder / "checkpoints", dora_config)
-    first = checkpoints.latest_step() or 0
-    with checkpoints, MetricsWriter(folder, resume_step=first + 1) as writer:
-        step_seconds = fit(model, optimizer, task, schedule, writer, checkpoints=checkpoints)
-        checkpoints.wait()
-        training_seconds = time.monotonic() - start
-        test = evaluate(model, task.test)
+    training = classifier_training(
+        model, optimizer, task, schedule, config.trainer, config=dora_config
+    )
+    fitted = fit(training, folder, config.trainer)
+    training_seconds = time.monotonic() - start
+    test = evaluate(model, task.test)
+    with MetricsWriter(folder, resume_step=training.steps + 1) as writer:
         if "test" not in {line["split"] for line in read_metrics(folder)}:  # killed after that
-            writer.write(schedule.epochs * schedule.steps_per_epoch(task.train), "test", test)
+            writer.write(training.steps, "test", test)
     return {
         "test_accuracy": test["accuracy"],
         "test_loss": test["loss"],
-        "resumed_from_step": first,
-        "seconds_per_step": step_seconds,
+        "resumed_from_step": fitted.resumed_from_step,
+        "seconds_per_step": fitted.seconds_per_step,
         "training_seconds": training_seconds,
     }
 
@@ -226,11 +236,12 @@ def _report(summary: dict[str, Any], folder: Path) -> None:
     _say(f"\nIn {folder}")
     for name, what in {
         "adapter/": "the adapter (Orbax) with its configuration: dora.load",
+        "best/": "the adapter with the lowest validation loss, likewise",
         "merged/": "the merged model, a Hugging Face folder",
         "curves.png": "loss and accuracy",
         "layers.png": "magnitude and direction change of each layer",
         "metrics.jsonl": "metrics by step; the same for TensorBoard in events.*",
-        "summary.json": "the figures above",
+        "summary.json": "the figures above; how they were made is in config.json and run.json",
     }.items():
         _say(f"  {name:<16} {what}")
     _say(

@@ -103,6 +103,7 @@ def train_batches(
     *,
     seed: int,
     num_epochs: int | None = None,
+    rows: slice = slice(None),
 ) -> grain.DatasetIterator[Batch]:
     """Returns shuffled batches for training, of one fixed shape, in a new order every epoch.
 
@@ -118,6 +119,7 @@ def train_batches(
         batch_size: Texts per batch.
         seed: Seed of the shuffling, 0 <= seed < 2**32.
         num_epochs: Number of passes over the texts. None repeats them without end.
+        rows: Of each batch, those that are read. Each of several processes reads its own.
 
     Returns:
         An iterator of `{"input_ids": int32 (batch, token), "attention_mask": int32 (batch, token),
@@ -144,6 +146,8 @@ def train_batches(
     dataset = grain.MapDataset.range(len(labels)).seed(seed).shuffle()
     # Batches are made before repeating, so that no batch mixes two epochs.
     dataset = dataset.batch(batch_size, drop_remainder=True).repeat(num_epochs)
+    if rows != slice(None):
+        dataset = dataset.map(lambda index: index[rows])
     return _iterator(dataset, tokens, labels)
 
 

@@ -16,7 +16,9 @@ from experiments import end_at_once
 from experiments.models.config_file import ModelConfigError
 from experiments.tasks.download import DownloadError
 from experiments.tasks.metrics import MetricsError
-from experiments.trainer.training import DivergedError
+from experiments.trainer.finite import DivergedError
+from experiments.trainer.mesh import MeshError
+from experiments.trainer.settings import SettingsError
 
 C = TypeVar("C")
 
@@ -26,8 +28,10 @@ _EXPECTED = (
     DivergedError,
     DownloadError,
     FloatingPointError,
+    MeshError,
     MetricsError,
     ModelConfigError,
+    SettingsError,
 )
 
 

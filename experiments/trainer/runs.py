@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,19 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.tasks.metrics import MetricsWriter
 from experiments.tasks.task import Task
+from experiments.trainer.classification import (
+    Schedule,
+    classifier_training,
+    count,
+    evaluate,
+    example_call,
+    logits_of,
+)
+from experiments.trainer.loop import fit
 from experiments.trainer.methods import METHODS
-from experiments.trainer.run_folder import write_whole
-from experiments.trainer.training import Schedule, count, evaluate, example_call, fit, logits_of
+from experiments.trainer.run_folder import finish_run, finished_run, start_run
+from experiments.trainer.settings import TrainerSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,7 @@ class RunSettings:
         learning_rate: The peak.
         seed: Seed of the new head, the adapters and the order of the texts.
         checkpoint: The checkpoint folder of the pretrained model. None means MiniLM.
+        trainer: How the training runs.
     """
 
     rank: int
@@ -49,11 +56,13 @@ class RunSettings:
     learning_rate: float
     seed: int
     checkpoint: Path | None = None
+    trainer: TrainerSettings = dataclasses.field(default_factory=TrainerSettings)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the settings as `result.json` holds them, without `checkpoint` if it is None."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}
+        """Returns the settings as `config.json` holds them."""
+        fields = dataclasses.asdict(self) | {"checkpoint": str(self.checkpoint or "MiniLM")}
+        del fields["trainer"]
+        return fields | self.trainer.changes_results
 
     def schedule(self) -> Schedule:
         """Returns the schedule of the run."""
@@ -66,27 +75,20 @@ class Run:
 
     Attributes:
         settings: Everything that the result depends on.
-        folder: Holds `result.json`, `test_logits.npy` and the metrics.
+        folder: As `run_folder` describes it, with `test_logits.npy`. It has no checkpoints: an
+            interrupted run starts anew.
     """
 
     settings: RunSettings
     folder: Path
 
     def result(self) -> dict[str, Any] | None:
-        """Returns the result of the finished run, or None if it has not finished.
+        """Returns the summary of the finished run, or None if it has not finished.
 
         Raises:
             SystemExit: The folder holds a run of other settings.
         """
-        file = self.folder / "result.json"
-        if not file.exists():
-            return None
-        result = json.loads(file.read_text(encoding="utf-8"))
-        if result["settings"] != self.settings.as_json():
-            raise SystemExit(
-                f"{self.folder} holds a run of other settings: choose another --run-folder"
-            )
-        return result
+        return finished_run(self.folder, self.settings.as_json())
 
     def test_accuracy(self, task: Task) -> float:
         """Returns the test accuracy, computed from the logits that the finished run stored."""
@@ -94,29 +96,30 @@ class Run:
         return float((logits.argmax(-1) == task.test.labels).mean())
 
     def train(self, task: Task, title: str) -> dict[str, Any]:
-        """Trains, writes the result and the logits of the test texts, and returns the result.
+        """Trains, writes the summary and the logits of the test texts, and returns the summary.
 
         The test labels are not used.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        start_run(self.folder, self.settings.as_json())
         model, optimizer = self.build(task)
-        metrics = self.folder / f"metrics-{time.time_ns()}"  # an interrupted attempt has its own
-        with MetricsWriter(metrics) as writer:
-            fit(model, optimizer, task, self.settings.schedule(), writer, title=title)
+        schedule, trainer = self.settings.schedule(), self.settings.trainer
+        training = classifier_training(model, optimizer, task, schedule, trainer, title=title)
+        fit(training, self.folder, trainer)
         np.save(self.folder / "test_logits.npy", logits_of(model, task.test))
-        result = {
-            "settings": self.settings.as_json(),
+        summary = {
             "validation": evaluate(model, task.validation),
             "trainable_parameters": count(model, METHODS[self.settings.method].trainable),
         }
-        write_whole(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
-        return result
+        finish_run(self.folder, summary)
+        return summary
 
     def build(self, task: Task) -> tuple[nnx.Module, nnx.Optimizer]:
         """Returns the model, adapted if the method adapts it, and its optimiser."""
         settings = self.settings
         method = METHODS[settings.method]
         model = method.adapt(
-            task.model(settings.seed),
+            task.model(settings.seed, **settings.trainer.switches(task.model)),
             rank=settings.rank,
             alpha=settings.alpha,
             seed=1000 + settings.seed,

@@ -78,9 +78,9 @@ def test_the_table_has_mean_and_deviation_over_the_seeds_of_the_chosen_rate(task
 
 
 def test_finished_runs_are_not_trained_again(config, printed):
-    before = {file: file.stat().st_mtime_ns for file in config.run_folder.glob("*/result.json")}
+    before = {file: file.stat().st_mtime_ns for file in config.run_folder.glob("*/summary.json")}
     again = compare.run(config)
-    after = {file: file.stat().st_mtime_ns for file in config.run_folder.glob("*/result.json")}
+    after = {file: file.stat().st_mtime_ns for file in config.run_folder.glob("*/summary.json")}
     assert before == after
     assert [line.split("|")[2] for line in again.splitlines() if line.startswith("| ")] == [
         line.split("|")[2] for line in printed.splitlines() if line.startswith("| ")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -92,44 +93,60 @@ def test_it_adapts_the_real_encoder(minilm, tmp_path, capsys):
     assert changed_kernels(folder / "merged", minilm) == 36
 
 
-@pytest.mark.full
-def test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_unbroken_one(tiny_checkpoint, tmp_path):
-    settings = {
-        "checkpoint": tiny_checkpoint,
-        "train_examples": 320,
-        "batch_size": 8,
-        "epochs": 1,
-        "checkpoint_every": 5,
-        "max_length": 16,
-        "dropout": 0.1,
-    }
-    whole = quickstart.Config(run_folder=tmp_path / "whole", **settings)
-    quickstart.run(whole)
+SETTINGS = {
+    "train_examples": 320,
+    "batch_size": 8,
+    "epochs": 1,
+    "checkpoint_every": 5,
+    "max_length": 16,
+    "dropout": 0.1,
+}
 
-    broken = tmp_path / "broken"
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint, tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    quickstart.run(quickstart.Config(run_folder=folder, checkpoint=tiny_checkpoint, **SETTINGS))
+    return folder
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_ended_and_resumed_ends_bit_for_bit_like_an_unbroken_one(
+    number, whole, tiny_checkpoint, tmp_path
+):
+    settings, broken = {"checkpoint": tiny_checkpoint, **SETTINGS}, tmp_path / "broken"
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "experiments.quickstart", f"--run-folder={broken}", *arguments]
     quick = str(jax.config.read("jax_disable_most_optimizations"))  # one way to compile for both
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": quick}
     with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         deadline = time.monotonic() + 240
         while not _steps_written(broken) >= 12:
             assert process.poll() is None, "it ended before it could be interrupted"
             assert time.monotonic() < deadline, "it did not get to step 12"
             time.sleep(0.01)
-        process.kill()
+        process.send_signal(number)
+        printed = process.stderr.read()
     assert not (broken / "summary.json").exists()
     summary = quickstart.run(quickstart.Config(run_folder=broken, **settings))
-    assert summary["resumed_from_step"] % 5 == 0
-    assert 0 < summary["resumed_from_step"] < 40
+    resumed = summary["resumed_from_step"]
+    assert 0 < resumed < 40
+    if number == signal.SIGKILL:
+        assert resumed % 5 == 0
+    else:
+        end = f"Terminated at step {resumed}, which is saved. To go on, give the same options with "
+        assert process.returncode == 128 + number
+        assert printed.splitlines()[-1] == f"{end}--run-folder {broken}"
 
-    one, other = _adapter(tmp_path / "whole"), _adapter(broken)
+    one, other = _adapter(whole), _adapter(broken)
     assert one.keys() == other.keys()
     for name in one:
         assert np.array_equal(one[name], other[name]), name
-    assert read_metrics(tmp_path / "whole") == read_metrics(broken)
+    assert read_metrics(whole) == read_metrics(broken)
 
 
 def _steps_written(folder: Path) -> int:
@@ -151,7 +168,7 @@ def test_a_run_stopped_before_its_first_checkpoint_or_at_its_end_goes_on(tmp_pat
         raise InterruptedError
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.trainer.training.evaluate", stop)
+        patch.setattr("experiments.trainer.classification.evaluate", stop)
         with pytest.raises(InterruptedError):
             train(tmp_path)
     first = read_metrics(tmp_path)

@@ -15,7 +15,7 @@ import pytest
 from experiments import compare, efficiency, quickstart
 from experiments.tasks.download import DownloadError
 from experiments.trainer.command_line import in_one_line, settings
-from experiments.trainer.training import DivergedError
+from experiments.trainer.finite import DivergedError
 
 REPOSITORY = Path(__file__).parents[3]
 SIGNALS = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}

@@ -9,8 +9,9 @@ from flax import nnx
 import dora_jax as dora
 from experiments.models.bert import BertEncoder
 from experiments.models.bert_classifier import BertClassifier
+from experiments.trainer.classification import count, cross_entropy
 from experiments.trainer.methods import METHODS
-from experiments.trainer.training import count, train_step
+from experiments.trainer.step import TrainStep
 from tests.experiments.tiny_models import BERT
 
 RANK, HIDDEN, WIDE = 2, BERT.hidden_size, BERT.intermediate_size
@@ -53,10 +54,11 @@ def test_a_step_can_be_taken(name):
         optimizer = nnx.Optimizer(model, method.optimizer(1e-3, 3.0), wrt=method.trainable)
         ids = jax.numpy.ones((2, 8), int)
         batch = {"input_ids": ids, "attention_mask": ids, "label": ids[:, 0]}
-        return train_step(model, optimizer, batch | {"weight": jax.numpy.ones(2)})
+        take = TrainStep(model, optimizer, cross_entropy)
+        return take(batch | {"weight": jax.numpy.ones(2)})
 
-    loss, accuracy, squares = nnx.eval_shape(step)
-    assert loss.shape == accuracy.shape == () and squares.ndim == 1
+    loss, metrics, squares = nnx.eval_shape(step)
+    assert loss.shape == metrics["accuracy"].shape == () and squares.ndim == 1
 
 
 def test_every_switch_is_a_field_of_the_configuration():

@@ -1,0 +1,214 @@
+"""One training step as a compiled function of arrays, with gradients summed over microbatches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import dora_jax as dora
+from experiments.trainer.settings import SettingsError
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+Loss: TypeAlias = Callable[[Any, Any], "tuple[Float[Array, ''], Mapping[str, Float[Array, '']]]"]
+"""`loss(model, batch) -> (loss, metrics)`: means over the batch. See `WEIGHT`."""
+
+WEIGHT = "weight"
+"""The metric that says how much a batch counts, such as its number of tokens; by default 1.
+
+Losses and metrics of microbatches are averaged by it, so that they are those of the whole batch.
+"""
+
+# What a call of a model changes.
+_CHANGING = nnx.Any(nnx.RngState, nnx.BatchStat, nnx.Cache)
+
+
+class Outcome(NamedTuple):
+    """What a step reports, as arrays that may still be computed.
+
+    Attributes:
+        loss: The mean loss of the batch, before the update.
+        metrics: Those of the loss function, without `WEIGHT`.
+        squares: The squared norm of each trained variable's gradient, `(variable,)`. Clipping needs
+            those norms anyway.
+    """
+
+    loss: Float[Array, ""]
+    metrics: dict[str, Float[Array, ""]]
+    squares: Float[Array, " variable"]
+
+
+class TrainStep:
+    """Takes training steps of a model. Its arrays are held here between steps.
+
+    A step donates the arrays that it replaces, so that the model and the optimiser hold none that
+    can be used until `write_back`. Programs are shared by all models of equal structure that have
+    the same optax transformation and the same loss.
+
+    Args:
+        model: The model, in the mode (train or eval) that the steps shall have.
+        optimizer: An optimiser of the model; `optimizer.wrt` selects what is trained.
+        loss: The loss function.
+        microbatches: Number of equal parts of a batch that are taken one after the other. Scales of
+            adapters are computed, and differentiated, once for all of them.
+
+    Example:
+        >>> import optax
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+        >>> def loss(model, batch):
+        ...     return jnp.mean((model(batch["x"]) - 1) ** 2), {}
+        >>> step = TrainStep(model, optimizer, loss, microbatches=2)
+        >>> first, *_, last = (float(step({"x": jnp.ones((4, 2))}).loss) for _ in range(20))
+        >>> step.write_back()
+        >>> bool(last < 1e-3 * first), optimizer.step[...]
+        (True, Array(20, dtype=uint32))
+    """
+
+    def __init__(
+        self, model: nnx.Module, optimizer: nnx.Optimizer, loss: Loss, *, microbatches: int = 1
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        parts: Any = nnx.split(model, optimizer.wrt, _CHANGING, ...)
+        graphdef, trained, changing, frozen = parts
+        of_optimizer, state = nnx.split(optimizer)
+        # Lists of arrays: JAX flattens the states of NNX in Python, anew in every step.
+        self._state, structure = jax.tree.flatten((trained, changing, state))
+        self._frozen, frozen_structure = jax.tree.flatten(frozen)
+        program = _Program(
+            graphdef,
+            of_optimizer,
+            structure,
+            frozen_structure,
+            optimizer.wrt,
+            loss,
+            microbatches,
+        )
+        self._structure = structure
+        self._run = _compiled(program, tuple(map(_named_sharding, self._state)))
+
+    def __call__(self, batch: Any) -> Outcome:
+        """Takes a step on a batch, whose arrays have a leading axis. Returns before it is done.
+
+        Raises:
+            SettingsError: The microbatches do not divide the batch.
+        """
+        self._state, outcome = self._run(self._state, self._frozen, batch)
+        return outcome
+
+    def write_back(self) -> None:
+        """Puts the arrays of the newest step into the model and the optimiser."""
+        trained, changing, state = jax.tree.unflatten(self._structure, self._state)
+        nnx.update(self.model, trained, changing)
+        nnx.update(self.optimizer, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """Everything that a step's program depends on except its arrays."""
+
+    model: Any
+    optimizer: Any
+    structure: Any
+    frozen_structure: Any
+    wrt: Any
+    loss: Loss
+    microbatches: int
+
+    def step(self, state: list[Array], frozen: list[Array], batch: Any) -> Any:
+        """Returns the arrays after a step, and its `Outcome`."""
+        trained, changing, optimizer_state = jax.tree.unflatten(self.structure, state)
+        rest = jax.tree.unflatten(self.frozen_structure, frozen)
+        gradient = self.gradient if self.microbatches == 1 else self.mean_gradient
+        (loss, metrics, changing), grads = gradient(trained, changing, rest, batch)
+        model = nnx.merge(self.model, trained, changing, rest, copy=True)
+        optimizer = nnx.merge(self.optimizer, optimizer_state, copy=True)
+        optimizer.update(model, grads)
+        after = nnx.state(model, self.wrt), changing, nnx.state(optimizer)
+        squares = jnp.stack([_square(x) for x in jax.tree.leaves(grads)])
+        del metrics[WEIGHT]
+        return jax.tree.leaves(after), Outcome(loss, metrics, squares)
+
+    def gradient(self, trained: Any, changing: Any, frozen: Any, batch: Any) -> Any:
+        """Returns the loss, the metrics and what the call changed; and the gradient."""
+
+        def loss_of(trained: Any) -> Any:
+            model = nnx.merge(self.model, trained, changing, frozen, copy=True)
+            loss, metrics = self.loss(model, batch)
+            given: dict[str, Any] = {WEIGHT: 1.0, **metrics}
+            numbers = {name: jnp.asarray(x, jnp.float32) for name, x in given.items()}
+            return loss.astype(jnp.float32), (numbers, nnx.state(model, _CHANGING))
+
+        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (metrics, changing)), grads = value_and_grad(trained)
+        return (loss, metrics, changing), grads
+
+    def mean_gradient(self, trained: Any, changing: Any, frozen: Any, batch: Any) -> Any:
+        """Like `gradient`, with the batch cut into microbatches.
+
+        The gradient is that of the precomputed scales until it has been summed: norms are
+        differentiated once, and only one microbatch's activations are in memory.
+        """
+        parts = jax.tree.map(functools.partial(_cut, self.microbatches), batch)
+        program, pull_back = self, None
+        if isinstance(self.wrt, type) and issubclass(self.wrt, dora.DoRAParam):
+            static: dict[str, Any] = {}
+
+            def precompute(trained: Any) -> Any:
+                model = nnx.merge(self.model, trained, changing, frozen, copy=True)
+                split: Any = nnx.split(dora.precompute_scales(model), self.wrt, _CHANGING, ...)
+                static["graphdef"], scaled, own_changing, rest = split
+                return scaled, (own_changing, rest)
+
+            trained, pull_back, (changing, frozen) = jax.vjp(precompute, trained, has_aux=True)
+            program = dataclasses.replace(self, model=static["graphdef"])
+
+        def add(carry: Any, part: Any) -> Any:
+            changing, total = carry
+            (loss, metrics, changing), grads = program.gradient(trained, changing, frozen, part)
+            weight = metrics[WEIGHT]
+            total = jax.tree.map(lambda s, g: s + (weight * g).astype(s.dtype), total, grads)
+            return (changing, total), (loss, metrics)
+
+        zeros = jax.tree.map(jnp.zeros_like, trained)
+        (changing, total), (losses, metrics) = jax.lax.scan(add, (changing, zeros), parts)
+        weights = metrics[WEIGHT]
+        count = jnp.sum(weights)
+        loss, metrics = jax.tree.map(lambda x: jnp.sum(weights * x) / count, (losses, metrics))
+        grads = jax.tree.map(lambda x: (x / count).astype(x.dtype), total)
+        return (loss, metrics, changing), grads if pull_back is None else pull_back(grads)[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(program: _Program, shardings: tuple[Any, ...]) -> Callable[..., Any]:
+    """Returns the compiled step: one for all runs of equal structure."""
+    # What comes out lies where it lay before; left alone, XLA may cut it in another way.
+    placed: dict[str, Any] = {"out_shardings": (list(shardings), None)} if any(shardings) else {}
+    return jax.jit(program.step, donate_argnums=0, **placed)
+
+
+def _named_sharding(x: Any) -> Any:
+    """Returns where an array of several devices lies, and None for those of one."""
+    sharding = getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def _cut(parts: int, x: Array) -> Array:
+    """Returns an array with a leading axis of microbatches.
+
+    Each takes rows from all of the batch, and so from every device that holds some of it.
+    """
+    if x.shape[0] % parts:
+        raise SettingsError(f"{parts} microbatches do not divide a batch of {x.shape[0]} rows")
+    return jnp.reshape(x, (-1, parts, *x.shape[1:])).swapaxes(0, 1)
+
+
+def _square(x: Array) -> Float[Array, ""]:
+    return jnp.sum(jnp.square(x.astype(jnp.float32)))
