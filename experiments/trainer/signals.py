@@ -20,7 +20,7 @@ from experiments import end_at_once
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(InterruptError):
+class InterruptedStepError(InterruptError):
     """A signal asked the process to end, and the step that it was in is saved.
 
     Attributes:
