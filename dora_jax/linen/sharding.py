@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flax import linen as nn
 from flax.core import meta
 from jax.sharding import NamedSharding
 
@@ -58,4 +59,8 @@ def _own_sharding(x: Any) -> Any:
     if isinstance(own, NamedSharding) or not isinstance(x, meta.Partitioned):
         return own
     mesh = mesh if x.mesh is None else x.mesh
-    return own if mesh is None else x.get_sharding(mesh)
+    if mesh is None:
+        return own
+    logical = isinstance(x, nn.LogicallyPartitioned)
+    spec = nn.logical_to_mesh_axes(x.names, x.rules) if logical else x.get_partition_spec()
+    return NamedSharding(mesh, spec)

@@ -22,12 +22,11 @@ def explicit_mesh(*trees: Any) -> AbstractMesh | None:
 def context_mesh() -> Any:
     """Returns the mesh that `jax.set_mesh` has set; None if there is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None
     try:
-        return jax.sharding.get_mesh()
+        devices = jax.sharding.get_mesh()
     except ValueError:  # inside a program, where devices are not known
-        return mesh
+        return None if mesh.empty else mesh
+    return next((m for m in (devices, mesh) if not m.empty), None)
 
 
 def varying_axes(x: jax.Array) -> dict[str, int]:
