@@ -89,10 +89,14 @@ def _block(length: int) -> int:
 def visited_share(length: int, window: int | None) -> float:
     """Returns the share of the blocks of all pairs of positions that the kernel visits.
 
+    It is 1 for a length that the kernel does not take.
+
     Example:
         >>> visited_share(2048, None)  # 10 of 16 blocks of 512 x 512
         0.625
     """
+    if length % BLOCK:
+        return 1.0
     starts = np.arange(0, length, block := _block(length))
     queries, keys = starts[:, None], starts[None]
     seen = keys <= queries

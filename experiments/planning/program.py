@@ -115,7 +115,7 @@ def trace_step(setting: Setting, mesh: Mesh) -> Step:
         )
         specs = parameter_specs(program.trainable, program.frozen)
         trainable, frozen, opt_state = (
-            _placed(tree, specs, mesh)
+            placed(tree, specs, mesh)
             for tree in (program.trainable, program.frozen, program.opt_state)
         )
         batch = {name: _batch(x, mesh) for name, x in case.batch.items()}
@@ -170,7 +170,7 @@ def _flat(state: Any) -> Iterator[tuple[Path, Any]]:
         yield tuple(map(str, path)), leaf
 
 
-def _placed(tree: Any, specs: Specs, mesh: Mesh) -> Any:
+def placed(tree: Any, specs: Specs, mesh: Mesh) -> Any:
     """Returns a tree of arrays with shardings: each has that of the parameter its path ends in.
 
     The moments of an optimiser have the paths of what they are the moments of.
