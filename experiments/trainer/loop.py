@@ -84,7 +84,8 @@ def fit(training: Training, folder: Path, settings: TrainerSettings | None = Non
         folder/best/                      the best adapters: dora.load
 
     A run whose folder has checkpoints resumes from the newest, and ends with the same bits as an
-    uninterrupted one. SIGTERM and Ctrl-C save the step that is running before they end it.
+    uninterrupted one. SIGTERM and Ctrl-C save the step that is running before they end the run; an
+    evaluation is finished first.
 
     While a step runs, the one before it is checked and its metrics are written. Steps are checked
     before they are saved: no checkpoint holds a number that is not finite.

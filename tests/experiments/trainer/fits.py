@@ -21,7 +21,7 @@ import dora_jax as dora
 from experiments.tasks.text import train_batches
 from experiments.trainer.classification import Schedule, classifier_training
 from experiments.trainer.loop import fit
-from experiments.trainer.placement import own_rows
+from experiments.trainer.placement import own_rows, place
 from experiments.trainer.settings import TrainerSettings
 from experiments.trainer.signals import InterruptedStepError
 from tests.experiments.tiny_task import tiny_task
@@ -77,6 +77,14 @@ def adapters(model):
     return {jax.tree_util.keystr(path): leaf.tolist() for path, leaf in leaves}
 
 
+def check_placed(model, mesh):
+    """Checks that the steps left every array where it was placed."""
+    fresh = adapted()
+    place(*fresh, mesh)
+    for one, other in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, fresh[0])), strict=True):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+
+
 def main():
     folder, mesh, microbatches, *process = sys.argv[1:]
     if process:
@@ -84,6 +92,7 @@ def main():
     settings = TrainerSettings(mesh=mesh, microbatches=int(microbatches))
     saved = {"config": CONFIG} if not process else {"config": None, "best": None}
     model, _ = run(Path(folder), settings, **saved)
+    check_placed(model, settings.device_mesh())
     nnx.update(model, jax.tree.map(lambda x: x.addressable_data(0), nnx.state(model)))
     print(json.dumps(adapters(model)))
     if process:
