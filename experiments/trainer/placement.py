@@ -24,11 +24,16 @@ def place(model: nnx.Module, optimizer: nnx.Optimizer, mesh: Mesh) -> None:
     """Moves the arrays of a model and of its optimiser onto a mesh, in place.
 
     What the model says of its arrays (NNX metadata) is done. Other kernels are cut along their
-    largest axes. Adapters, their moments and small arrays are on all devices.
+    largest axes. Adapters and their moments lie as their kernels do, small arrays on all devices.
     """
-    adapters = isinstance(optimizer.wrt, type) and issubclass(optimizer.wrt, dora.DoRAParam)
     _put(model, mesh, cut=lambda variable: not isinstance(variable, dora.DoRAParam))
-    _put(optimizer, mesh, cut=lambda _: not adapters)
+    if not (isinstance(optimizer.wrt, type) and issubclass(optimizer.wrt, dora.DoRAParam)):
+        return _put(optimizer, mesh, cut=lambda _: True)
+    places = dora.shardings(model)
+    adapters = jax.tree.map(_on_devices, dora.get_adapters(model), places)
+    dora.set_adapters(model, adapters)
+    state = nnx.state(optimizer)
+    nnx.update(optimizer, jax.tree.map(_on_devices, state, dora.optimizer_shardings(state, places)))
 
 
 def _put(node: Any, mesh: Mesh, cut: Callable[[nnx.Variable], bool]) -> None:
