@@ -166,7 +166,7 @@ MODELS = {
 
 def train(run, x, steps):
     """Returns the gradients of the first step, the losses, and adapters and moments at the end."""
-    tx = dora.dora_optimizer(1e-3)
+    tx = dora.dora_optimizer(1e-4)
     adapters, losses, first = run.adapters, [], None
     state = tx.init(adapters)
     moved = lying_whole(run, adapters, state)
