@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 from flax.core import meta
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dora_jax.adapters.trees import Tree, get_in, nest, unboxed
 from dora_jax.decomposition.sharding import layer_shardings
@@ -61,6 +61,7 @@ def _own_sharding(x: Any) -> Any:
     mesh = mesh if x.mesh is None else x.mesh
     if mesh is None:
         return own
-    logical = isinstance(x, nn.LogicallyPartitioned)
-    spec = nn.logical_to_mesh_axes(x.names, x.rules) if logical else x.get_partition_spec()
+    spec = x.get_partition_spec()
+    if isinstance(x, nn.LogicallyPartitioned):
+        spec = nn.logical_to_mesh_axes(x.names, x.rules) or PartitionSpec()
     return NamedSharding(mesh, spec)

@@ -45,7 +45,8 @@ def automatically(function: Callable[..., Any], out: Any, *operands: Any) -> Any
 
     There, types say nothing of those axes: XLA divides each operation among the devices, as it does
     for a mesh of automatic axes, and no product needs to be told the sharding of its result. No
-    data moves at the borders. Derivatives and `vmap` go through. Without explicit axes in the types
+    data moves at the borders. Our primitives and what is computed in exact ways work as for such a
+    mesh. Derivatives and `vmap` go through. Without explicit axes in the types
     of the operands it is a plain call.
 
     Args:

@@ -26,7 +26,7 @@ from experiments.models.llama import Llama
 from experiments.models.llama_config import LlamaConfig
 from experiments.trainer.mesh import make_mesh, parse_mesh
 from tests.support import reference
-from tests.support.models import draw_parameters, nnx_model
+from tests.support.models import nnx_model
 from tests.support.sharded_models import (
     BATCH,
     ROWS,
@@ -65,6 +65,7 @@ class Run(NamedTuple):
 def nnx_run(make, spec, mesh):
     """Runs an NNX model; `spec(path, ndim)` says what cuts each of its parameters."""
     base = nnx_model(make)
+    nnx.update(base, drawn(nnx.state(base, nnx.Param)))
     if mesh is not None:
         base = placed(base, spec, mesh)
     model = dora.apply_dora(base, CONFIG, rngs=nnx.Rngs(1))
@@ -88,6 +89,17 @@ def nnx_run(make, spec, mesh):
     return Run(apply, rest, dora.get_adapters(model), kernels, dora.shardings(model))
 
 
+def drawn(shapes):
+    """Returns parameters with which each layer keeps the size of what it is given."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(centre + rng.normal(size=leaf.shape) / np.sqrt(WIDTH), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def placed(base, spec, mesh):
     def place(path, leaf):
         keys = [getattr(key, "key", getattr(key, "name", "")) for key in path]
@@ -101,7 +113,7 @@ def placed(base, spec, mesh):
 
 def linen_run(module, x, mesh):
     shapes = jax.eval_shape(LinenTransformer().init, jax.random.key(0), jnp.zeros(x.shape))
-    params = draw_parameters(shapes["params"])
+    params = drawn(shapes["params"])
     if mesh is not None:
         params = jax.tree_util.tree_map_with_path(boxed_on(mesh), params)
     model, adapters = dora.apply_dora(
@@ -166,7 +178,7 @@ MODELS = {
 
 def train(run, x, steps):
     """Returns the gradients of the first step, the losses, and adapters and moments at the end."""
-    tx = dora.dora_optimizer(1e-3)
+    tx = dora.dora_optimizer(1e-4)
     adapters, losses, first = run.adapters, [], None
     state = tx.init(adapters)
     moved = lying_whole(run, adapters, state)
@@ -210,12 +222,12 @@ def compare(name, sizes, axis_type, steps=5):
     if name.startswith("llama"):
         x = jnp.asarray(rng.integers(0, LLAMA.vocab_size, size=(BATCH, TOKENS)))
     one = MODELS[name](None, x)
-    drawn = jax.tree.map(
+    moved = jax.tree.map(
         lambda a, start: np.asarray(start) + 0.05 * rng.normal(size=a.shape).astype(a.dtype),
         one.adapters,
         one.adapters,
     )
-    one = one._replace(adapters=jax.tree.map(jnp.asarray, drawn))
+    one = one._replace(adapters=jax.tree.map(jnp.asarray, moved))
     expected, losses, _ = train(one, x, steps)
     mesh = make_mesh(parse_mesh(sizes), axis_type=axis_type)
     with jax.set_mesh(mesh):
@@ -223,7 +235,7 @@ def compare(name, sizes, axis_type, steps=5):
         many = MODELS[name](mesh, x)
         born_whole = lying_whole(many, many.adapters, {})
         fresh = jax.tree.leaves(many.adapters)
-        adapters = jax.device_put(jax.tree.leaves(drawn), [x.sharding for x in fresh])
+        adapters = jax.device_put(jax.tree.leaves(moved), [x.sharding for x in fresh])
         structure = jax.tree.structure(many.adapters)
         many = many._replace(adapters=jax.tree.unflatten(structure, adapters))
         gradients, found, whole = train(many, x, steps)

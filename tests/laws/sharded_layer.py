@@ -24,6 +24,7 @@ from tests.support import reference
 CONFIG = dora.DoRAConfig(rank=2, alpha=4.0)
 AXES = KernelAxes((), (0,), (1,))
 CUT = P("fsdp", "tensor")
+ADAPTER = ("lora_a", "lora_b", "magnitude")
 SHAPES = {"kernel": (8, 12), "lora_a": (8, 2), "lora_b": (2, 12), "magnitude": (12,)}
 
 
@@ -38,45 +39,61 @@ def mesh_of(kind):
     return jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2)
 
 
-def errors(run, given):
-    """Returns the errors of `run(adapters, x, dy) -> (<dy, y>, y), gradients`."""
-    own = {name: given[name] for name in ("lora_a", "lora_b", "magnitude")}
+def result(run, given):
+    """Returns the output, and the gradients of `<dy, y>`, of `run(adapters, x, dy)`."""
+    own = {name: given[name] for name in ADAPTER}
     (_, y), gradients = run(own, given["x"], given["dy"])
-    arrays = (given["kernel"], *own.values(), 2.0)
-    wanted = reference.gradients(given["x"], *arrays, given["dy"], detached=False)._asdict()
-    found = {name: reference.relative_error(gradients[name], wanted[name]) for name in own}
+    return {"output": y, **gradients}
+
+
+def expected(given):
+    """Returns the same from NumPy in float64."""
+    arrays = (given["kernel"], *(given[name] for name in ADAPTER), 2.0)
+    gradients = reference.gradients(given["x"], *arrays, given["dy"], detached=False)._asdict()
     output = given["x"].astype(np.float64) @ reference.merged(*arrays)
-    return {"output": reference.relative_error(y, output), **found}
+    return {"output": output, **{name: gradients[name] for name in ADAPTER}}
 
 
-def on_a_mesh(kind, given):
-    """A layer made and trained on a mesh, with all else left to `apply_dora`."""
+def errors(found, wanted):
+    return {name: reference.relative_error(found[name], x) for name, x in wanted.items()}
+
+
+def shrunk(given):
+    """The same with a kernel of which the adapter leaves a thousandth of one column."""
+    kernel = given["kernel"].copy()
+    kernel[:, 3] = -2.0 * 1.001 * given["lora_a"] @ given["lora_b"][:, 3]
+    return given | {"kernel": kernel}
+
+
+def on_a_mesh(kind, draws):
+    """Runs a layer made and trained on a mesh, with all else left to `apply_dora`."""
     mesh = mesh_of(kind)
     explicit = kind is AxisType.Explicit
-    with jax.set_mesh(mesh):
+
+    @nnx.jit
+    def step(model, x, dy):
+        def loss(model):
+            y = model(x, out_sharding=CUT if explicit else None)
+            return jnp.sum(dy * y), y
+
+        wrt = nnx.DiffState(0, dora.DoRAParam)
+        return nnx.value_and_grad(loss, argnums=wrt, has_aux=True)(model)
+
+    def run(given):
         base = nnx.Linear(8, 12, use_bias=False, rngs=nnx.Rngs(0))
         base.kernel.set_value(jax.device_put(given["kernel"], NamedSharding(mesh, CUT)))
         model = dora.apply_dora(base, CONFIG, rngs=nnx.Rngs(1))
 
-        @nnx.jit
-        def step(model, x, dy):
-            def loss(model):
-                y = model(x, out_sharding=P("fsdp", "tensor") if explicit else None)
-                return jnp.sum(dy * y), y
-
-            return nnx.value_and_grad(loss, argnums=nnx.DiffState(0, dora.DoRAParam), has_aux=True)(
-                model
-            )
-
-        def run(adapters, x, dy):
+        def of_adapters(adapters, x, dy):
             dora.set_adapters(model, jax.device_put(adapters, dora.shardings(model)))
-            rows = NamedSharding(mesh, P("fsdp", None))
-            result, gradients = step(
-                model, jax.device_put(x, rows), jax.device_put(dy, NamedSharding(mesh, CUT))
-            )
+            x = jax.device_put(x, NamedSharding(mesh, P("fsdp", None)))
+            result, gradients = step(model, x, jax.device_put(dy, NamedSharding(mesh, CUT)))
             return result, nnx.to_pure_dict(gradients)
 
-        return errors(run, given)
+        return of_adapters
+
+    with jax.set_mesh(mesh):
+        return [result(run(given), given) for given in draws]
 
 
 def in_shard_map(given, check_vma=True):
@@ -117,7 +134,7 @@ def in_shard_map(given, check_vma=True):
 
         return jax.value_and_grad(loss, has_aux=True)(own)
 
-    return errors(step, given)
+    return errors(result(step, given), expected(given))
 
 
 def refusal(given):
@@ -132,13 +149,14 @@ def refusal(given):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     arrays = draw()
-    print(
-        json.dumps(
-            {
-                "automatic": on_a_mesh(AxisType.Auto, arrays),
-                "explicit": on_a_mesh(AxisType.Explicit, arrays),
-                "shard_map": in_shard_map(arrays),
-                "refusal": refusal(arrays),
-            }
-        )
-    )
+    of_column = shrunk(arrays)
+    automatic, short = on_a_mesh(AxisType.Auto, [arrays, of_column])
+    explicit, also_short = on_a_mesh(AxisType.Explicit, [arrays, of_column])
+    report = {
+        "automatic": errors(automatic, expected(arrays)),
+        "explicit": errors(explicit, expected(arrays)),
+        "a short column, explicit": errors(also_short, short),
+        "shard_map": in_shard_map(arrays),
+        "refusal": refusal(arrays),
+    }
+    print(json.dumps(report))

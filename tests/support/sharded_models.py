@@ -42,7 +42,7 @@ def block(x, layer):
     """One layer of a transformer; `layer(name, x)` applies a projection."""
     h = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
     logits = jnp.einsum("bthd,bshd->bhts", layer("query", h), layer("key", h))
-    logits = logits + jnp.where(jnp.tri(TOKENS, dtype=bool), 0.0, -1e9)
+    logits = logits / FEATURES + jnp.where(jnp.tri(TOKENS, dtype=bool), 0.0, -1e9)
     attended = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(logits), layer("value", h))
     x = x + layer("out", attended)
     return x + layer("down", jnp.tanh(layer("up", x)))
