@@ -28,7 +28,7 @@ def test_a_step_is_planned_for_devices_that_are_not_there(capsys, method):
     assert "optimising the program" in printed.err
     assert found["totals"]["all-reduce"][0] > 0
     assert {tuple(one["axes"]) for one in found["collectives"]} >= {("fsdp",), ("tensor",)}
-    assert found["adapters"] < 4 * found["trainable"] / 2
+    assert found["adapters"] <= 4 * found["trainable"] / 2
     assert found["operations"] > 0
     assert found["moments"] == pytest.approx(2 * found["adapters"], rel=0.1)
     assert found["memory"]["total"] > found["frozen"] + found["adapters"] + found["moments"]
