@@ -44,10 +44,9 @@ def automatically(function: Callable[..., Any], out: Any, *operands: Any) -> Any
     """Returns `function(*operands)`, inside of which explicit axes of the mesh are automatic.
 
     There, types say nothing of those axes: XLA divides each operation among the devices, as it does
-    for a mesh of automatic axes, and no product needs to be told the sharding of its result. No
-    data moves at the borders. Our primitives and what is computed in exact ways work as for such a
-    mesh. Derivatives and `vmap` go through. Without explicit axes in the types
-    of the operands it is a plain call.
+    for a mesh of automatic axes, and no product needs to be told the sharding of its result. So our
+    primitives work, and exact ways too. No data moves at the borders. Derivatives and `vmap` go
+    through. Without explicit axes in the types of the operands it is a plain call.
 
     Args:
       function: of arrays, or trees of them. It closes over no array of an explicit type.
