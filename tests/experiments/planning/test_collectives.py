@@ -100,6 +100,10 @@ def test_each_collective_counts_as_often_as_it_runs(found):
     }
 
 
+def test_a_program_that_was_refused_has_none():
+    assert read_collectives("", MESH) == []
+
+
 def test_bytes_are_those_of_the_whole_arrays(found):
     assert {name: one.bytes for name, one in found.items()} == {
         "all-gatherpred": 3 * 64,
