@@ -47,7 +47,8 @@ def test_variables_that_are_not_all_there_are_named(monkeypatch, values, missing
         (KeyboardInterrupt(), 130, "Process 0 of 1: interrupted. Go on."),
         (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed"), 1, "lost another one"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 1, "out of memory"),
-        (ValueError("x"), 1, "ValueError: x"),
+        (ValueError("UNKNOWN: Gloo AllGather failed"), 1, "lost another one"),
+        (ValueError("no connection"), 1, "ValueError: no connection"),
     ],
 )
 def test_a_process_says_why_it_ends(capsys, error, status, text):
