@@ -141,9 +141,8 @@ def advice_for(plan: Plan) -> Iterator[str]:
         return
     if setting.remat not in ("full", "save_scaled"):
         yield "keep less for the backward pass: --remat save_scaled"
-    if setting.rows > 1:
-        fewer = plan.most_rows
-        yield f"fewer sequences at once: --rows {max(1, fewer or 1)}, and microbatches"
+    if setting.rows > 1 and plan.most_rows != 0:
+        yield f"fewer sequences at once: --rows {plan.most_rows or 1}, and microbatches"
     if plan.mesh["data"] > 1:
         yield "cut the weights over the devices of data too: give them to fsdp"
     if counts.frozen > 0.3 * plan.limit:

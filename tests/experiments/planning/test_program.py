@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dora_jax.ops import cheap_ways_alone
 from experiments.benchmarks.cases import llama
@@ -63,7 +63,7 @@ def test_operations_are_those_that_xla_counts_where_no_loop_hides_them():
 
 
 def test_loops_and_devices_multiply_operations():
-    mesh = AbstractMesh((4,), ("fsdp",))
+    mesh = AbstractMesh((4,), ("fsdp",), (AxisType.Auto,))
 
     def each(x):
         return jax.lax.scan(lambda y, _: (y @ y, None), x, None, length=3)[0]
