@@ -30,13 +30,17 @@ PINS := constraints.txt
 INSTALL := -m pip install -q --disable-pip-version-check
 TESTS := -m pytest -q -n $(JOBS) --dist worksteal --nbmake
 
-.PHONY: help quickstart test test-full test-models test-peft test-newest lint format constraints clean
+.PHONY: help quickstart gpu test test-full test-models test-peft test-newest lint format constraints clean
 
 help:  ## List the targets (default)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 quickstart: $(VENV)/.quickstart  ## Fine-tune a small model with DoRA; options in ARGS="..."
 	@$(BIN)/python -m experiments.quickstart $(ARGS)
+
+# In an image for CUDA that has jax, flax, optax, orbax-checkpoint, chex, torch, transformers and peft.
+gpu:  ## Measure DoRA on the GPU of this machine, in PYTHON's own packages; options in ARGS="..."
+	$(PYTHON) -m experiments.gpu $(ARGS)
 
 test: lint  ## Lint, types, tests and docstring examples
 	$(BIN)/python $(TESTS)

@@ -35,6 +35,7 @@ from dora_jax.api import (
     disabled_adapters,
     merge,
     precompute_scales,
+    shardings,
 )
 from dora_jax.checkpoint import Checkpoints, load, save
 from dora_jax.config import DoRAConfig
@@ -42,7 +43,7 @@ from dora_jax.errors import DoRAError
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
 from dora_jax.ops import save_scaled
-from dora_jax.training import dora_optimizer
+from dora_jax.training import dora_optimizer, optimizer_shardings
 from dora_jax.version import __version__
 
 __all__ = [
@@ -60,10 +61,12 @@ __all__ = [
     "get_adapters",
     "load",
     "merge",
+    "optimizer_shardings",
     "precompute_scales",
     "save",
     "save_scaled",
     "set_adapters",
+    "shardings",
     "summary",
     "weight_change",
 ]

@@ -191,6 +191,25 @@ def check_base(model: Any, params: Any = None) -> None:
         dora_linen.check_base(model, params)
 
 
+@overload
+def shardings(model: nnx.Module) -> dict[str, Any]: ...
+
+
+@overload
+def shardings(model: DoRAModel, params: Tree) -> dict[str, Any]: ...
+
+
+def shardings(model: Any, params: Any = None) -> dict[str, Any]:
+    """Returns where the adapters of a model lie on a mesh: a tree like theirs, of shardings.
+
+    They follow from the shardings of the frozen kernels, and are what `apply_dora` gives them. See
+    `dora_jax.nnx.shardings` and `dora_jax.linen.shardings`, and `optimizer_shardings` for moments.
+    """
+    if _is_nnx(model, params=params):
+        return dora_nnx.shardings(model)
+    return dora_linen.shardings(model, params)
+
+
 def _is_nnx(model: Any, **of_linen: Any) -> bool:
     """Returns whether an adapted model is an NNX one rather than a `DoRAModel`.
 

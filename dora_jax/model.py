@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
 from flax import linen, nnx
-from flax.core import meta
 
 from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
 from dora_jax.adapters.placement import device_put_like
-from dora_jax.adapters.trees import Tree, flatten, nest, tree_shapes
+from dora_jax.adapters.trees import Tree, boxed_like, flatten, nest, tree_shapes, unboxed
 from dora_jax.config import DoRAConfig, LayerSettings, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
@@ -174,7 +173,7 @@ def adapter_tree(model: AdaptedModel, adapters: Tree | None = None) -> Tree:
         if adapters is None:
             raise TypeError("a Linen model needs its adapters too")
         dora_linen.check_adapters(model, adapters)
-        return adapters
+        return cast("Tree", unboxed(adapters))
     return dora_nnx.get_adapters(model) if adapters is None else adapters
 
 
@@ -192,7 +191,7 @@ def with_adapter_arrays(
     if isinstance(model, DoRAModel):
         flat = flatten(own)
         placed = {path: device_put_like(x, flat[path]) for path, x in values.items()}
-        return model, dora_linen.remembered(model, nest(flat | placed))
+        return model, dora_linen.remembered(model, boxed_like(nest(flat | placed), own))
     set_nnx_values(model, DoRAParam, values)
     return model
 
@@ -254,7 +253,7 @@ def base_parameters(model: Any, params: Any = None) -> dict[Path, Any]:
         return {tuple(map(str, path)): variable.get_value() for path, variable in state}
     if params is None:
         raise TypeError("a Linen model needs params too: the collection, as for apply_dora")
-    return flatten(meta.unbox(params))
+    return flatten(params)
 
 
 def parameter_tree(model: Any) -> Any:

@@ -62,6 +62,11 @@ def files(folder: Path) -> list[str]:
     )
 
 
+def is_done(folder: Path) -> bool:
+    """Whether a quickstart has written everything. It does not start again in its folder."""
+    return (folder / "run" / "summary.json").exists()
+
+
 def loop_outcome(folder: Path) -> dict[str, object]:
     text = (folder / "out.txt").read_text()
     return {"end": text[text.index("end [") :], "files": files(folder / "run")}
@@ -136,13 +141,16 @@ def kill(
     """Kills a program after some seconds; returns its status, and what is wrong with its end."""
     process = start(program, folder, variables)
     try:
-        return process.wait(moment), []
+        status = process.wait(moment)
+        return status, [(folder / "errors.txt").read_text()] if status else []
     except subprocess.TimeoutExpired:
         process.send_signal(number)
         status = process.wait()
     errors = (folder / "errors.txt").read_text()
-    problems = []
-    if program.statuses and status not in (0, program.statuses[number]):
+    expected, problems = {0, program.statuses.get(number)}, []
+    if is_done(folder):
+        expected.add(-number)  # Python was ending, and had given its handlers back
+    if program.statuses and status not in expected:
         problems.append(f"status {status}")
     if program.statuses and "Traceback" in errors:
         problems.append(errors)
@@ -151,6 +159,7 @@ def kill(
 
 def main(seed: int, count: int, only: str | None) -> int:
     """Kills so often; returns the exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     draw, failures, killed = random.Random(seed), 0, collections.Counter()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         work = Path(name)
@@ -183,9 +192,9 @@ def main(seed: int, count: int, only: str | None) -> int:
                     f"{name} {signal.Signals(sent).name} {moment:.2f} s: {problems or status}",
                     flush=True,
                 )
-                if status == 0:
+                if status == 0 or is_done(folder):
                     break
-            if not (folder / "run" / "summary.json").exists():
+            if not is_done(folder):
                 finish(program, folder, variables)
             wrong = differences(program.outcome(folder), expected[name])
             failures += len(wrong)

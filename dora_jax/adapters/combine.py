@@ -13,10 +13,20 @@ import numpy as np
 
 from dora_jax.adapters.groups import label_adapters
 from dora_jax.adapters.origin import check_origin, common_origins, origin, remember
-from dora_jax.adapters.trees import Tree, check_shapes, flatten, get_in, set_in, tree_shapes
+from dora_jax.adapters.trees import (
+    Tree,
+    boxed_like,
+    check_shapes,
+    flatten,
+    get_in,
+    set_in,
+    tree_shapes,
+    unboxed,
+)
 from dora_jax.config import OUTPUT_FIELDS, DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.processes import spans_processes
 from dora_jax.selection import is_in_saved_module
 
 
@@ -52,10 +62,11 @@ def interpolate(trees: Sequence[Tree], weights: Sequence[float]) -> Any:
     label_adapters(trees[0])
     known = common_origins([flatten(tree) for tree in trees])
     mean = jax.tree.map(
-        lambda *leaves: sum(w * x for w, x in zip(weights, leaves, strict=True)), *trees
+        lambda *leaves: sum(w * x for w, x in zip(weights, leaves, strict=True)),
+        *map(unboxed, trees),
     )
     remember(flatten(mean), known)
-    return mean
+    return boxed_like(mean, trees[0])
 
 
 def add_weighted(
@@ -93,6 +104,7 @@ def add_weighted(
             f"adapters initialised with init={config.init!r} cannot be added, because only the "
             "change from their initial values counts: merge each instead"
         )
+    boxes, trees = trees[:1], [unboxed(tree) for tree in trees]
     joined: Any = interpolate(trees, weights)
     for path in [path[:-1] for path in flatten(joined) if path[-1] == "lora_a"]:
         layers = [get_in(tree, path, "the adapters") for tree in trees]
@@ -107,7 +119,7 @@ def add_weighted(
         stack = _count_stack_axes(path, layers[0], axes or {})
         pair = _join_factors(layers, weights, stack)
         joined = set_in(joined, path, {**get_in(joined, path), **pair})
-    return joined, _with_rank_times(config, len(trees))
+    return boxed_like(joined, *boxes), _with_rank_times(config, len(trees))
 
 
 def rescale(adapters: Tree, config: DoRAConfig, to: DoRAConfig) -> Any:
@@ -131,7 +143,7 @@ def rescale(adapters: Tree, config: DoRAConfig, to: DoRAConfig) -> Any:
       >>> float(rescale(tree, wide, narrow)["up"]["lora_b"][0, 0])
       4.0
     """
-    rescaled: Any = adapters
+    rescaled: Any = unboxed(adapters)
     for path, x in flatten(adapters).items():
         if path[-1] != "lora_b" or is_in_saved_module(config, path):
             continue
@@ -148,7 +160,7 @@ def rescale(adapters: Tree, config: DoRAConfig, to: DoRAConfig) -> Any:
                 "other scaling: adapt the model with the configuration of the adapters"
             )
         rescaled = set_in(rescaled, path, x * (own.scaling / other.scaling))
-    return rescaled
+    return boxed_like(rescaled, adapters)
 
 
 def _join_factors(
@@ -190,10 +202,23 @@ def diff(one: Tree, other: Tree) -> dict[str, float]:
     others = flatten(other)
     differences = {}
     for path, x in flatten(one).items():
-        x, y = (np.asarray(v, np.float64) for v in (x, others[path]))
-        largest = max(np.linalg.norm(x), np.linalg.norm(y))
-        differences[".".join(path)] = float(np.linalg.norm(x - y) / largest) if largest else 0.0
+        apart, *lengths = _lengths(x, others[path])
+        differences[".".join(path)] = apart / max(lengths) if max(lengths) else 0.0
     return differences
+
+
+def _lengths(one: Any, other: Any) -> list[float]:
+    """Returns `||x - y||`, `||x||` and `||y||`, in float64 where one process has both."""
+    if spans_processes(one) or spans_processes(other):
+        return list(map(float, _lengths_on_devices(one, other)))
+    x, y = (np.asarray(v, np.float64) for v in (one, other))
+    return [float(np.linalg.norm(v)) for v in (x - y, x, y)]
+
+
+@jax.jit
+def _lengths_on_devices(one: jax.Array, other: jax.Array) -> list[jax.Array]:
+    x, y = (v.astype(jnp.float32) for v in (one, other))
+    return [jnp.sqrt(jnp.sum(jnp.square(v))) for v in (x - y, x, y)]
 
 
 def check_weights(trees: Sequence[Tree], weights: Sequence[float]) -> None:

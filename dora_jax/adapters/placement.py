@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dora_jax.adapters.origin import origin_of, remember
+from dora_jax.processes import spans_processes
 
 
 def device_put_like(value: Any, like: Any) -> Any:
@@ -18,6 +18,8 @@ def device_put_like(value: Any, like: Any) -> Any:
     In a run of several processes, each one writes the shards of its own devices. Where `like` is a
     NumPy array, the value stays on the host.
     """
+    if spans_processes(value):  # it was read into that sharding
+        return value
     if not isinstance(like, jax.Array):
         return value if isinstance(like, np.ndarray | np.generic) else jnp.asarray(value)
     if not like.committed:
@@ -62,28 +64,8 @@ def native(x: Any) -> Any:
 
 
 def host_value(x: Any) -> np.ndarray:
-    """Returns an array on the host, gathered from all processes; for a random key, its data."""
-    if is_random_key(x):
-        x = jax.random.key_data(x)
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return np.asarray(x)
-
-
-def same_everywhere(text: str) -> str:
-    """Returns the text that the first of all processes has, of at most 4,096 bytes."""
-    if jax.process_count() == 1:
-        return text
-    own = np.zeros(4096, np.uint8)
-    data = text.encode()[: own.size]
-    own[: len(data)] = np.frombuffer(data, np.uint8)
-    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(own))).rstrip(b"\0").decode()
-
-
-def wait_for_all(name: str) -> None:
-    """Waits until every process of a run of several has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+    """Returns an array on the host, if one process holds it; for a random key, its data."""
+    return np.asarray(jax.random.key_data(x) if is_random_key(x) else x)
 
 
 def is_random_key(x: Any) -> bool:

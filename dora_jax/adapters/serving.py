@@ -12,7 +12,16 @@ import numpy as np
 from dora_jax.adapters.combine import check_weights
 from dora_jax.adapters.origin import common_origins, remember
 from dora_jax.adapters.placement import own_array
-from dora_jax.adapters.trees import Tree, check_shapes, flatten, get_in, set_in, tree_shapes
+from dora_jax.adapters.trees import (
+    Tree,
+    boxed_like,
+    check_shapes,
+    flatten,
+    get_in,
+    set_in,
+    tree_shapes,
+    unboxed,
+)
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import AdapterError, Path
 
@@ -30,7 +39,7 @@ def stack_adapters(trees: Sequence[Tree]) -> Any:
     for tree in trees[1:]:
         check_shapes(tree, tree_shapes(trees[0]))
     known = common_origins([flatten(tree) for tree in trees])
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(unboxed, trees))
     remember(flatten(stacked), known)
     return stacked
 
@@ -79,7 +88,7 @@ def disable(adapters: Tree, bases: Mapping[Path, FrozenBase]) -> Any:
       adapters: an adapter tree, with precomputed scales or without.
       bases: the record of each layer's frozen kernel, by module path.
     """
-    disabled: Any = adapters
+    disabled: Any = unboxed(adapters)
     for path, base in bases.items():
         layer = get_in(disabled, path, "the adapters")
         start: dict[str, Any] = {"lora_b": 0, "scale": 1, "magnitude": base.norm}
@@ -92,4 +101,4 @@ def disable(adapters: Tree, bases: Mapping[Path, FrozenBase]) -> Any:
             if name in start
         }
         disabled = set_in(disabled, path, {**layer, **new})
-    return jax.tree.map(own_array, disabled)
+    return boxed_like(jax.tree.map(own_array, disabled), adapters)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
 from dora_jax.adapters.placement import host_value
 from dora_jax.errors import AdapterError, Path, listing
+from dora_jax.processes import spans_processes
 
 Tree = Mapping[str, Any]
 
@@ -61,7 +63,7 @@ def overlay(tree: Tree, over: Tree, path: Path = ()) -> dict[str, Any]:
             raise AdapterError(f"the adapters have {'.'.join(inner)}, the parameters do not")
         if isinstance(value, Mapping):
             result[key] = overlay(tree[key], value, inner) if value else tree[key]
-        elif np.shape(value) != (shape := np.shape(meta.unbox(tree[key]))):
+        elif np.shape(value) != (shape := np.shape(unboxed(tree[key]))):
             raise AdapterError(
                 f"{'.'.join(inner)} has shape {np.shape(value)} in the adapters and {shape} in "
                 "the parameters"
@@ -71,8 +73,28 @@ def overlay(tree: Tree, over: Tree, path: Path = ()) -> dict[str, Any]:
     return result
 
 
+def unboxed(tree: Any) -> Any:
+    """Returns a tree without Flax's boxes around its arrays, such as `nn.Partitioned`.
+
+    Unlike `flax.core.meta.unbox` it constrains no sharding, so that arrays may be abstract.
+    """
+
+    def inner(box: Any) -> Any:
+        return unboxed(box.value if isinstance(box, meta.Partitioned) else box.unbox())
+
+    return meta.map_axis_meta(inner, tree)
+
+
+def boxed_like(tree: Any, like: Any) -> Any:
+    """Returns nested dicts with each array in a box like that around it in another tree."""
+    for path, box in _with_paths(like, meta.is_axis_metadata):
+        if isinstance(box, meta.AxisMetadata):
+            tree = set_in(tree, path, box.replace_boxed(get_in(tree, path, "the adapters")))
+    return tree
+
+
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
-    """Returns the leaves of an adapter tree, or of any other pytree, by path.
+    """Returns the leaves of an adapter tree, or of any other pytree, by path; without boxes.
 
         {"layers": [{"kernel": W0}, {"kernel": W1}]}
         -> {("layers", "0", "kernel"): W0, ("layers", "1", "kernel"): W1}
@@ -89,12 +111,20 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Pat
       {('query', 'magnitude'): 1.0}
     """
     flat: dict[Path, Any] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]:
-        path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+    def ends(node: Any) -> bool:
+        return meta.is_axis_metadata(node) or bool(is_leaf and is_leaf(node))
+
+    for path, node in _with_paths(tree, ends):
         if path in flat:
             raise AdapterError(f"the tree has two leaves {'.'.join(path)}: rename one")
-        flat[path] = leaf
+        flat[path] = unboxed(node) if meta.is_axis_metadata(node) else node
     return flat
+
+
+def _with_paths(tree: Any, is_leaf: Callable[[Any], bool]) -> Iterator[tuple[Path, Any]]:
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]:
+        yield tuple(jax.tree_util.keystr((key,), simple=True) for key in keys), leaf
 
 
 def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
@@ -138,10 +168,20 @@ def check_finite(adapters: Tree) -> None:
     Under a transformation, where values are not known, nothing is checked.
     """
     known = {p: x for p, x in flatten(adapters).items() if not isinstance(x, jax.core.Tracer)}
+    shared = {path: x for path, x in known.items() if spans_processes(x)}
+    finite = _are_finite(shared) if shared else {}
     if lost := [
-        ".".join(path) for path, x in known.items() if not np.isfinite(host_value(x)).all()
+        ".".join(path)
+        for path, x in known.items()
+        if not (finite[path] if path in finite else np.isfinite(host_value(x)).all())
     ]:
         raise AdapterError(
             f"{listing(lost)} {'is' if len(lost) == 1 else 'are'} not finite: the training "
             "diverged; restore an earlier checkpoint"
         )
+
+
+@jax.jit
+def _are_finite(arrays: Mapping[Path, jax.Array]) -> dict[Path, jax.Array]:
+    """Returns for each array, which no process holds whole, what every process then knows."""
+    return {path: jnp.isfinite(x).all() for path, x in arrays.items()}

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from dora_jax.adapters.placement import host_value
+from dora_jax.adapters.placement import device_put_like, host_value
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import AdapterError, CheckpointError, Path, layer_name
 from dora_jax.model import AdaptedModel, base_records
+from dora_jax.processes import spans_processes
 
 # Largest relative difference of two float32 norms summed in different orders. Measured on 28,672
 # inputs: 2e-7 between XLA on one device and on four, 5e-6 for a running sum.
@@ -109,20 +112,46 @@ def _other_kind(saved: FrozenBase, own: FrozenBase) -> str:
         shape, own_shape = np.shape(one[name]), np.shape(other[name])
         if shape != own_shape:
             return f"the adapter's base has {name} of shape {shape}, the model's of {own_shape}"
-    if saved.mask is not None and (host_value(saved.mask) != host_value(own.mask)).any():
+    if saved.mask is not None and _number(_count_different, saved.mask, own.mask):
         return "the adapter has other layers_to_transform than the model"
     return ""
 
 
 def _difference(saved: FrozenBase, own: FrozenBase) -> str:
     """Returns how two records of one kind differ; empty if they are of one kernel."""
-    row, own_row = host_value(saved.first_row), host_value(own.first_row)
+    row, own_row, norm, own_norm = saved.first_row, own.first_row, saved.norm, own.norm
     if row.dtype != own_row.dtype:
         return f"its kernel is {row.dtype.name}, the model's {own_row.dtype.name}"
-    if (features := int(np.sum(row != own_row))) or row.tobytes() != own_row.tobytes():
+    features = _number(_count_different, row, own_row)
+    if features or _number(_count_other_bits, row, own_row):
         return f"the first weight of {features} of {row.size} out features differs"
-    norm, own_norm = (np.asarray(host_value(x.norm), np.float64) for x in (saved, own))
-    far = np.abs(norm - own_norm) > _NORM_TOLERANCE * np.maximum(norm, own_norm)
-    if far.any() or not np.isfinite(norm).all():
-        return f"the norms of {int(far.sum())} of {norm.size} out features differ"
+    if (far := _number(_count_far, norm, own_norm)) or _number(_count_not_finite, norm):
+        return f"the norms of {far} of {norm.size} out features differ"
     return ""
+
+
+def _number(count: Callable[..., Any], *arrays: Any) -> int:
+    """Returns a count of two arrays; where no process holds them whole, the devices count."""
+    if any(map(spans_processes, arrays)):
+        like = next(filter(spans_processes, arrays))
+        placed = (x if spans_processes(x) else device_put_like(x, like) for x in arrays)
+        return int(jax.jit(count, static_argnums=0)(jnp, *placed))
+    return int(count(np, *map(host_value, arrays)))
+
+
+def _count_different(xp: Any, one: Any, other: Any) -> Any:
+    return xp.sum(one != other)
+
+
+def _count_other_bits(xp: Any, one: Any, other: Any) -> Any:
+    bits = f"uint{8 * one.dtype.itemsize}"
+    return xp.sum(one.view(bits) != other.view(bits))
+
+
+def _count_far(xp: Any, one: Any, other: Any) -> Any:
+    one, other = (x.astype(xp.promote_types(x.dtype, "float32")) for x in (one, other))
+    return xp.sum(xp.abs(one - other) > _NORM_TOLERANCE * xp.maximum(one, other))
+
+
+def _count_not_finite(xp: Any, x: Any) -> Any:
+    return xp.sum(~xp.isfinite(x))

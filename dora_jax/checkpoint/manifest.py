@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dora_jax.errors import CheckpointError, Path
@@ -29,7 +30,7 @@ _MEMBERS = ("format", "arrays", "metadata")
 # 100,000 arrays take 20 MB; the position in the data may be long.
 _LARGEST = 64_000_000
 _DEEPEST = 100
-_MEMBERS_OF_ENTRY = {"shape", "dtype", "sha256", "key"}
+_MEMBERS_OF_ENTRY = {"shape", "dtype", "sha256", "parts", "key"}
 
 
 def read_manifest(file: Any) -> dict[str, Any]:
@@ -133,8 +134,8 @@ def canonical_json(content: Mapping[str, Any]) -> bytes:
     return json.dumps({k: v for k, v in content.items() if k != "sha256"}).encode()
 
 
-def digest(data: bytes) -> str:
-    """Returns a SHA-256, in hexadecimal."""
+def digest(data: Any) -> str:
+    """Returns the SHA-256 of bytes, or of an array of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -148,12 +149,19 @@ def _problem(arrays: Any) -> str:
             return f"{name[:100]!r} in arrays is not the path of an array"
         if any(path[:i] in paths for i in range(1, len(path))):
             return f"{name!r} in arrays is inside another array"
-        if problem := _problem_of_entry(arrays[name]):
+        if problem := problem_of_entry(arrays[name]):
             return f"arrays[{name!r}] {problem}"
     return ""
 
 
-def _problem_of_entry(entry: Any) -> str:
+def problem_of_entry(entry: Any) -> str:
+    """Returns what is wrong with the entry of an array; empty if nothing is.
+
+        {"shape": [4, 6], "dtype": "float32", "sha256": ...}     one process held the array
+        {"shape": ..., "dtype": ..., "parts": [[[[0, 4], [0, 3]], ...], ...]}
+
+    The parts of an array that several processes held have bounds on each axis, and a SHA-256.
+    """
     if not (isinstance(entry, dict) and entry.keys() <= _MEMBERS_OF_ENTRY):
         return f"must hold shape, dtype and sha256, not {entry!r:.100}"
     shape = entry.get("shape")
@@ -161,7 +169,29 @@ def _problem_of_entry(entry: Any) -> str:
         return f"has shape {shape!r:.100}"
     if not isinstance(entry.get("dtype"), str):
         return f"has dtype {entry.get('dtype')!r:.100}"
+    if "parts" in entry and (problem := _problem_of_parts(entry["parts"], shape)):
+        return problem
     checksum = entry.get("sha256")
-    if not (isinstance(checksum, str) and re.fullmatch("[0-9a-f]{64}", checksum)):
+    if ("parts" in entry) == _is_checksum(checksum):
         return f"has sha256 {checksum!r:.100}"
     return "" if isinstance(entry.get("key", ""), str) else f"has key {entry['key']!r:.100}"
+
+
+def _problem_of_parts(parts: Any, shape: Sequence[int]) -> str:
+    """Returns what is wrong with the parts of an array; empty if they make it up."""
+    filled = 0
+    for part in parts if isinstance(parts, list) else [parts]:
+        if not (isinstance(part, list) and len(part) == 2 and isinstance(part[0], list)):
+            return f"has part {part!r:.100}"
+        bounds, fits = part[0], len(part[0]) == len(shape) and _is_checksum(part[1])
+        for pair, size in zip(bounds, shape, strict=False):
+            fits = fits and isinstance(pair, list) and [type(n) for n in pair] == [int, int]
+            fits = fits and 0 <= pair[0] <= pair[1] <= size
+        if not fits:
+            return f"has part {part!r:.100}"
+        filled += math.prod(stop - start for start, stop in bounds)
+    return "" if filled == math.prod(shape) else "has parts that are not the whole array"
+
+
+def _is_checksum(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dora_jax.adapters.placement import device_put_like
-from dora_jax.adapters.trees import flatten, nest
+from dora_jax.adapters.trees import boxed_like, flatten, nest
 from dora_jax.checkpoint.checks import check_settings, check_values
 from dora_jax.checkpoint.contents import Trained, contents
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
+from dora_jax.checkpoint.position import restored_position
 from dora_jax.checkpoint.state import state_values, with_state_values
 from dora_jax.checkpoint.statistics import check_statistics_given
 from dora_jax.checkpoint.storage import read, read_metadata
 from dora_jax.errors import CheckpointError, Path
-from dora_jax.json_file import reason
 from dora_jax.model import (
     STATISTICS,
     STREAMS,
+    base_records,
     carries_arrays,
     layer_settings,
     mutable_arrays,
@@ -27,6 +29,7 @@ from dora_jax.model import (
     with_adapter_arrays,
     with_base_records,
 )
+from dora_jax.validation import is_number
 
 _PARTS = {"adapters", "base", "statistics", "model", "state"}
 # The parts of a checkpoint that hold what calls of an NNX model change.
@@ -41,7 +44,8 @@ class RestoredRun:
       step: the number of steps taken.
       adapters: the NNX model, changed in place, or the adapter tree.
       state: as it was given to `restore`, with the values of the checkpoint.
-      data: the position in the data, as it was given to `save`.
+      data: the position in the data, as it was given to `save`. Where each process had its own,
+        that of this one, or a list of all if there are now more or fewer processes.
       model: the `DoRAModel` to train on with, if the run has one.
     """
 
@@ -85,15 +89,35 @@ def step_contents(run: Trained, state: Any) -> tuple[dict[str, Any], dict[str, A
     return tree, metadata
 
 
-def read_step(folder: Any, *, with_state: bool) -> StoredStep:
+def arrays_of(run: Trained, state: Any) -> dict[Path, Any]:
+    """Returns the arrays of a run by the paths that a checkpoint has for them."""
+    values = {("adapters", *path): x for path, x in flatten(run.adapters).items()}
+    values |= {("state", *path): x for path, x in state_values(state).items()}
+    for path, record in {} if run.model is None else base_records(run.model).items():
+        values |= {("base", *path, name): x for name, x in record.arrays().items()}
+    return values
+
+
+def read_step(
+    folder: Any, *, with_state: bool, likes: Mapping[Path, Any] | None = None
+) -> StoredStep:
     """Reads the checkpoint in a folder.
+
+    Args:
+      folder: of one step.
+      with_state: whether to read the part `state` too.
+      likes: the arrays of the run, see `arrays_of`; those that span processes are read in parts.
 
     Raises:
       CheckpointError: it is damaged or incomplete; names the file or array.
     """
     _, metadata = read_metadata(folder)
     parts: dict[str, dict[Path, Any]] = {}
-    for path, value in read(folder, lambda path: with_state or path[0] != "state").items():
+
+    def wanted(path: Path) -> bool:
+        return with_state or path[0] != "state"
+
+    for path, value in read(folder, wanted, likes).items():
         parts.setdefault(path[0], {})[path[1:]] = value
     _check_step(folder, metadata, parts)
     return StoredStep(parts, metadata)
@@ -133,25 +157,26 @@ def restore_step(
         base = group_records(stored.part("base"))
         records = check_same_base(base, model, allow_base_mismatch=allow_base_mismatch)
         model = with_base_records(model, records)
-    if data is not None:
-        try:
-            data.set_state(stored.metadata["data"])
-        except Exception as error:  # of any class: iterators are of other libraries
-            raise CheckpointError(
-                f"step {stored.metadata['step']}: the position in the data does not fit the "
-                f"iterator: {type(error).__name__}: {reason(error)}"
-            ) from error
+    position = restored_position(stored.metadata, data)
     if carries_arrays(model):
         adapters = with_adapter_arrays(model, run.adapters, stored.part("adapters"))
         for part, kind in _MUTABLE.items():
             set_mutable_arrays(model, kind, stored.part(part))
         model = None
     else:
-        adapters = nest({p: device_put_like(x, own[p]) for p, x in stored.part("adapters").items()})
+        placed = {p: device_put_like(x, own[p]) for p, x in stored.part("adapters").items()}
+        adapters = boxed_like(nest(placed), run.adapters)
     return RestoredRun(
         stored.metadata["step"],
         adapters,
         with_state_values(state, stored.part("state")),
-        stored.metadata["data"],
+        position,
         model,
     )
+
+
+def metric_of(name: str, mode: str, metrics: Any) -> float:
+    """Returns a step's metric; the worst one if its file does not hold it."""
+    value: Any = metrics.get(name) if isinstance(metrics, Mapping) else None
+    worst = math.inf if mode == "min" else -math.inf
+    return float(value) if is_number(value) else worst

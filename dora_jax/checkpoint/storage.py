@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -19,8 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
 
-from dora_jax.adapters.placement import host_value, is_random_key, same_everywhere, wait_for_all
+from dora_jax.adapters.placement import host_value, is_random_key
 from dora_jax.adapters.trees import flatten, nest
+from dora_jax.checkpoint.checksums import checksums, matches, saved_in_parts_of
 from dora_jax.checkpoint.manifest import (
     FORMAT,
     canonical_json,
@@ -31,9 +33,17 @@ from dora_jax.checkpoint.manifest import (
     read_manifest,
     slashed,
 )
-from dora_jax.disk import given_folder, said_once, target_folder, written_whole
+from dora_jax.disk import (
+    given_folder,
+    ignore_late_threads,
+    said_once,
+    target_folder,
+    written_by_all,
+    written_whole,
+)
 from dora_jax.errors import AdapterError, CheckpointError, Path
 from dora_jax.json_file import is_folder, reason, shown
+from dora_jax.processes import several, spans_processes
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -49,11 +59,16 @@ def save_args(tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> ocp.args.
     Raises:
       AdapterError: metadata is no JSON; names it.
     """
-    arrays, manifest = {}, {}
-    for path, leaf in flatten(tree).items():
-        entry, value = _describe(leaf)
-        manifest[slashed(path)] = entry
-        arrays[tuple(slashed(path).split("/"))] = value
+    flat = {slashed(path): leaf for path, leaf in flatten(tree).items()}
+    written = {name: _as_written(leaf) for name, leaf in flat.items()}
+    manifest = {
+        name: {"shape": list(written[name].shape), "dtype": written[name].dtype.name, **checksum}
+        for name, checksum in checksums(written).items()
+    }
+    for name, leaf in flat.items():
+        if is_random_key(leaf):
+            manifest[name]["key"] = str(jax.random.key_impl(leaf))
+    arrays = {tuple(name.split("/")): value for name, value in written.items()}
     content = {"format": FORMAT, "arrays": manifest, "metadata": encode_json(metadata)}
     return ocp.args.Composite(
         arrays=ocp.args.PyTreeSave(nest(arrays)),
@@ -76,19 +91,26 @@ def write(
       AdapterError: see `save_args`.
       CheckpointError: the folder exists, or holds other files; or the disk is full.
     """
+    args = save_args(tree, metadata)
+    begin = functools.partial(_new_version, folder, overwrite=overwrite)
+    with (
+        written_by_all(begin) as new,
+        said_once(),
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
+    ):
+        checkpointer.save(new, args=args, force=True)
+
+
+def _new_version(
+    folder: str | PathLike[str], *, overwrite: bool
+) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Returns a block that makes a folder, or the new version of one; errors as for `write`."""
     path = target_folder(folder)
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists: pass overwrite=True, or choose another folder")
     if path.exists() and not (path / "metadata").is_dir() and any(path.iterdir()):
         raise CheckpointError(f"{path} holds other files: choose another folder")
-    args = save_args(tree, metadata)
-    first = jax.process_index() == 0
-    whole = written_whole(path, own=lambda _: True, overwrite=overwrite)
-    with whole if first else contextlib.nullcontext(path) as given:
-        new = pathlib.Path(same_everywhere(str(given)))
-        with said_once(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(new, args=args, force=True)
-    wait_for_all(f"dora_jax wrote {path}")
+    return written_whole(path, own=lambda _: True, overwrite=overwrite)
 
 
 def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -116,13 +138,18 @@ def read_metadata(folder: str | PathLike[str]) -> tuple[dict[str, Any], dict[str
 
 
 def read(
-    folder: str | PathLike[str], wanted: Callable[[Path], bool] = lambda path: True
+    folder: str | PathLike[str],
+    wanted: Callable[[Path], bool] = lambda path: True,
+    likes: Mapping[Path, Any] | None = None,
 ) -> dict[Path, Any]:
     """Returns the arrays of a folder by path, as NumPy arrays, each checked by its checksum.
 
     Args:
       folder: written by `write`, or one step of a `CheckpointManager` with `save_args`.
       wanted: which arrays to read, by path.
+      likes: arrays in whose place they are to be. Where such an array spans processes, and was
+        saved in the same parts, each process reads and checks its own, and the result is an array
+        in that sharding.
 
     Raises:
       CheckpointError: a file or an array is missing or damaged; names it.
@@ -133,13 +160,19 @@ def read(
     if not entries:
         return {}
     check_files(path / "arrays")
-    wanted_tree = nest(dict.fromkeys((tuple(name.split("/")) for name in entries), 0))
+    placed = {name: (likes or {}).get(path_of(name)) for name in entries}
+    arguments = {
+        tuple(name.split("/")): _restore_args(entry, placed[name])
+        for name, entry in entries.items()
+    }
+    undo = ignore_late_threads()
     try:
-        restored = flatten(_restore(path / "arrays", wanted_tree))
+        restored = flatten(_restore(path / "arrays", nest(arguments)))
     except Exception as error:  # of any class: Orbax and TensorStore raise many for damaged files
         raise CheckpointError(
             f"{path / 'arrays'} is damaged or incomplete: {_first_line(error)}"
         ) from error
+    undo()
     return {
         path_of(name): _checked(path, name, restored.get(tuple(name.split("/"))), entry)
         for name, entry in entries.items()
@@ -190,22 +223,21 @@ def decode_json(value: Any) -> Any:
     return value
 
 
-def _describe(leaf: Any) -> tuple[dict[str, Any], Any]:
-    """Returns the manifest's entry of an array, and the array in the form that is written."""
-    value = host_value(leaf)
-    entry = {
-        "shape": list(value.shape),
-        "dtype": value.dtype.name,
-        "sha256": digest(_bytes(value)),
-    }
+def _as_written(leaf: Any) -> Any:
+    """Returns an array in the form that is written: key data, and of this host what it has alone.
+
+    Orbax writes what each process has to itself from the first one, if it is on the host.
+    """
     if is_random_key(leaf):
-        return {**entry, "key": str(jax.random.key_impl(leaf))}, jax.random.key_data(leaf)
-    return entry, leaf if isinstance(leaf, jax.Array) else value
+        leaf = jax.random.key_data(leaf)
+    if not isinstance(leaf, jax.Array) or (several() and not spans_processes(leaf)):
+        return host_value(leaf)
+    return leaf
 
 
 def _checked(folder: epath.Path, name: str, value: Any, entry: Mapping[str, Any]) -> Any:
     """Returns an array as it was before it was written; raises `CheckpointError` if damaged."""
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray | jax.Array):
         raise CheckpointError(f"{folder}: array {name} is missing")
     given = [list(value.shape), value.dtype.name]
     if given != [entry["shape"], entry["dtype"]]:
@@ -213,7 +245,7 @@ def _checked(folder: epath.Path, name: str, value: Any, entry: Mapping[str, Any]
             f"{folder}: array {name} is {given[1]} {tuple(given[0])}, the manifest says "
             f"{entry['dtype']} {tuple(entry['shape'])}"
         )
-    if digest(_bytes(value)) != entry["sha256"]:
+    if not matches(value, entry):
         raise CheckpointError(f"{folder}: array {name} is damaged: it does not match its sha256")
     if "key" in entry:
         try:
@@ -223,17 +255,21 @@ def _checked(folder: epath.Path, name: str, value: Any, entry: Mapping[str, Any]
     return value
 
 
-def _restore(folder: epath.Path, item: dict[str, Any]) -> Any:
-    """Reads the arrays of a tree of placeholders to the host, whatever devices they were on."""
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+def _restore_args(entry: Mapping[str, Any], like: Any) -> ocp.RestoreArgs:
+    """Returns how Orbax reads an array: into the sharding of another one, or to the host."""
+    if spans_processes(like) and saved_in_parts_of(like, entry):
+        return ocp.ArrayRestoreArgs(sharding=like.sharding, global_shape=like.shape)
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _restore(folder: epath.Path, arguments: dict[str, Any]) -> Any:
+    """Reads the arrays of a tree of Orbax's arguments, whatever devices they were on."""
+    is_leaf = lambda x: isinstance(x, ocp.RestoreArgs)  # noqa: E731
+    item = jax.tree.map(lambda _: 0, arguments, is_leaf=is_leaf)
     return ocp.PyTreeCheckpointHandler().restore(
         folder,
-        args=ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True),
+        args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
     )
-
-
-def _bytes(x: np.ndarray) -> bytes:
-    return np.ascontiguousarray(x).tobytes()
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
-import pathlib
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -14,18 +13,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath  # type: ignore[import-untyped]
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from dora_jax.checkpoint.contents import Trained, trained
+from dora_jax.checkpoint.leftovers import remove_unfinished, set_aside
 from dora_jax.checkpoint.manifest import check_files, check_metrics, check_place
-from dora_jax.checkpoint.step import RestoredRun, StoredStep, read_step, restore_step, step_contents
+from dora_jax.checkpoint.position import position_to_save
+from dora_jax.checkpoint.step import (
+    RestoredRun,
+    StoredStep,
+    arrays_of,
+    metric_of,
+    read_step,
+    restore_step,
+    step_contents,
+)
 from dora_jax.checkpoint.storage import absolute, save_args
 from dora_jax.config import DoRAConfig
-from dora_jax.disk import full_disk, remove_folder, said_once
-from dora_jax.errors import AdapterError, CheckpointError
+from dora_jax.disk import full_disk, said_once
+from dora_jax.errors import AdapterError, CheckpointError, Path
 from dora_jax.model import carries_arrays
-from dora_jax.validation import is_number
+from dora_jax.processes import failing_together, same_everywhere, several
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -40,7 +48,10 @@ class Checkpoints:
 
     They are written in the background. Incomplete checkpoints, as of a process that was killed
     while writing, and damaged ones are recognised and skipped. One run writes into a folder; other
-    processes may read it meanwhile, as `dora_jax.load` does with one step.
+    programs may read it meanwhile, as `dora_jax.load` does with one step.
+
+    Of a run of several processes each one calls every method, on a folder that all of them see, and
+    writes what its own devices hold. A checkpoint is restored on any number of processes.
 
     Args:
       folder: made if it does not exist.
@@ -88,7 +99,7 @@ class Checkpoints:
         self._damaged: dict[int, str] = {}
         self._has_saved = False
         policies: list[Any] = [preservation_policy.LatestN(n=keep)]
-        metric = None if best is None else functools.partial(_metric, best, mode)
+        metric = None if best is None else functools.partial(metric_of, best, mode)
         if metric is not None:
             best_n = preservation_policy.BestN
             policies.append(best_n(get_metric_fn=metric, reverse=mode == "min", n=keep_best))
@@ -112,6 +123,8 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if several() and isinstance(error, jax.errors.JaxRuntimeError):
+            return  # another process may be lost, and the end of a checkpoint waits for all
         self.close()
 
     def steps(self) -> list[int]:
@@ -123,7 +136,7 @@ class Checkpoints:
 
         The checkpoint is read in full, to know that it is good.
         """
-        found = self._read_newest(with_state=True)
+        found = self._read_newest({}, with_state=True)
         return None if found is None else found.metadata["step"]
 
     def save(
@@ -163,8 +176,7 @@ class Checkpoints:
                 f"metrics need a finite {self._best!r}, by which the best are kept, got {metrics}"
             )
         tree, metadata = step_contents(self._trained(adapters), state)
-        position = data.get_state() if hasattr(data, "get_state") else data
-        metadata |= {"step": step, "data": position, "metrics": dict(metrics or {})}
+        metadata |= {"step": step, **position_to_save(data), "metrics": dict(metrics or {})}
         args = save_args(tree, metadata)
         with self._writing():
             self._manager.save(step, args=args, metrics=metrics)
@@ -203,9 +215,11 @@ class Checkpoints:
           UserWarning: a damaged checkpoint was skipped; names the damage.
         """
         self.wait()
+        run = self._trained(adapters)
+        likes = arrays_of(run, state)
         if step is not None:
-            stored = read_step(self.folder / str(step), with_state=state is not None)
-        elif (newest := self._read_newest(with_state=state is not None)) is not None:
+            stored = self._read(step, likes, with_state=state is not None)
+        elif (newest := self._read_newest(likes, with_state=state is not None)) is not None:
             stored = newest
         elif self._damaged:
             raise CheckpointError(
@@ -214,7 +228,6 @@ class Checkpoints:
             )
         else:
             return None
-        run = self._trained(adapters)
         return restore_step(stored, run, state, data, allow_base_mismatch=allow_base_mismatch)
 
     def wait(self) -> None:
@@ -239,7 +252,7 @@ class Checkpoints:
         except Exception as error:
             if (full := full_disk(self.folder, error)) is None:
                 raise
-            self._remove_unfinished()
+            remove_unfinished(self.folder)
             raise full from None
 
     def _trained(self, adapters: Any) -> Trained:
@@ -247,18 +260,23 @@ class Checkpoints:
             return trained(adapters, self._config)
         return trained(self._config, adapters)
 
-    def _read_newest(self, *, with_state: bool) -> StoredStep | None:
+    def _read_newest(self, likes: Mapping[Path, Any], *, with_state: bool) -> StoredStep | None:
         """Returns the newest good checkpoint; warns of each damaged one that it skips."""
-        for step in reversed(self.steps()):
+        for step in reversed(json.loads(same_everywhere(json.dumps(self.steps())))):
             try:
-                return read_step(self.folder / str(step), with_state=with_state)
+                return self._read(step, likes, with_state=with_state)
             except CheckpointError as error:
                 self._damaged[step] = str(error)
                 warnings.warn(f"skipping a damaged checkpoint: {error}", stacklevel=3)
         return None
 
+    def _read(self, step: int, likes: Mapping[Path, Any], *, with_state: bool) -> StoredStep:
+        """Reads a checkpoint; in all processes, if it is good in all."""
+        with failing_together():
+            return read_step(self.folder / str(step), with_state=with_state, likes=likes)
+
     def _clean(self) -> None:
-        """Removes what killed processes left, and renames damaged checkpoints.
+        """Removes what killed writers left, and renames damaged checkpoints.
 
             4/  6.orbax-checkpoint-tmp-1/  8/ (damaged)  ->  4/  damaged-8-0/
 
@@ -266,34 +284,11 @@ class Checkpoints:
         reader must not modify the folder.
         """
         if not self._has_saved:
-            self._remove_unfinished()
+            remove_unfinished(self.folder)
         self._has_saved = True
         if not self._damaged:
             return
         self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            for step in self._damaged:
-                _set_aside(self.folder, step)
+        set_aside(self.folder, self._damaged)
         self._damaged.clear()
         self._manager.reload()
-
-    def _remove_unfinished(self) -> None:
-        if jax.process_index() == 0:
-            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                remove_folder(pathlib.Path(unfinished))
-
-
-def _metric(name: str, mode: str, metrics: Any) -> float:
-    """Returns a step's metric; the worst one if its file does not hold it."""
-    value: Any = metrics.get(name) if isinstance(metrics, Mapping) else None
-    worst = math.inf if mode == "min" else -math.inf
-    return float(value) if is_number(value) else worst
-
-
-def _set_aside(folder: epath.Path, step: int) -> None:
-    """Renames the folder of a step to `damaged-STEP-0`, or to the first number that is free."""
-    number = 0
-    while (aside := folder / f"damaged-{step}-{number}").exists():
-        number += 1
-    if (damaged := folder / str(step)).exists():
-        damaged.rename(aside)

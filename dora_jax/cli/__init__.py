@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from dora_jax.disk import ignore_late_threads
 from dora_jax.errors import DoRAError
 from dora_jax.interrupts import InterruptError, raised
 
@@ -31,6 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
       1
     """
     words = sys.argv[1:] if args is None else list(args)
+    ignore_late_threads()
     try:
         with raised():
             return _run(words)

@@ -81,7 +81,7 @@ def merge(
         rounding_loss: dict[str, float] = {}
         make = functools.partial(_make_tensor, weights, config, merged, replaced, rounding_loss)
         with written_whole(path, own=is_weights, overwrite=overwrite) as partial:
-            save_tensors(partial, sizes, make, max_file_bytes)
+            save_tensors(partial, sizes, lambda name: lambda: make(name), max_file_bytes)
             copy_companions(base, partial, set())
     return {
         "path": str(target),

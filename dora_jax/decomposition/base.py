@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.decomposition.axes import KernelAxes, canonical_transpose
+from dora_jax.decomposition.sharding import explicit_shardings
 from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.ops.mesh_types import automatically
 from dora_jax.ops.output_scale import wide_dtype
 
 if TYPE_CHECKING:
@@ -83,17 +86,23 @@ def base_changed(
     kernel: Float[Array, "..."], base: FrozenBase, axes: KernelAxes
 ) -> Bool[Array, "*stack *out"]:
     """Returns True for each output feature whose kernel is not the one `base` describes."""
-    return ~same_base(kernel, base, axes)
+    shardings = explicit_shardings(kernel, axes)
+    same = functools.partial(same_base, axes=axes)
+    return ~automatically(same, shardings.get("norm"), kernel, base)
 
 
 def same_base(
-    kernel: Float[Array, "..."], base: FrozenBase, axes: KernelAxes
+    kernel: Float[Array, "..."], base: FrozenBase, axes: KernelAxes, cut: tuple[str, ...] = ()
 ) -> Bool[Array, "*stack *out"]:
     """Returns True for each output feature whose first weight is the one that `base` holds.
 
-    A cast of the kernel to a narrower dtype is no change.
+    A cast of the kernel to a narrower dtype is no change. `cut` is as in `KernelProduct`.
     """
-    kept, now = (x.astype(jnp.float32) for x in (base.first_row, first_row(kernel, axes)))
+    row = first_row(kernel, axes)
+    if cut:  # the first shard has it
+        first = sum(jax.lax.axis_index(name) for name in cut) == 0
+        row = jax.lax.psum(jnp.where(first, row, 0), cut)
+    kept, now = (x.astype(jnp.float32) for x in (base.first_row, row))
     # The absolute part is for float16, in which numbers under 6e-8 become 0.
     return jnp.abs(now - kept) <= _CAST_TOLERANCE * jnp.abs(kept) + 1e-7
 

@@ -18,6 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from dora_jax.decomposition.direction_on_gpu import (
+    rows_on_gpu,
+    square_and_rows_on_gpu,
+    transpose_on_gpu,
+)
 from dora_jax.decomposition.product import Factors, KernelProduct
 from dora_jax.ops.rarely import choose, define_linear_map
 
@@ -82,6 +87,7 @@ def _square_and_rows(
         lora_a,
         lora_b,
         base_square,
+        on_gpu=square_and_rows_on_gpu(product, scaling),
     )
 
 
@@ -251,5 +257,9 @@ def _transpose_of_columns(
 
 
 _with_direction = define_linear_map(
-    "dora_rows_of_direction", _rows_of_factors, _rows_of_columns, _transpose_of_columns
+    "dora_rows_of_direction",
+    _rows_of_factors,
+    _rows_of_columns,
+    _transpose_of_columns,
+    on_gpu=(rows_on_gpu, transpose_on_gpu),
 )

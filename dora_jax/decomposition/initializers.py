@@ -7,7 +7,8 @@ import functools
 import math
 import warnings
 import zlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,13 @@ import numpy as np
 from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase, describe_base
+from dora_jax.decomposition.sharding import layer_shardings
 from dora_jax.errors import ConfigError, Path, layer_name
+from dora_jax.ops.mesh_types import automatically
+from dora_jax.processes import spans_processes
 
 if TYPE_CHECKING:
+    from jax.sharding import NamedSharding
     from jaxtyping import Array, Float
 
 
@@ -45,7 +50,8 @@ def init_layer(
     """Returns the adapter of one layer and what it keeps of its base.
 
     The random numbers of a layer depend only on `key` and its path, so that a layer starts the same
-    whatever other layers are adapted. From an abstract kernel come abstract arrays.
+    whatever other layers are adapted. From an abstract kernel come abstract arrays. Each array is
+    made where `layer_shardings` has it, so that no device or host ever holds one that is cut.
 
     Returns:
       `{"lora_a", "lora_b", "magnitude"}`, as far as the settings have them, and the `FrozenBase`.
@@ -64,13 +70,40 @@ def init_layer(
             f"{length} layers"
         )
     settings = _only_of_the_start(settings, config)
-    build = functools.partial(_build, settings, config.init, config.adapter_dtype, axes)
+    start = functools.partial(_build, settings, config.init, config.adapter_dtype, axes)
+    shardings = layer_shardings(kernel, axes)
     if isinstance(kernel, jax.ShapeDtypeStruct):
-        return jax.eval_shape(build, key, kernel)
+        return _shapes(start, key, kernel, shardings)
     key = jax.random.fold_in(key, zlib.crc32(".".join(path).encode()))
-    adapter, base = _build_jit(settings, config.init, config.adapter_dtype, axes, key, kernel)
+    if shardings is None:
+        build = _build_jit
+    else:
+        places = jax.tree.map(lambda x: x.sharding, _shapes(start, key, kernel, shardings))
+        leaves, structure = jax.tree.flatten(places)
+        build = _build_at(structure, tuple(leaves), isinstance(kernel, jax.core.Tracer))
+    adapter, base = build(settings, config.init, config.adapter_dtype, axes, key, kernel)
     _warn_of_zero_columns(name, base.norm)
     return adapter, base
+
+
+def _shapes(
+    start: Callable[..., Any],
+    key: Array,
+    kernel: Any,
+    shardings: Mapping[str, NamedSharding] | None,
+) -> tuple[ArrayDict, FrozenBase]:
+    """Returns the shapes of what `init_layer` returns, with the shardings if there are any."""
+    adapter, base = jax.eval_shape(start, key, jax.ShapeDtypeStruct(kernel.shape, kernel.dtype))
+    if shardings is None:
+        return adapter, base
+
+    def place(arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+            for name, x in arrays.items()
+        }
+
+    return place(adapter), FrozenBase(**place(base.arrays()))
 
 
 def _only_of_the_start(settings: LayerSettings, config: DoRAConfig) -> LayerSettings:
@@ -114,6 +147,18 @@ def _build(
 
 
 _build_jit = jax.jit(_build, static_argnums=(0, 1, 2, 3))
+
+
+@functools.cache  # one program for all layers of equal kernels
+def _build_at(structure: Any, shardings: tuple[NamedSharding, ...], traced: bool) -> Any:
+    """Returns `_build_jit` with results of these shardings; in a traced program by their types."""
+    out = jax.tree.unflatten(structure, shardings)
+
+    def build(*arguments: Any) -> Any:
+        *static, key, kernel = arguments
+        return automatically(functools.partial(_build, *static), out, key, kernel)
+
+    return jax.jit(build, static_argnums=(0, 1, 2, 3), out_shardings=None if traced else out)
 
 
 def _draw(init: str, key: Array, shape: tuple[int, ...], fan_in: int, rank: int) -> Array:
@@ -175,9 +220,15 @@ def _with_rank(
 def _warn_of_zero_columns(name: str, norm: Array) -> None:
     if isinstance(norm, jax.core.Tracer):
         return
-    if zeros := int(np.sum(np.asarray(norm) == 0)):
+    if zeros := int(_count_zeros(norm) if spans_processes(norm) else np.sum(np.asarray(norm) == 0)):
         warnings.warn(
             f"{name}: {zeros} of {norm.size} columns of the kernel are exactly zero; "
             "they have no direction and stay zero",
             stacklevel=2,
         )
+
+
+@jax.jit
+def _count_zeros(norm: Array) -> Array:
+    """Returns a number that every process knows, of an array that none of them holds whole."""
+    return jnp.sum(norm == 0)

@@ -6,10 +6,11 @@ import functools
 import math
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dora_jax.decomposition.axes import (
     Adapter,
@@ -21,6 +22,7 @@ from dora_jax.decomposition.base import FrozenBase, kernel_norm
 from dora_jax.decomposition.product import KernelProduct
 from dora_jax.decomposition.scale import effective_factors, magnitude_over_norm
 from dora_jax.errors import AdapterError, Path, layer_name, listing
+from dora_jax.ops.mesh_types import automatically, explicit_mesh
 from dora_jax.ops.output_scale import wide_dtype
 
 if TYPE_CHECKING:
@@ -78,6 +80,17 @@ def merge_kernel(
     `||rounded - W'|| / ||W' - W0||`, in float32 or wider. It is 0 where the kernel did not change,
     apart from rounding.
     """
+    if explicit_mesh(kernel) is not None:
+        own = jax.typeof(kernel).sharding
+        out = (own, NamedSharding(own.mesh, PartitionSpec()))
+        run = functools.partial(_merge, settings, axes)
+        return cast("tuple[Array, Array]", automatically(run, out, kernel, dict(adapter), base))
+    return _merge(settings, axes, kernel, adapter, base)
+
+
+def _merge(
+    settings: LayerSettings, axes: KernelAxes, kernel: Array, adapter: Adapter, base: FrozenBase
+) -> tuple[Array, Array]:
     exact = materialize(settings, kernel, adapter, base, axes, dtype=wide_dtype(kernel.dtype))
     rounded = exact.astype(kernel.dtype)
     wide = kernel.astype(exact.dtype)

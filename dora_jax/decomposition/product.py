@@ -29,11 +29,18 @@ class KernelProduct(NamedTuple):
       axes: the kernel's axes.
       dtype: the dtype in which the layer multiplies; None is the kernel's.
       precision: of the product with the kernel, as for `jax.lax.dot_general`.
+      cut: inside `jax.shard_map`, the mesh axes that cut the kernel's in axes. What is summed over
+        those is summed over the shards too.
     """
 
     axes: KernelAxes
     dtype: DTypeLike | None = None
     precision: lax.PrecisionLike = None
+    cut: tuple[str, ...] = ()
+
+    def over_shards(self, x: Array) -> Array:
+        """Returns the sum over the shards of the in axes."""
+        return lax.psum(x, self.cut) if self.cut else x
 
     @property
     def wide(self) -> jnp.dtype:
@@ -47,13 +54,14 @@ class KernelProduct(NamedTuple):
     def with_kernel(self, a: Array, kernel: Array) -> Float[Array, "*stack r *out"]:
         """Returns `A^T W`."""
         letters, stack, inputs, outputs = self.axes.letters()
-        return jnp.einsum(
+        y = jnp.einsum(
             f"{stack}{inputs}y,{letters}->{stack}y{outputs}",
             a.astype(self.dtype),
             kernel.astype(self.dtype),
             precision=self.precision,
             preferred_element_type=self.wide,
         )
+        return self.over_shards(y)
 
     def tangent(self, factor: Array) -> Array:
         """Returns a factor's tangent as `rounded` does, but in float16 not rounded.
@@ -77,12 +85,13 @@ class KernelProduct(NamedTuple):
             preferred_element_type=self.wide,
         )
         order = [sorted(outputs).index(i) for i in outputs]
-        return jnp.transpose(y, (*range(n + 1), *(n + 1 + i for i in order)))
+        return self.over_shards(jnp.transpose(y, (*range(n + 1), *(n + 1 + i for i in order))))
 
     def with_factors(self, a: Array, other: Array, b: Array) -> Float[Array, "*stack r *out"]:
         """Returns `(A^T A') B`."""
         _, stack, inputs, outputs = self.axes.letters()
         gram = jnp.einsum(f"{stack}{inputs}y,{stack}{inputs}z->{stack}yz", a, other)
+        gram = self.over_shards(gram)
         return jnp.einsum(f"{stack}yz,{stack}z{outputs}->{stack}y{outputs}", gram, b)
 
     def sum_over_rank(self, x: Float[Array, "*stack r *out"]) -> Float[Array, "*stack *out"]:

@@ -5,7 +5,7 @@ The norm comes from the factors, so no array as large as the kernel is formed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from dora_jax.decomposition.axes import Adapter, KernelAxes, expand_trailing
 from dora_jax.decomposition.base import FrozenBase, same_base
 from dora_jax.decomposition.direction import SMALL_SQUARE, relative_square
 from dora_jax.decomposition.product import Factors, KernelProduct
+from dora_jax.decomposition.sharding import explicit_shardings
+from dora_jax.ops.mesh_types import automatically
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -77,6 +79,22 @@ def is_short(norm: Float[Array, "*stack *out"], base: FrozenBase) -> Bool[Array,
     return norm < SMALL_SQUARE**0.5 * base.norm
 
 
+def stored_scale(
+    settings: LayerSettings,
+    kernel: Float[Array, "..."],
+    adapter: Adapter,
+    base: FrozenBase,
+    product: KernelProduct,
+) -> Float[Array, "*stack *out"]:
+    """Returns `magnitude_over_norm` of a stored kernel, also where its mesh axes are explicit."""
+    out = explicit_shardings(kernel, product.axes).get("scale")
+
+    def run(kernel: Array, adapter: Adapter, base: FrozenBase) -> Array:
+        return magnitude_over_norm(settings, kernel, adapter, base, product)
+
+    return cast("Array", automatically(run, out, kernel, dict(adapter), base))
+
+
 def magnitude_over_norm(
     settings: LayerSettings,
     kernel: Float[Array, "..."],
@@ -114,7 +132,9 @@ def magnitude_over_norm(
     if base.mask is not None:
         adapted = expand_trailing(base.mask, n.ndim)
         magnitude, n = jnp.where(adapted, magnitude, 1), jnp.where(adapted, n, 1)
-    return _ratio(magnitude, jnp.where(same_base(kernel, base, product.axes), n, jnp.nan))
+    return _ratio(
+        magnitude, jnp.where(same_base(kernel, base, product.axes, product.cut), n, jnp.nan)
+    )
 
 
 @jax.custom_jvp

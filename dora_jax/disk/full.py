@@ -1,4 +1,4 @@
-"""The error of a full disk, whichever library reports it."""
+"""The error of a full disk, whichever library reports it; what Orbax prints beside its errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dora_jax.errors import CheckpointError, DoRAError
@@ -75,17 +75,7 @@ def said_once() -> Iterator[None]:
     Once there was such an error it stays so: asyncio repeats it when its tasks are collected.
     """
     loggers, repeats = [logging.getLogger(name) for name in ("absl", "asyncio")], _Repeats()
-    raised, ignored = sys.excepthook, sys.unraisablehook
-
-    def on_raised(kind: Any, error: BaseException, traceback: Any) -> None:
-        if not _of_ended_loop(error):
-            raised(kind, error, traceback)
-
-    def on_ignored(what: Any) -> None:
-        if not _of_ended_loop(what.exc_value):
-            ignored(what)
-
-    sys.excepthook, sys.unraisablehook = on_raised, on_ignored
+    undo = ignore_late_threads()
     for logger in loggers:
         logger.addFilter(repeats)
     try:
@@ -94,13 +84,36 @@ def said_once() -> Iterator[None]:
         if not repeats.dropped:
             for logger in loggers:
                 logger.removeFilter(repeats)
-            if sys.excepthook is on_raised:
-                sys.excepthook = raised
-            if sys.unraisablehook is on_ignored:
-                sys.unraisablehook = ignored
+            undo()
 
 
-def _of_ended_loop(error: BaseException | None) -> bool:
-    """Whether a thread of TensorStore reports to an event loop that ended with the first error."""
-    main = threading.current_thread() is threading.main_thread()
-    return not main and str(error) == "Event loop is closed"
+class _WithoutLateThreads:
+    """A hook of `sys` without what threads report to an event loop that an error has ended."""
+
+    def __init__(self, hook: Callable[..., object]) -> None:
+        self.hook = hook
+
+    def __call__(self, *what: Any) -> None:
+        error = what[0].exc_value if len(what) == 1 else what[1]
+        main = threading.current_thread() is threading.main_thread()
+        if main or str(error) != "Event loop is closed":
+            self.hook(*what)
+
+
+def ignore_late_threads() -> Callable[[], None]:
+    """Drops what threads of TensorStore print when Orbax has failed: they end after its event loop.
+
+    Returns:
+      What undoes it; not to be called after an error, since such a thread may come much later.
+    """
+    before = {name: getattr(sys, name) for name in ("excepthook", "unraisablehook")}
+    for name, hook in before.items():
+        if not isinstance(hook, _WithoutLateThreads):
+            setattr(sys, name, _WithoutLateThreads(hook))
+
+    def undo() -> None:
+        for name, hook in before.items():
+            if isinstance(getattr(sys, name), _WithoutLateThreads):
+                setattr(sys, name, hook)
+
+    return undo

@@ -11,13 +11,14 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dora_jax.errors import CheckpointError, MissingFileError
 from dora_jax.huggingface.safetensors import Header, StoredTensor, read_header, safetensors
 from dora_jax.json_file import is_folder, read_json, shown
+from dora_jax.processes import failing_together, is_first
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped
@@ -96,7 +97,7 @@ def _is_quantised_mlx(header: Header) -> bool:
 def save_tensors(
     folder: pathlib.Path,
     sizes: Mapping[str, int],
-    make: Callable[[str], Shaped[np.ndarray, "..."]],
+    make: Callable[[str], Callable[[], Shaped[np.ndarray, "..."]]],
     max_file_bytes: int,
 ) -> None:
     """Writes tensors into an empty folder, with an index if they take several files.
@@ -104,20 +105,28 @@ def save_tensors(
     Args:
       folder: where to write.
       sizes: the number of bytes of each tensor, by name.
-      make: returns a tensor by name. Those of one file are held at once.
+      make: gathers a tensor by name in all processes, and returns a function that makes it in the
+        first. That one alone writes, and holds the tensors of one file at once.
       max_file_bytes: the largest size of a file, unless a single tensor is larger.
     """
     files = _distribute(sizes, max_file_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         file = FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-        tensors = {name: _contiguous(make(name)) for name in names}
-        safetensors().numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
-        # save_file lets only the file's owner read it.
-        (folder / file).chmod(folder.stat().st_mode & 0o666)
+        tensors: dict[str, Any] = {}
+        for name in names:
+            made = make(name)
+            with failing_together():
+                if is_first():
+                    tensors[name] = _contiguous(made())
         weight_map |= dict.fromkeys(names, file)
+        with failing_together():
+            if is_first():
+                safetensors().numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+                # save_file lets only the file's owner read it.
+                (folder / file).chmod(folder.stat().st_mode & 0o666)
         del tensors  # before the next file's are made
-    if len(files) > 1:
+    if len(files) > 1 and is_first():
         index = {
             "metadata": {"total_size": sum(sizes.values())},
             "weight_map": dict(sorted(weight_map.items())),

@@ -155,14 +155,9 @@ class Parameter:
         return jax.block_until_ready(array)  # so that the host's buffers can be freed
 
     def check_concrete(self) -> None:
-        """Raises `CheckpointError` if the value is abstract, or spread over several processes."""
+        """Raises `CheckpointError` if the value is abstract."""
         if isinstance(self.value, jax.ShapeDtypeStruct):
             raise CheckpointError(f"{self.path} is a shape without a value: nothing to write")
-        if isinstance(self.value, jax.Array) and not self.value.is_fully_addressable:
-            raise CheckpointError(
-                f"{self.path} is spread over several processes: gather it first, with "
-                "jax.experimental.multihost_utils.process_allgather"
-            )
 
     def _bounds(self, index: Sequence[slice] | None) -> tuple[tuple[int, int], ...]:
         index = tuple(slice(None) for _ in self.shape) if index is None else index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -15,12 +16,18 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from dora_jax.disk import given_folder, target_folder, written_whole
+from dora_jax.disk import given_folder, target_folder, written_by_all, written_whole
 from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.files import WEIGHTS, save_tensors, weight_files
 from dora_jax.huggingface.parameters import Parameter, parameters_of
 from dora_jax.json_file import read_json
 from dora_jax.names.name_map import NameMap
+from dora_jax.processes import (
+    failing_together,
+    is_first,
+    on_first_host,
+    spans_processes,
+)
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -77,7 +84,8 @@ def save_checkpoint(
     """Writes a model, or a tree of parameters, as a Hugging Face checkpoint folder.
 
     The folder has all files of the old version or all of the new one at any moment. Its other
-    files stay.
+    files stay. In a run of several processes all call it; the first one gathers the tensors, one by
+    one, and writes.
 
     Args:
       folder: where to write.
@@ -105,25 +113,39 @@ def save_checkpoint(
       ['model.safetensors']
     """
     options = options or SaveOptions()
-    target = target_folder(folder, *(() if source is None else (source,)))
-    if weight_files(target) and not options.overwrite:
-        raise FileExistsError(
-            f"{folder} holds weights: pass SaveOptions(overwrite=True), or another folder"
-        )
     tensors = _tensors(parameters_of(model, axes=axes), names, extra or {})
     dtypes = {name: np.dtype(options.dtype or like.dtype) for name, (like, _) in tensors.items()}
     sizes = {
         name: dtypes[name].itemsize * math.prod(like.shape) for name, (like, _) in tensors.items()
     }
-    with written_whole(target, own=is_weights, overwrite=options.overwrite) as partial:
-        save_tensors(
-            partial,
-            sizes,
-            lambda name: _cast(name, tensors[name][1](), dtypes[name]),
-            options.max_file_bytes,
+    with written_by_all(functools.partial(_new_version, folder, source, options)) as partial:
+        make = functools.partial(_maker, tensors, dtypes)
+        save_tensors(partial, sizes, make, options.max_file_bytes)
+        with failing_together():
+            if source is not None and is_first():
+                copy_companions(given_folder(source), partial, set(dtypes.values()))
+
+
+def _new_version(
+    folder: str | PathLike[str], source: str | PathLike[str] | None, options: SaveOptions
+) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Returns a block that makes a folder, or the new version of one; errors as for saving."""
+    target = target_folder(folder, *(() if source is None else (source,)))
+    if weight_files(target) and not options.overwrite:
+        raise FileExistsError(
+            f"{folder} holds weights: pass SaveOptions(overwrite=True), or another folder"
         )
-        if source is not None:
-            copy_companions(given_folder(source), partial, set(dtypes.values()))
+    return written_whole(target, own=is_weights, overwrite=options.overwrite)
+
+
+def _maker(
+    tensors: Mapping[str, tuple[Any, Callable[[], Any]]],
+    dtypes: Mapping[str, np.dtype[Any]],
+    name: str,
+) -> Callable[[], Any]:
+    """Gathers a tensor, and returns a function that makes it on the first host."""
+    convert = tensors[name][1]()
+    return lambda: _cast(name, convert(), dtypes[name])
 
 
 def _cast(name: str, value: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
@@ -141,7 +163,9 @@ def _cast(name: str, value: Any, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
 def _tensors(
     parameters: list[Parameter], names: NameMap, extra: Mapping[str, ArrayLike]
 ) -> dict[str, tuple[Any, Callable[[], Any]]]:
-    """Returns by name, for each tensor to write, its shape and dtype, and a function for its value.
+    """Returns by name, for each tensor to write, its shape and dtype, and how it is made.
+
+    That is in two steps: all processes gather the value on the first host, which then converts it.
 
     Raises:
       CheckpointError: a value is abstract, or two tensors have one name.
@@ -153,20 +177,26 @@ def _tensors(
         for one in parameter.slices(names):
             like = jax.ShapeDtypeStruct(one.tensor_shape, parameter.dtype)
 
-            def make(one: Any = one, parameter: Parameter = parameter) -> Any:
-                return one.to_tensor(names, np.asarray(parameter.value[one.index]))
+            def gather(one: Any = one, parameter: Parameter = parameter) -> Callable[[], Any]:
+                value = on_first_host(parameter.value[one.index])
+                return lambda: one.to_tensor(names, value)
 
             repeated += [one.tensor] if one.tensor in tensors else []
-            tensors[one.tensor] = (like, make)
+            tensors[one.tensor] = (like, gather)
     for name, value in extra.items():
         repeated += [name] if name in tensors else []
-        array = np.asarray(value)
-        tensors[name] = (array, functools.partial(np.asarray, array))
+        array = value if spans_processes(value) else np.asarray(value)
+        tensors[name] = (array, functools.partial(_gathered, array))
     if repeated:
         raise CheckpointError(
             f"{', '.join(repeated)}: two values for one tensor. Correct the name map or extra"
         )
     return tensors
+
+
+def _gathered(value: Any) -> Callable[[], Any]:
+    found = on_first_host(value)
+    return lambda: found
 
 
 def is_weights(name: str) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import jax
 import jax.numpy as jnp
 
 from dora_jax.config import LayerSettings
@@ -20,10 +21,12 @@ from dora_jax.decomposition.scale import (
     magnitude_over_norm,
     norm_of_layer,
 )
-from dora_jax.errors import LayoutError, Path
-from dora_jax.layers.exact_output import can_cancel, exact_attend, exact_output
+from dora_jax.decomposition.sharding import axes_that_cut
+from dora_jax.errors import LayoutError, Path, layer_name
+from dora_jax.layers.exact_output import can_cancel, exact_attend, exact_output, multiplies_wide
 from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes, low_rank_dtype
-from dora_jax.ops.output_scale import apply_scale, apply_scale_to_sum, wide_dtype
+from dora_jax.ops.mesh_types import automatically, explicit_mesh
+from dora_jax.ops.output_scale import apply_scale, apply_scale_to_sum
 from dora_jax.ops.remat import scaled_name
 
 if TYPE_CHECKING:
@@ -40,12 +43,34 @@ class AdaptedLayer:
       layout: the layout of its class.
       axes: of the kernel that one call sees, without the stack axes that a scan or vmap takes.
       path: of the layer, by which rematerialisation may save its output.
+      inputs: the sizes of the in axes of the whole kernel, of which `jax.shard_map` may cut a part.
     """
 
     settings: LayerSettings
     layout: Layout
     axes: KernelAxes
     path: Path = ()
+    inputs: tuple[int, ...] = ()
+
+    def product(
+        self, layer: Any, kernel: Array, axes: KernelAxes, dtype: DTypeLike, base: FrozenBase
+    ) -> KernelProduct:
+        """Returns how the norm multiplies a kernel of these axes.
+
+        Raises:
+          LayoutError: inside `jax.shard_map` the kernel is cut along an in axis, and its type does
+            not say by which mesh axis.
+        """
+        cut = axes_that_cut(kernel, axes.inputs, self.inputs, base.norm)
+        if cut is None:
+            raise LayoutError(
+                f"{layer_name(self.path)}: this call sees a part of the kernel's in axes, "
+                f"{[kernel.shape[i] for i in axes.inputs]} of {list(self.inputs)}, and which mesh "
+                "axes cut them is not known, so that its norm cannot be summed: inside "
+                "jax.shard_map leave check_vma on, and pass kernel, adapters and base with the "
+                "specs of dora.shardings"
+            )
+        return KernelProduct(axes, dtype, getattr(layer, "precision", None), cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +98,9 @@ def adapted_output(
     The bias is not scaled. It is added last rather than subtracted from the plain layer's output
     first, which would not be exact.
 
+    Under explicit sharding the plain layer's output has the sharding of the result. What is added
+    to it is computed with automatic axes, see `automatically`.
+
     Args:
       adapted: the layer's settings, layout and axes.
       call: the arguments of the call, and the plain layer's output.
@@ -83,11 +111,34 @@ def adapted_output(
     Raises:
       LayoutError: this call uses the kernel in another way than the one that was traced.
     """
+    if explicit_mesh(call.plain_output) is None:
+        return _adapted_output(adapted, call, adapter, base)
+    traced, arguments_of = call.traced_arguments()
+
+    def run(traced: list[Array], arrays: Any, adapter: Adapter, base: FrozenBase) -> Array:
+        arguments = dict(arguments_of(traced))
+        if "out_sharding" in arguments:  # of the plain output
+            arguments["out_sharding"] = None
+        automatic = dataclasses.replace(call, arguments=arguments, **arrays)
+        return _adapted_output(adapted, automatic, adapter, base)
+
+    arrays: dict[str, Any]
+    arrays = {"plain_output": call.plain_output, "kernel": call.kernel, "bias": call.bias}
+    if isinstance(call.dropout, jax.tree_util.Partial):  # with its key
+        arrays["dropout"] = call.dropout
+    out = jax.typeof(call.plain_output).sharding
+    return cast("Array", automatically(run, out, traced, arrays, dict(adapter), base))
+
+
+def _adapted_output(
+    adapted: AdaptedLayer, call: LayerCall, adapter: Adapter, base: FrozenBase
+) -> Float[Array, "..."]:
+    """Does what `adapted_output` does, without a mesh of explicit axes."""
     settings, layout, layer = adapted.settings, adapted.layout, call.layer
     axes = _checked_axes(adapted, call)
     output_axes = layout.output_axes(layer, call.arguments, axes)
     dtype = compute_dtype(layer, call.arguments[layout.inputs], call.kernel)
-    product = KernelProduct(axes, dtype, getattr(layer, "precision", None))
+    product = adapted.product(layer, call.kernel, axes, dtype, base)
     h, exact = call.plain_output, None
     factors = effective_factors(adapter, base, axes) if settings.rank else None
     norm = norm_of_layer(settings, call.kernel, adapter, base, product, factors)
@@ -120,26 +171,56 @@ def adapted_attend(
     """
     settings, axes = adapted.settings, adapted.axes
     dtype = compute_dtype(call.layer, call.query, call.kernel)
-    factors = effective_factors(adapter, base, axes) if settings.rank else None
     query = call.query.astype(dtype)
-    product = KernelProduct(axes, dtype, getattr(call.layer, "precision", None))
-    norm = norm_of_layer(settings, call.kernel, adapter, base, product, factors)
-    if settings.decompose:
-        scale = magnitude_over_norm(settings, call.kernel, adapter, base, product, norm)
-        query = apply_scale(query, scale)
+    product = adapted.product(call.layer, call.kernel, axes, dtype, base)
+
+    def scaled(query: Array, kernel: Array, adapter: Adapter, base: FrozenBase) -> Any:
+        factors = effective_factors(adapter, base, axes) if settings.rank else None
+        norm = norm_of_layer(settings, kernel, adapter, base, product, factors)
+        if settings.decompose:
+            scale = magnitude_over_norm(settings, kernel, adapter, base, product, norm)
+            query = apply_scale(query, scale)
+        return query, factors, norm
+
+    def added(query: Array, a: Array, b: Array) -> Array:
+        return settings.scaling * (query @ b.T) @ a.T
+
+    if explicit_mesh(query, call.kernel) is not None:
+        return _explicit_attend(call, scaled, added, (query, call.kernel, dict(adapter), base))
+    query, factors, norm = scaled(query, call.kernel, adapter, base)
     if factors is None:
         return call.attend(query)
     a, b = (x.astype(low_rank_dtype(dtype)) for x in factors)
-
-    def added(query: Array) -> Array:
-        return settings.scaling * (query @ b.T) @ a.T
-
-    if norm is not None and wide_dtype(dtype) == jnp.dtype(dtype):
+    if norm is not None and multiplies_wide(dtype, product.precision):
         columns = Columns.of(product, settings.scaling, call.kernel, b)
         short = is_short(norm, base)
         return exact_attend(columns, call.attend, added, query, (short, call.kernel, a, b))
     logits = call.attend(query)
-    return logits + added(query).astype(logits.dtype)
+    return logits + added(query, a, b).astype(logits.dtype)
+
+
+def _explicit_attend(
+    call: AttendCall,
+    scaled: Callable[..., Any],
+    added: Callable[..., Array],
+    operands: tuple[Any, ...],
+) -> Float[Array, "*batch vocab"]:
+    """Does what `adapted_attend` does on a mesh of explicit axes, without its exact way.
+
+    The layer's own product stands between two parts with automatic axes.
+    """
+    dtype = low_rank_dtype(operands[0].dtype)
+    by = jax.typeof(operands[0]).sharding
+    query = automatically(lambda *given: scaled(*given)[0], by, *operands)
+    logits = call.attend(query)
+
+    def low_rank(query: Array, *others: Any) -> Array:
+        factors = scaled(query, *others)[1]
+        if factors is None:
+            return jnp.zeros(logits.shape, logits.dtype)
+        return added(query, *(x.astype(dtype) for x in factors)).astype(logits.dtype)
+
+    return logits + automatically(low_rank, jax.typeof(logits).sharding, query, *operands[1:])
 
 
 def compute_dtype(layer: Any, inputs: Array, kernel: Array) -> DTypeLike:

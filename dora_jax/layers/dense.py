@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class GeneralLayout(Layout):
         a, b = branch.in_compute_dtype()
         axes = self.axes(layer, call.arguments)
         contracted = tuple(sorted(axis % x.ndim for axis in _as_tuple(layer.axis)))  # as Flax does
-        product = layer.dot_general or lax.dot_general
+        product = layer.dot_general if _has_own_product(layer) else lax.dot_general
         dimensions = ((contracted, axes.inputs), (axes.stack, axes.stack))
         xa = product(x, a, dimensions, precision=layer.precision)
         return up_projection(
@@ -89,7 +90,14 @@ class EmbedLayout(DenseLayout):
 
 
 def _has_own_product(layer: Any) -> bool:
-    return getattr(layer, "dot_general", None) not in (None, lax.dot_general)
+    """Returns whether a layer makes its product in a way of its own.
+
+    A `functools.partial` that gives `out_sharding` alone only says where the layer's output lies.
+    """
+    product = getattr(layer, "dot_general", None)
+    if isinstance(product, functools.partial) and product.keywords.keys() == {"out_sharding"}:
+        product = product.func
+    return product not in (None, lax.dot_general)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

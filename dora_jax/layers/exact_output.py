@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dora_jax.decomposition.direction import Columns
 from dora_jax.decomposition.product import KernelProduct
@@ -32,7 +33,19 @@ def can_cancel(layout: Layout, call: LayerCall, dropped: LayerCall, dtype: DType
     """
     x = call.arguments[layout.inputs]
     same = dropped.arguments[layout.inputs] is x
-    return same and jnp.issubdtype(x.dtype, jnp.inexact) and wide_dtype(dtype) == jnp.dtype(dtype)
+    precision = getattr(call.layer, "precision", None)
+    return same and jnp.issubdtype(x.dtype, jnp.inexact) and multiplies_wide(dtype, precision)
+
+
+def multiplies_wide(dtype: DTypeLike, precision: lax.PrecisionLike) -> bool:
+    """Whether a layer multiplies in float32 or wider.
+
+    A GPU rounds the operands of a float32 product to TF32, unless a precision says otherwise.
+    """
+    if wide_dtype(dtype) != jnp.dtype(dtype):
+        return False
+    default = precision is None and jax.config.jax_default_matmul_precision is None  # type: ignore[attr-defined]
+    return not (default and jax.default_backend() == "gpu" and jnp.dtype(dtype) == jnp.float32)
 
 
 def exact_output(
@@ -47,17 +60,12 @@ def exact_output(
     Every layout can do it: with a block of `V` in the place of `A`, and of `B` the matrix that puts
     the block's columns in their places, `(x A) B` is the block's part of `x V`.
     """
-    leaves, structure = jax.tree.flatten(dict(call.arguments))
-    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    traced, arguments_of = call.traced_arguments()
     like = jax.ShapeDtypeStruct(call.plain_output.shape, call.plain_output.dtype)
     outputs = tuple(call.kernel.shape[i] for i in product.axes.outputs)
 
     def output(kernel: Array, a: Array, b: Array, *arrays: Array) -> Array:
-        given = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            given[i] = array
-        arguments = jax.tree.unflatten(structure, given)
-        own = dataclasses.replace(call, arguments=arguments, kernel=kernel, bias=None)
+        own = dataclasses.replace(call, arguments=arguments_of(arrays), kernel=kernel, bias=None)
         columns = Columns.of(product, branch.scaling, kernel, b)
         leading = a.shape[:-1]
 
@@ -70,14 +78,14 @@ def exact_output(
 
         return columns.each(step, jnp.zeros(like.shape, like.dtype))
 
-    operands = (call.kernel, branch.a, branch.b, *(leaves[i] for i in traced))
+    operands = (call.kernel, branch.a, branch.b, *traced)
     return Exact(is_short, output, operands)
 
 
 def exact_attend(
     columns: Columns,
     attend: Callable[[Array], Array],
-    added: Callable[[Array], Array],
+    added: Callable[[Array, Array, Array], Array],
     query: Float[Array, "*batch features"],
     operands: tuple[Array, ...],
 ) -> Float[Array, "*batch vocab"]:
@@ -89,7 +97,7 @@ def exact_attend(
     Args:
       columns: how `V` is formed.
       attend: the product with the frozen table.
-      added: the low-rank product.
+      added: `(query, A, B) -> logits`, the low-rank product.
       query: scaled.
       operands: whether each column is short, the table, `A` and `B`.
     """
@@ -115,5 +123,5 @@ def exact_attend(
     shape = (*query.shape[:-1], vocab)
     one, other, zeros = fork(query, shape, Exact(is_short, by_query, operands[1:]))
     plain = attend(one)
-    terms = (plain, added(other).astype(plain.dtype), zeros.astype(plain.dtype))
+    terms = (plain, added(other, *operands[2:]).astype(plain.dtype), zeros.astype(plain.dtype))
     return sum_of_terms(*terms, Exact(is_short, logits, (query, *operands[1:])))

@@ -50,7 +50,8 @@ class LayerCall:
       plain_output: `x W0` from the layer's own method, without the bias.
       kernel: the frozen kernel `W0`.
       bias: the layer's bias; None if it has none.
-      dropout: acts on the input of the low-rank branch.
+      dropout: acts on the input of the low-rank branch. A `jax.tree_util.Partial` of its key where
+        it draws, so that the key is known apart.
       run: `(arguments, kernel, features) -> output`, the layer's own method with another kernel, of
         `features` out features, and no bias.
     """
@@ -62,6 +63,20 @@ class LayerCall:
     bias: Float[Array, "..."] | None
     dropout: Callable[[Array], Array]
     run: Callable[[Arguments, Array, int], Array]
+
+    def traced_arguments(self) -> tuple[list[Array], Callable[[Sequence[Array]], Arguments]]:
+        """Returns the arrays among the arguments, and what puts others in their places."""
+        leaves, structure = jax.tree.flatten(dict(self.arguments))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+        def with_others(arrays: Sequence[Array]) -> Arguments:
+            given = list(leaves)
+            for i, array in zip(places, arrays, strict=True):
+                given[i] = array
+            arguments: Arguments = jax.tree.unflatten(structure, given)
+            return arguments
+
+        return [leaves[i] for i in places], with_others
 
 
 class LowRank(NamedTuple):

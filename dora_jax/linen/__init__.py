@@ -8,6 +8,7 @@ from dora_jax.linen.adapt import apply_dora
 from dora_jax.linen.inference import apply_mixed, disabled_adapters, precompute_scales
 from dora_jax.linen.merge import merge
 from dora_jax.linen.model import DoRAModel, check_adapters, check_base, remembered
+from dora_jax.linen.sharding import shardings
 from dora_jax.linen.tracing import ExampleCall
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "merge",
     "precompute_scales",
     "remembered",
+    "shardings",
 ]

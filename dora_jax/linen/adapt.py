@@ -11,12 +11,11 @@ from flax import linen as nn
 from flax.core import meta
 
 from dora_jax.adapters.placement import own_array
-from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, tree_shapes
+from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, tree_shapes, unboxed
 from dora_jax.config import DoRAConfig, LayerSettings, TrainedConfig
 from dora_jax.errors import AdapterError, ConfigError, Path
 from dora_jax.layers.adapted import AdaptedLayer
 from dora_jax.layers.plan import (
-    LayerStart,
     StoredKernel,
     plan_layers,
     start_layers,
@@ -99,7 +98,8 @@ def _adapt(
     layers = {path: stored[path] for path in started}
     base = {path: start.base for path, start in started.items()}
     saved = saved_paths(config, parts)
-    adapters = _adapter_tree(started, params, saved)
+    arrays = {path: layers[path].boxed(start.adapter) for path, start in started.items()}
+    adapters = _adapter_tree(arrays, params, saved)
     statistics = [p for p in sorted(trace.statistics) if any(p[: len(s)] == s for s in saved)]
     model = DoRAModel(module, config, layers, base, tree_shapes(adapters), statistics)
     return model, remembered(model, adapters)
@@ -118,7 +118,7 @@ def _checked_module(module: nn.Module | DoRAModel, params: Tree) -> nn.Module:
 def _unreached(params: Tree, trace: Trace) -> dict[Path, bool]:
     """Returns the modules whose parameters the call does not reach, and which are dense layers."""
     found: dict[Path, bool] = {}
-    for (*path, name), leaf in flatten(meta.unbox(params)).items():
+    for (*path, name), leaf in flatten(params).items():
         if (module := tuple(path)) not in trace.modules:
             is_dense = name == "kernel" and np.ndim(leaf) >= 2
             found[module] = found.get(module, False) or is_dense
@@ -126,14 +126,14 @@ def _unreached(params: Tree, trace: Trace) -> dict[Path, bool]:
 
 
 def _adapter_tree(
-    started: Mapping[Path, LayerStart], params: Tree, saved: Sequence[Path]
+    layers: Mapping[Path, Tree], params: Tree, saved: Sequence[Path]
 ) -> dict[str, Any]:
     """Returns the adapters of layers, with the parameters of modules trained in full."""
     adapters: Any = {}
-    for path, start in started.items():
-        adapters = set_in(adapters, path, start.adapter)
+    for path, adapter in layers.items():
+        adapters = set_in(adapters, path, adapter)
     for path in saved:
-        own = jax.tree.map(own_array, meta.unbox(get_in(params, path)))
+        own = jax.tree.map(own_array, get_in(params, path))
         adapters = set_in(adapters, path, own)
     return adapters
 
@@ -145,7 +145,7 @@ def _bare_parameters(params: Tree, trace: Trace) -> list[Path]:
     """
     holders = {path[:n] for path in trace.modules for n in range(len(path))}
     holders -= trace.layers.keys() | trace.unsupported.keys()
-    return [path for path in flatten(meta.unbox(params)) if path[:-1] in holders]
+    return [path for path in flatten(params) if path[:-1] in holders]
 
 
 def _stored_layers(
@@ -160,7 +160,7 @@ def _stored_layers(
     Where shapes do not tell which axes are stack axes, a second trace finds them.
     """
     kernels = {p: (*p, trace.layers[p].layout.kernel) for p in settings}
-    shapes = {p: meta.unbox(get_in(params, kernel)).shape for p, kernel in kernels.items()}
+    shapes = {p: unboxed(get_in(params, kernel)).shape for p, kernel in kernels.items()}
     ambiguous = [p for p in settings if not is_in_front(shapes[p], trace.layers[p].kernel_shape)]
     layers = trace.layers
     if ambiguous:
@@ -169,6 +169,10 @@ def _stored_layers(
     for path, own in settings.items():
         traced = layers[path]
         positions, axes = stored_kernel_axes(path, traced, shapes[path])
-        adapted = AdaptedLayer(own, traced.layout, traced.axes, path)
-        stored[path] = StoredLayer(adapted, axes, positions, traced.dtype, traced.module)
+        whole = tuple(shapes[path][i] for i in axes.inputs)
+        adapted = AdaptedLayer(own, traced.layout, traced.axes, path, whole)
+        box = get_in(params, kernels[path])
+        box = box.replace(value=None) if isinstance(box, meta.Partitioned) else None
+        module = traced.module
+        stored[path] = StoredLayer(adapted, axes, positions, traced.dtype, module, box)
     return stored

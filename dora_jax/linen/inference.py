@@ -9,11 +9,12 @@ import jax
 from dora_jax.adapters.origin import check_origin
 from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.serving import check_index, disable, select_adapters
-from dora_jax.adapters.trees import Tree, flatten, get_in, set_in
-from dora_jax.decomposition.scale import magnitude_over_norm
+from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, unboxed
+from dora_jax.decomposition.scale import stored_scale
 from dora_jax.linen.model import (
     DoRAModel,
     check_adapters,
+    check_base_is_no_constant,
     check_byte_order,
     check_collections,
     origins,
@@ -42,8 +43,10 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
       >>> precompute_scales(model, params, adapters)["scale"]
       Array([1., 1., 1.], dtype=float32)
     """
+    check_base_is_no_constant(model)
     check_adapters(model, adapters)
     check_byte_order(params)
+    adapters = unboxed(adapters)
     precomputed: Any = adapters
     for path, layer in model.layers.items():
         settings = layer.adapted.settings
@@ -51,7 +54,7 @@ def precompute_scales(model: DoRAModel, params: Tree, adapters: Tree) -> dict[st
             continue
         adapter = dict(get_in(adapters, path))
         kernel, base = layer.kernel(params), model.base[path]
-        scale = magnitude_over_norm(settings, kernel, adapter, base, layer.product)
+        scale = stored_scale(settings, kernel, adapter, base, layer.product(kernel, base))
         adapter.pop("magnitude", None)
         precomputed = set_in(precomputed, path, {**adapter, "scale": scale})
     return jax.tree.map(own_array, precomputed)

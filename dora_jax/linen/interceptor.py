@@ -54,9 +54,10 @@ def intercept(
         attend = _attend_call(adapted, module, params, args, kwargs)
         return adapted_attend(adapted, attend, kept["adapter"], kept["base"])
     call = _layer_call(adapted, module, params, args, kwargs)
-    if dropout:
-        drop = functools.partial(_dropout, module, adapted.settings.dropout)
-        call = dataclasses.replace(call, dropout=drop)
+    if dropout and adapted.settings.rank and layout.dropout:
+        drop = functools.partial(_dropout, adapted.settings.dropout)
+        key = _dropout_key(module)
+        call = dataclasses.replace(call, dropout=jax.tree_util.Partial(drop, key))
     return adapted_output(adapted, call, kept["adapter"], kept["base"])
 
 
@@ -120,11 +121,15 @@ def _run(
     return other.apply({"params": {kernel_name: kernel}}, **arguments)
 
 
-def _dropout(module: nn.Module, rate: float, x: jax.Array) -> jax.Array:
+def _dropout_key(module: nn.Module) -> jax.Array:
     if not (module.has_rng("dropout") or module.has_rng("params")):  # make_rng takes either
         raise AdapterError(
             f"{layer_name(module.path)}: adapter dropout needs the stream 'dropout', which a "
             "lifted transform around this layer does not pass on; add it to split_rngs"
         )
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return module.make_rng("dropout")
+
+
+def _dropout(rate: float, key: jax.Array, x: jax.Array) -> jax.Array:
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))

@@ -8,7 +8,7 @@ import jax
 from flax.core import meta
 
 from dora_jax.adapters.placement import own_array
-from dora_jax.adapters.trees import Tree, check_finite, get_in, overlay, set_in
+from dora_jax.adapters.trees import Tree, check_finite, get_in, overlay, set_in, unboxed
 from dora_jax.decomposition.merge import check_rounding, merge_kernel
 from dora_jax.errors import AdapterError
 from dora_jax.linen.model import DoRAModel, check_adapters, check_base, saved_modules
@@ -46,6 +46,7 @@ def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
     check_adapters(model, adapters)
     check_base(model, params)
     check_finite(adapters)
+    adapters = unboxed(adapters)
     merged: Tree = params
     rounding_losses = {}
     for path, layer in model.layers.items():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 
@@ -21,16 +22,19 @@ from dora_jax.adapters.trees import (
     overlay,
     set_in,
     tree_shapes,
+    unboxed,
 )
 from dora_jax.config import DoRAConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase, check_kernel
 from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.sharding import layer_entries
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.adapted import AdaptedLayer
 from dora_jax.layers.layout import is_array, quantised_since
 from dora_jax.linen.interceptor import ADAPTER_KEY, intercept
 from dora_jax.linen.stack_axes import stack_at
+from dora_jax.processes import spans_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class StoredLayer:
       positions: where lifted transforms take the stack axes, the outermost transform's first.
       dtype: in which the layer multiplied in the call that was traced.
       module: a copy of the layer, for its attributes.
+      box: the box around the kernel, if it is one that names what cuts each axis.
     """
 
     adapted: AdaptedLayer
@@ -50,11 +55,18 @@ class StoredLayer:
     positions: tuple[int, ...]
     dtype: Any
     module: nn.Module
+    box: meta.Partitioned[None] | None = None
 
-    @property
-    def product(self) -> KernelProduct:
-        """How the norm multiplies with the stored kernel."""
-        return KernelProduct(self.axes, self.dtype, getattr(self.module, "precision", None))
+    def product(self, kernel: Any, base: FrozenBase) -> KernelProduct:
+        """Returns how the norm multiplies with the stored kernel."""
+        return self.adapted.product(self.module, kernel, self.axes, self.dtype, base)
+
+    def boxed(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns arrays of the layer by name, each in a box like the kernel's if that has one."""
+        if self.box is None:
+            return dict(arrays)
+        entries = layer_entries(self.axes, self.box.names)
+        return {name: self.box.replace(value=x, names=entries[name]) for name, x in arrays.items()}
 
     def kernel(self, params: Tree) -> Any:
         """Returns the layer's kernel out of the model's parameters, without its box.
@@ -63,7 +75,7 @@ class StoredLayer:
           AdapterError: it is no array, because the parameters were quantised.
         """
         path = self.adapted.path
-        kernel = meta.unbox(get_in(params, (*path, self.adapted.layout.kernel)))
+        kernel = unboxed(get_in(params, (*path, self.adapted.layout.kernel)))
         if not is_array(kernel):
             raise AdapterError(f"{layer_name(path)}: {quantised_since(kernel)}")
         return kernel
@@ -101,7 +113,7 @@ class DoRAModel:
         """
         collection: dict[str, Any] = {}
         for path, base in self.base.items():
-            collection = set_in(collection, path, base.arrays())
+            collection = set_in(collection, path, self.layers[path].boxed(base.arrays()))
         return collection
 
     def with_base(self, collection: Tree) -> DoRAModel:
@@ -111,7 +123,7 @@ class DoRAModel:
           AdapterError: the collection lacks a layer; names it.
         """
         base = {
-            path: FrozenBase(**get_in(collection, path, "the collection dora_base"))
+            path: FrozenBase(**unboxed(get_in(collection, path, "the collection dora_base")))
             for path in self.base
         }
         return dataclasses.replace(self, base=base)
@@ -137,12 +149,14 @@ class DoRAModel:
           **kwargs: the module's keyword arguments.
 
         Raises:
-          AdapterError: `dora` is missing, or does not fit the model; names the layer.
+          AdapterError: `dora` is missing, or does not fit the model; names the layer. Or on several
+            hosts `dora_base` is missing under `jax.jit`.
         """
         check_collections(variables)
         model = self.with_base(variables["dora_base"]) if "dora_base" in variables else self
-        adapters = variables["dora"]
-        check_adapters(model, adapters)
+        check_base_is_no_constant(model)
+        check_adapters(model, variables["dora"])
+        adapters = unboxed(variables["dora"])
         others = {k: value for k, value in variables.items() if k not in ("dora", "dora_base")}
         others["params"] = model._params_with_adapters(variables["params"], adapters)
         dropout = bool(self.config.dropout) and rngs is not None and _has_dropout(rngs)
@@ -181,6 +195,22 @@ def check_collections(variables: Tree) -> None:
         raise AdapterError(
             f"variables has no collection {min(missing)!r}: apply to {{'params': ..., 'dora': "
             "adapters}, or use the module itself to run the base"
+        )
+
+
+def check_base_is_no_constant(model: DoRAModel) -> None:
+    """Raises `AdapterError` where a program would hold arrays of other processes as constants.
+
+    What a model keeps of its base is no argument of a function that closes over the model. JAX
+    compiles no program with such arrays if they span processes.
+    """
+    kept = (x for base in model.base.values() for x in base.arrays().values())
+    if any(map(spans_processes, kept)) and isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise AdapterError(
+            "the arrays that the model keeps of its base span several processes, so that a "
+            "compiled function takes them as an argument: pass model.base_collection to it, and "
+            "inside it variables={'params': ..., 'dora': ..., 'dora_base': that collection} to "
+            "apply, or model.with_base(that collection) to other functions"
         )
 
 
@@ -224,6 +254,7 @@ def check_base(model: DoRAModel, params: Tree) -> None:
     An adapted layer whose kernel was exchanged gives NaN, and merges to NaN; this says which,
     except under a transformation such as `jax.jit`, where the values are not known.
     """
+    check_base_is_no_constant(model)
     check_byte_order(params)
     for path, layer in model.layers.items():
         check_kernel(path, layer.kernel(params), model.base[path], layer.axes)
@@ -231,7 +262,7 @@ def check_base(model: DoRAModel, params: Tree) -> None:
 
 def check_byte_order(params: Tree) -> None:
     """Raises `AdapterError` if an array is in a byte order that JAX does not read, naming it."""
-    for path, x in flatten(meta.unbox(params)).items():
+    for path, x in flatten(params).items():
         if native(x) is not x:
             raise AdapterError(
                 f"{'.'.join(path)} is in a byte order that JAX does not read ({x.dtype.str}): "

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.core import meta
 
-from dora_jax.adapters.trees import Tree, flatten, get_in, has_path, set_in
+from dora_jax.adapters.trees import Tree, flatten, get_in, has_path, set_in, unboxed
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.adapted import compute_dtype
@@ -141,7 +141,7 @@ def trace_layers(
 def _check_arrays(params: Tree, path: Path = ()) -> None:
     """Raises `LayoutError` for parameters that qwix has quantised; names the first."""
     for name, value in params.items():
-        inner = meta.unbox(value)
+        inner = unboxed(value)
         if isinstance(inner, Mapping):
             _check_arrays(inner, (*path, name))
         elif type(inner).__module__.startswith("qwix."):

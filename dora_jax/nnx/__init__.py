@@ -6,14 +6,15 @@ base model, and the base checkpoints made for them, stay valid.
 
 from dora_jax.nnx.adapt import adapt_to_load, apply_dora
 from dora_jax.nnx.inference import apply_mixed, disabled_adapters, precompute_scales
+from dora_jax.nnx.layers import kernel_and_axes
 from dora_jax.nnx.merge import merge
 from dora_jax.nnx.model import (
     adapted_layers,
     check_base,
     get_adapters,
-    kernel_and_axes,
     set_adapters,
 )
+from dora_jax.nnx.sharding import shardings
 from dora_jax.nnx.variables import BaseParam, DoRAParam, SavedParam
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "merge",
     "precompute_scales",
     "set_adapters",
+    "shardings",
 ]

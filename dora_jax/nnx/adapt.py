@@ -103,7 +103,9 @@ def _adapt(model: M, config: DoRAConfig, rngs: nnx.Rngs, inputs: Sequence[Any] |
     for path, start in started.items():
         layer, layout = layers[path]
         place = tuple(key for key in path if not key.isdigit())
-        record = AdaptedLayer(start.settings, layout, axes[path], place)
+        stored = kernels[path]
+        whole = tuple(stored.value.shape[i] for i in stored.axes.inputs)
+        record = AdaptedLayer(start.settings, layout, axes[path], place, whole)
         attach(layer, record, start.adapter, start.base)
         layer.lora_dropout.deterministic = is_in_eval_mode(path, modes)
         if start.settings.dropout:

@@ -11,14 +11,13 @@ from flax import nnx
 from dora_jax.adapters.origin import check_origin
 from dora_jax.adapters.serving import check_index, disable, select_adapters
 from dora_jax.adapters.trees import check_shapes, flatten, tree_shapes
-from dora_jax.decomposition.product import KernelProduct
-from dora_jax.decomposition.scale import magnitude_over_norm
+from dora_jax.decomposition.scale import stored_scale
 from dora_jax.layers.adapted import compute_dtype
-from dora_jax.nnx.layers import adapter_of, base_of
+from dora_jax.nnx.layers import adapter_of, base_of, kernel_and_axes
+from dora_jax.nnx.metadata import layer_metadata, variable_like
 from dora_jax.nnx.model import (
     checked_layers,
     get_adapters,
-    kernel_and_axes,
     origins,
     set_adapters,
 )
@@ -49,13 +48,13 @@ def precompute_scales(model: M) -> M:
             continue
         kernel, axes = kernel_and_axes(layer)
         value = kernel[...]
-        product = KernelProduct(
-            axes, compute_dtype(layer, value, value), getattr(layer, "precision", None)
-        )
-        scale = magnitude_over_norm(settings, value, adapter_of(layer), base_of(layer), product)
+        base, dtype = base_of(layer), compute_dtype(layer, value, value)
+        product = layer.adapted.product(layer, value, axes, dtype, base)
+        scale = stored_scale(settings, value, adapter_of(layer), base, product)
         if settings.has_magnitude:
             delattr(layer, "magnitude")
-        layer.scale = DoRAParam(scale)
+        metadata = layer_metadata(kernel, axes).get("scale")
+        layer.scale = variable_like(DoRAParam, scale, kernel, metadata)
         settings = dataclasses.replace(settings, precomputed=True)
         layer.adapted = dataclasses.replace(layer.adapted, settings=settings)
     return model

@@ -5,17 +5,27 @@ from __future__ import annotations
 import copyreg
 import functools
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.errors import AdapterError, layer_name
 from dora_jax.layers.adapted import AdaptedLayer, AttendCall, adapted_attend, adapted_output
-from dora_jax.layers.layout import Arguments, LayerCall, bind_call, is_array, quantised_since
+from dora_jax.layers.layout import (
+    Arguments,
+    LayerCall,
+    bind_call,
+    is_array,
+    quantised_since,
+    stored_axes,
+)
 from dora_jax.layers.registry import find_layout
+from dora_jax.nnx.metadata import layer_metadata, variable_like
 from dora_jax.nnx.variables import BaseParam, DoRAParam
 
 if TYPE_CHECKING:
@@ -140,6 +150,12 @@ def kernel_of(layer: Any) -> nnx.Variable:
     raise AdapterError(f"{layer_name(layer.adapted.path)}: {quantised_since(value)}")
 
 
+def kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
+    """Returns the frozen kernel of an adapted layer, and the axes of what is stored."""
+    kernel = kernel_of(layer)
+    return kernel, stored_axes(layer.adapted.axes, kernel.ndim, type(layer).__name__)
+
+
 def base_of(layer: Any) -> FrozenBase:
     """Returns what an adapted layer keeps of its frozen kernel."""
     named = ((name.removeprefix(BASE_PREFIX), name) for name in _base_attributes(layer))
@@ -151,10 +167,13 @@ def attach(layer: Any, adapted: AdaptedLayer, adapter: dict[str, Any], base: Fro
     set_class(layer, dora_class(layer.__class__))
     layer.adapted = adapted
     layer.lora_dropout = nnx.Dropout(adapted.settings.dropout)
+    kernel, axes = kernel_and_axes(layer)
+    metadata = layer_metadata(kernel, axes)
     for name, value in adapter.items():
-        setattr(layer, name, DoRAParam(value))
+        setattr(layer, name, variable_like(DoRAParam, value, kernel, metadata.get(name)))
     for name, value in base.arrays().items():
-        setattr(layer, BASE_PREFIX + name, BaseParam(value))
+        own = variable_like(BaseParam, value, kernel, metadata.get(name))
+        setattr(layer, BASE_PREFIX + name, own)
 
 
 def detach(layer: Any) -> None:
@@ -193,9 +212,18 @@ def _layer_call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> La
         plain_output=layer_class.__call__(_with_zero_bias(layer, layout.bias), *args, **kwargs),
         kernel=kernel[...],
         bias=None if bias is None else bias[...],
-        dropout=layer.lora_dropout,
+        dropout=_dropout(layer),
         run=functools.partial(_run, layer, layer_class),
     )
+
+
+def _dropout(layer: Any) -> Callable[[jax.Array], jax.Array]:
+    """Returns the adapter's dropout; where it acts, its key is drawn here."""
+    dropout, adapted = layer.lora_dropout, layer.adapted
+    acts = adapted.layout.dropout and adapted.settings.rank and dropout.rate
+    if not acts or dropout.deterministic or dropout.rngs is None:
+        return cast("Callable[[jax.Array], jax.Array]", dropout)
+    return jax.tree_util.Partial(dropout, rngs=dropout.rngs())
 
 
 def _with_zero_bias(layer: Any, name: str) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dora_jax.adapters.trees import check_finite
 from dora_jax.decomposition.merge import check_rounding, merge_kernel
-from dora_jax.nnx.layers import adapter_of, base_of, detach
-from dora_jax.nnx.model import adapted_layers, check_base, get_adapters, kernel_and_axes
+from dora_jax.nnx.layers import adapter_of, base_of, detach, kernel_and_axes
+from dora_jax.nnx.model import adapted_layers, check_base, get_adapters
 from dora_jax.nnx.variables import M, copy_model, restore_parameters
 
 

@@ -11,11 +11,9 @@ from flax import nnx
 from dora_jax.adapters.origin import Origin, check_origin, origin, remember
 from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.trees import check_shapes, flatten
-from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import check_kernel
 from dora_jax.errors import AdapterError, Path
-from dora_jax.layers.layout import stored_axes
-from dora_jax.nnx.layers import DoRALayer, base_of, kernel_of
+from dora_jax.nnx.layers import DoRALayer, base_of, kernel_and_axes
 from dora_jax.nnx.variables import DoRAParam
 
 
@@ -36,12 +34,6 @@ def checked_layers(model: nnx.Module) -> dict[Path, Any]:
     if not layers and not jax.tree.leaves(nnx.state(model, DoRAParam)):
         raise AdapterError("the model has no adapter: apply_dora first; a merged one has none left")
     return layers
-
-
-def kernel_and_axes(layer: Any) -> tuple[nnx.Variable, KernelAxes]:
-    """Returns the frozen kernel of an adapted layer, and the axes of what is stored."""
-    kernel = kernel_of(layer)
-    return kernel, stored_axes(layer.adapted.axes, kernel.ndim, type(layer).__name__)
 
 
 def check_base(model: nnx.Module) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,7 +45,13 @@ def cheap_ways_alone() -> Iterator[None]:
         _only_cheap = before
 
 
-def choose(is_rare: Bool[Array, "..."], exact: Function, cheap: Function, *operands: Any) -> Any:
+def choose(
+    is_rare: Bool[Array, "..."],
+    exact: Function,
+    cheap: Function,
+    *operands: Any,
+    on_gpu: Function | None = None,
+) -> Any:
     """Returns `exact(*operands)` if any of `is_rare` is true, else `cheap(*operands)`.
 
     A conditional, also under `vmap`: there the choice is one for the whole batch. It has no
@@ -55,6 +62,8 @@ def choose(is_rare: Bool[Array, "..."], exact: Function, cheap: Function, *opera
       exact: returns arrays like those of `cheap`. Both close over no traced array.
       cheap: what is computed as a rule.
       *operands: arrays, or trees of them.
+      on_gpu: `(is_rare, *operands)`, the same in a program for a GPU, where XLA's conditional waits
+        until the host has read its condition.
 
     Example:
       >>> choose(jnp.array([False, True]), lambda x: x, lambda x: 0 * x, jnp.ones(2))
@@ -68,16 +77,56 @@ def choose(is_rare: Bool[Array, "..."], exact: Function, cheap: Function, *opera
 
     @custom_vmap
     def run(is_rare: Array, *operands: Any) -> Any:
-        return lax.cond(jnp.any(is_rare), exact, cheap, *operands)
+        if on_gpu is None or jax.default_backend() != "gpu":
+            return lax.cond(jnp.any(is_rare), exact, cheap, *operands)
+        given, structure = jax.tree.flatten((is_rare, *operands))
+        like = jax.tree.structure(jax.eval_shape(cheap, *operands))
+        ways = {"exact": exact, "cheap": cheap, "on_gpu": on_gpu}
+        return jax.tree.unflatten(like, _choice.bind(*given, structure=structure, **ways))
 
     @run.def_vmap
     def run_batch(size: int, batched: Any, is_rare: Array, *operands: Any) -> tuple[Any, Any]:
         axes = jax.tree.map(lambda has_batch: 0 if has_batch else None, tuple(batched[1:]))
         each = (jax.vmap(way, axes, axis_size=size) for way in (exact, cheap))
-        result = choose(is_rare, *each, *operands)
+        of_all = on_gpu and jax.vmap(on_gpu, (0 if batched[0] else None, *axes), axis_size=size)
+        result = choose(is_rare, *each, *operands, on_gpu=of_all)
         return result, jax.tree.map(lambda _: True, result)
 
     return run(is_rare, *operands)
+
+
+def _by_condition(
+    *given: Array, structure: Any, exact: Function, cheap: Function, on_gpu: Function
+) -> list[Array]:
+    is_rare, *operands = jax.tree.unflatten(structure, given)
+    return jax.tree.leaves(lax.cond(jnp.any(is_rare), exact, cheap, *operands))
+
+
+def _by_kernels(*given: Array, structure: Any, on_gpu: Function, **_: Function) -> list[Array]:
+    return jax.tree.leaves(on_gpu(*jax.tree.unflatten(structure, given)))
+
+
+def _lower_for_cuda(ctx: Any, *given: Any, **params: Any) -> Any:
+    """Kernels of our own on one GPU; among several, XLA has to divide the work."""
+    one = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
+    run = _by_kernels if one else _by_condition
+    with warnings.catch_warnings():  # that Pallas will compile by other means than Triton
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *given, **params)
+
+
+def _shapes(*given: Any, structure: Any, cheap: Function, **_: Function) -> list[Any]:
+    _, *operands = jax.tree.unflatten(structure, given)
+    found = jax.tree.leaves(jax.eval_shape(cheap, *operands))
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in found]
+
+
+_choice = Primitive("dora_choice")
+_choice.multiple_results = True
+_choice.def_impl(_by_condition)
+_choice.def_abstract_eval(_shapes)
+mlir.register_lowering(_choice, mlir.lower_fun(_by_condition, multiple_results=True))
+mlir.register_lowering(_choice, _lower_for_cuda, platform="cuda")
 
 
 class _Level(NamedTuple):
@@ -100,7 +149,11 @@ class _Level(NamedTuple):
 
 
 def define_linear_map(
-    name: str, cheap: Function, exact: Function, exact_transpose: Function
+    name: str,
+    cheap: Function,
+    exact: Function,
+    exact_transpose: Function,
+    on_gpu: tuple[Function, Function],
 ) -> Function:
     """Returns `(is_rare, x, *others, **params) -> y`, a map linear in `x`, as a JAX primitive.
 
@@ -112,6 +165,8 @@ def define_linear_map(
       cheap: a function of arrays, made of JAX operations. Its keyword arguments are hashable.
       exact: computes the same.
       exact_transpose: `(y, *others, **params) -> x`, the transpose of `exact`.
+      on_gpu: for both, `(x, *others, **params)` to a function `(is_rare, result, x, *others)` for
+        `choose`, where `result` is what the cheap way gave; or to None.
     """
 
     def cheap_transpose(y: Array, *others: Array, like: Any, **params: Any) -> Array:
@@ -122,8 +177,11 @@ def define_linear_map(
     def without_shape(function: Function) -> Function:
         return lambda *operands, like, **params: function(*operands, **params)
 
-    forward = _define(name, without_shape(cheap), without_shape(exact))
-    backward = _define(f"{name}_transpose", cheap_transpose, without_shape(exact_transpose))
+    by_kernels = [without_shape(way) for way in on_gpu]
+    forward = _define(name, without_shape(cheap), without_shape(exact), by_kernels[0])
+    backward = _define(
+        f"{name}_transpose", cheap_transpose, without_shape(exact_transpose), by_kernels[1]
+    )
     forward.transpose, backward.transpose = backward, forward
 
     def call(is_rare: Array, x: Array, *others: Array, **params: Any) -> Array:
@@ -142,7 +200,7 @@ class _LinearMap:
     transpose: _LinearMap
 
 
-def _define(name: str, cheap: Function, exact: Function) -> _LinearMap:
+def _define(name: str, cheap: Function, exact: Function, on_gpu: Function) -> _LinearMap:
     this = _LinearMap()
 
     def run(is_rare: Array, x: Array, *others: Array, levels: Any, **params: Any) -> Array:
@@ -151,7 +209,13 @@ def _define(name: str, cheap: Function, exact: Function) -> _LinearMap:
         result = _batched(functools.partial(cheap, **params), levels)(x, *others)
         anew = _batched(functools.partial(exact, **params), levels)
         return choose(
-            is_rare, lambda _, *given: anew(*given), lambda result, *_: result, result, x, *others
+            is_rare,
+            lambda _, *given: anew(*given),
+            lambda result, *_: result,
+            result,
+            x,
+            *others,
+            on_gpu=None if levels else on_gpu(x, *others, **params),
         )
 
     def derivative(primals: Any, tangents: Any, *, levels: Any, **params: Any) -> Any:
@@ -174,15 +238,12 @@ def _define(name: str, cheap: Function, exact: Function) -> _LinearMap:
         if type(g) is ad.Zero:
             return [None] * (2 + len(others))
         params["levels"] = tuple(level.transposed() for level in params["levels"])
-        by_x = this.transpose.bind(is_rare, g, *others, **params)
-        return [None, by_x, *[None] * len(others)]
+        return [None, this.transpose.bind(is_rare, g, *others, **params), *[None] * len(others)]
 
     def batch(operands: Any, positions: Any, *, levels: Any, **params: Any) -> tuple[Array, int]:
-        size = next(x.shape[i] for x, i in zip(operands, positions, strict=True) if i is not None)
-        operands = [
-            x if i is None else jnp.moveaxis(x, i, 0)
-            for x, i in zip(operands, positions, strict=True)
-        ]
+        placed = list(zip(operands, positions, strict=True))
+        size = next(x.shape[i] for x, i in placed if i is not None)
+        operands = [x if i is None else jnp.moveaxis(x, i, 0) for x, i in placed]
         _, x, *others = (i is not None for i in positions)
         levels = (*levels, _Level(size, x, True, tuple(others)))
         return this.bind(*operands, levels=levels, **params), 0
@@ -194,8 +255,7 @@ def _define(name: str, cheap: Function, exact: Function) -> _LinearMap:
     primitive = Primitive(name)
     primitive.def_impl(run)
     primitive.def_abstract_eval(shape)
-    ad.primitive_jvps[primitive] = derivative
-    ad.primitive_transposes[primitive] = transpose
+    ad.primitive_jvps[primitive], ad.primitive_transposes[primitive] = derivative, transpose
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=False))
     this.bind = primitive.bind

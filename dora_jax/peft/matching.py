@@ -1,4 +1,4 @@
-"""Which module of a model each tensor of a PEFT file belongs to."""
+"""Which module of a model each tensor of a PEFT file belongs to, and which have none."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from flax import nnx
 
-from dora_jax.errors import Path
+from dora_jax.errors import Path, layer_name
+from dora_jax.model import AdaptedModel, carries_arrays, modules_of
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft.config import PeftConfig, PeftError
 from dora_jax.peft.keys import PREFIX, ModuleTensors
-from dora_jax.peft.layers import Modules
+from dora_jax.peft.layers import Layer, Modules
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -161,3 +163,47 @@ def _same_weight(tensor: Array, path: str, value: Any, names: NameMap) -> bool:
     own, stored = np.asarray(value), names.from_hf(path, value.shape, lambda name: tensor)
     same = np.array_equal(own.astype(tensor.dtype), stored)
     return same or np.array_equal(own, stored.astype(own.dtype))
+
+
+def check_saved(
+    model: AdaptedModel, saved: Mapping[Path, Any], layers: Mapping[Path, Layer], names: NameMap
+) -> None:
+    """Raises `PeftError` for modules trained in full that PEFT cannot hold, or torch has as others.
+
+    Args:
+      model: the adapted model.
+      saved: the parameters of these modules, by path.
+      layers: the adapted layers.
+      names: which Hugging Face module each module is.
+    """
+    holders = {path[:n] for path in layers for n in range(len(path))}
+    if bare := [path for path in saved if path[:-1] in holders]:
+        raise PeftError(
+            f"{layer_name(bare[0])} is trained in full and stands next to other modules; PEFT "
+            "trains whole modules alone: leave it out of modules_to_save"
+        )
+    if not carries_arrays(model) and model.statistics:
+        _refuse_statistics(layer_name(model.statistics[0][:-1]))
+    modules = modules_of(model)
+    for path, value in saved.items():
+        name, module = layer_name(path[:-1]), modules.get(path[:-1])
+        if isinstance(module, nnx.BatchNorm):
+            _refuse_statistics(name)
+        if isinstance(module, nnx.LoRA):
+            raise PeftError(
+                f"{name} holds factors of its own beside a kernel, which torch's module does not "
+                "have: leave it out of modules_to_save"
+            )
+        axes = np.ndim(value) - len(names.find(".".join(path[:-1])).stacked)
+        if path[-1] == "kernel" and axes > 2 and not isinstance(module, nnx.Conv):
+            raise PeftError(
+                f"{name} is in modules_to_save with a kernel of {axes} axes, and it is not known "
+                "which ones torch joins: leave it out of modules_to_save"
+            )
+
+
+def _refuse_statistics(name: str) -> None:
+    raise PeftError(
+        f"{name} has running statistics, which are tensors of the adapter in PEFT, and not written "
+        "here: leave it out of modules_to_save"
+    )

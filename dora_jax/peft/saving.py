@@ -24,14 +24,15 @@ from dora_jax.model import (
     carries_arrays,
     is_adapted,
     model_layers,
-    modules_of,
 )
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft import folder as files
 from dora_jax.peft.config import PeftConfig, PeftError
 from dora_jax.peft.keys import PREFIX
 from dora_jax.peft.layers import Layer, adapted_layers, check_tied, hf_modules, to_tensors
+from dora_jax.peft.matching import check_saved
 from dora_jax.peft.settings import select_only, with_patterns
+from dora_jax.processes import first_alone, on_first_host
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -81,7 +82,7 @@ def save_pretrained(
 
     PEFT computes the same outputs with it, except that no gradient flows through the norm there,
     whatever `norm_gradient` is here. Every adapted module is named in full, so that PEFT selects no
-    others.
+    others. Of several processes all call it; the first gathers tensor by tensor, and writes.
 
     Args:
       model: an adapted NNX model, or the `DoRAModel` of a Linen one.
@@ -112,19 +113,48 @@ def save_pretrained(
     """
     tree = _checked_tree(model, adapters)
     layers = adapted_layers(model, names)
-    parameters = base_parameters(model) if carries_arrays(model) else None
-    check_tied(layers.values(), names, parameters)
-    saved = _saved_tensors(model, tree, layers, names)
-    tensors = saved | _adapter_tensors(layers.values(), tree)
-    config = dataclasses.replace(
-        _config(layers.values(), parameters, names),
-        modules_to_save=sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in saved}),
-        base_model_name_or_path=base_model_name_or_path,
-        task_type=task_type,
-    )
-    if dtype is not None:
-        tensors = {key: _cast(key, x, dtype) for key, x in tensors.items()}
-    return files.write(folder, config, tensors)
+    check_tied(layers.values(), names, _known_parameters(model))
+    saved = _saved_modules(model, tree, layers, names)
+    adapters = {path: _on_first_host(layer, tree) for path, layer in layers.items()}
+
+    def write() -> str:
+        own = _saved_tensors(saved, names)
+        config = dataclasses.replace(
+            _config(layers.values(), _known_parameters(model), names),
+            modules_to_save=sorted({k.removeprefix(PREFIX).rpartition(".")[0] for k in own}),
+            base_model_name_or_path=base_model_name_or_path,
+            task_type=task_type,
+        )
+        return str(files.write(folder, config, _with_adapters(own, layers, adapters, dtype)))
+
+    return pathlib.Path(first_alone(write))
+
+
+def _known_parameters(model: AdaptedModel) -> dict[Path, Any] | None:
+    """Returns the base's parameters by path, of a model that carries them."""
+    return base_parameters(model) if carries_arrays(model) else None
+
+
+def _saved_modules(
+    model: AdaptedModel, tree: Tree, layers: Mapping[Path, Layer], names: NameMap
+) -> dict[Path, Any]:
+    """Returns the parameters of modules trained in full, on the host that writes them."""
+    saved = {path: x for path, x in flatten(tree).items() if path[:-1] not in layers}
+    check_saved(model, saved, layers, names)
+    return {path: on_first_host(x) for path, x in saved.items()}
+
+
+def _with_adapters(
+    tensors: Mapping[str, Array],
+    layers: Mapping[Path, Layer],
+    adapters: Mapping[Path, Mapping[str, Array]],
+    dtype: DTypeLike | None,
+) -> dict[str, Array]:
+    """Returns tensors together with those of adapters, in a dtype if one is given."""
+    every = dict(tensors)
+    for path, layer in layers.items():
+        every |= to_tensors(layer, adapters[path])
+    return every if dtype is None else {key: _cast(key, x, dtype) for key, x in every.items()}
 
 
 def _checked_tree(model: AdaptedModel, adapters: Tree | None) -> Tree:
@@ -147,62 +177,20 @@ def _checked_tree(model: AdaptedModel, adapters: Tree | None) -> Tree:
     return tree
 
 
-def _adapter_tensors(layers: Iterable[Layer], tree: Tree) -> dict[str, Array]:
-    """Returns the adapters of all layers as PEFT's tensors, by key."""
-    tensors: dict[str, Array] = {}
-    for layer in layers:
-        adapter = get_in(tree, layer.path, "the adapters")
-        _check_settings(layer)
-        factors = _effective_factors(layer, adapter)
-        tensors |= to_tensors(layer, {name: np.asarray(x) for name, x in factors.items()})
-    return tensors
+def _on_first_host(layer: Layer, tree: Tree) -> dict[str, Any]:
+    """Returns the arrays that PEFT has of a layer's adapter, on the host that writes them."""
+    _check_settings(layer)
+    factors = _effective_factors(layer, get_in(tree, layer.path, "the adapters"))
+    return {name: on_first_host(x) for name, x in factors.items()}
 
 
-def _saved_tensors(
-    model: AdaptedModel, tree: Tree, layers: Mapping[Path, Layer], names: NameMap
-) -> dict[str, Array]:
+def _saved_tensors(saved: Mapping[Path, Any], names: NameMap) -> dict[str, Array]:
     """Returns the parameters of modules trained in full as PEFT's tensors, by key."""
-    saved = {path: x for path, x in flatten(tree).items() if path[:-1] not in layers}
-    holders = {path[:n] for path in layers for n in range(len(path))}
-    if bare := [path for path in saved if path[:-1] in holders]:
-        raise PeftError(
-            f"{layer_name(bare[0])} is trained in full and stands next to other modules; PEFT "
-            "trains whole modules alone: leave it out of modules_to_save"
-        )
-    if not carries_arrays(model) and model.statistics:
-        _refuse_statistics(layer_name(model.statistics[0][:-1]))
-    _check_saved(modules_of(model), saved, names)
-    tensors = {}
-    for path, value in saved.items():
-        for name, tensor in names.to_hf(".".join(path), np.asarray(value)).items():
-            tensors[PREFIX + name] = tensor
-    return tensors
-
-
-def _check_saved(modules: Mapping[Path, Any], saved: Mapping[Path, Any], names: NameMap) -> None:
-    """Raises `PeftError` for modules trained in full whose parameters are others in torch."""
-    for path, value in saved.items():
-        name, module = layer_name(path[:-1]), modules.get(path[:-1])
-        if isinstance(module, nnx.BatchNorm):
-            _refuse_statistics(name)
-        if isinstance(module, nnx.LoRA):
-            raise PeftError(
-                f"{name} holds factors of its own beside a kernel, which torch's module does not "
-                "have: leave it out of modules_to_save"
-            )
-        axes = np.ndim(value) - len(names.find(".".join(path[:-1])).stacked)
-        if path[-1] == "kernel" and axes > 2 and not isinstance(module, nnx.Conv):
-            raise PeftError(
-                f"{name} is in modules_to_save with a kernel of {axes} axes, and it is not known "
-                "which ones torch joins: leave it out of modules_to_save"
-            )
-
-
-def _refuse_statistics(name: str) -> None:
-    raise PeftError(
-        f"{name} has running statistics, which are tensors of the adapter in PEFT, and not written "
-        "here: leave it out of modules_to_save"
-    )
+    return {
+        PREFIX + name: tensor
+        for path, value in saved.items()
+        for name, tensor in names.to_hf(".".join(path), value).items()
+    }
 
 
 def _check_settings(layer: Layer) -> None:

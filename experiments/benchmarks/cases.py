@@ -200,6 +200,40 @@ def _build_llama(shape: LlamaConfig, dtype: DTypeLike, **switches: Any) -> Llama
     return Llama(shape, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0), **switches)
 
 
+@dataclasses.dataclass(frozen=True)
+class BlocksShape(LlamaConfig):
+    """LLaMA blocks without the output projection."""
+
+
+def blocks(shape: BlocksShape, *, tokens: int, rank: int, dtype: DTypeLike) -> Case:
+    """Returns blocks of a LLaMA decoder and one text. The loss is a squared error of its output.
+
+    Without the output projection, which nobody adapts, a step is the work of the adapted layers.
+    """
+    rng = np.random.default_rng(0)
+    batch = {
+        "input_ids": rng.integers(0, shape.vocab_size, (1, tokens), dtype=np.int32),
+        "target": rng.standard_normal((1, tokens, shape.hidden_size), np.float32),
+    }
+
+    def loss(model: Any, batch: Any) -> Float[Array, ""]:
+        hidden = model.hidden_states(batch["input_ids"]).astype(jnp.float32)
+        return jnp.mean(jnp.square(hidden - batch["target"]))
+
+    return Case(
+        title=f"LLaMA blocks {shape.num_hidden_layers} x {shape.hidden_size}, {tokens} tokens, "
+        f"r {rank}, {jnp.dtype(dtype).name}",
+        build=functools.partial(_build_llama, shape, dtype),
+        batch=batch,
+        outputs=lambda model, batch: model.hidden_states(batch["input_ids"]),
+        loss=loss,
+        adapter=Adapter(r"layers\..*_proj", rank, alpha=2.0 * rank),
+        tokens=tokens,
+        shape=shape,
+        dtype=jnp.dtype(dtype).name,
+    )
+
+
 def _llama_7b() -> Case:
     """Returns two blocks of LLaMA-7B. On a CPU they have a quarter of its width."""
     on_cpu = jax.default_backend() == "cpu"

@@ -14,7 +14,6 @@ from flax import nnx
 import dora_jax as dora
 from experiments.benchmarks.steps import METHODS, Program, make_program
 from experiments.benchmarks.timing import Times, time_in_turn
-from experiments.trainer.finite import DivergedError
 
 if TYPE_CHECKING:
     from experiments.benchmarks.cases import Case
@@ -51,21 +50,23 @@ def measure_training(
         program = make_program(
             METHODS[method], model, case.adapter, case.loss, microbatches=microbatches
         )
-        calls[variant], rows[variant] = _compiled_step(program, case.batch)
+        calls[variant], rows[variant], _ = compiled_step(program, case.batch)
         suffix = f", {microbatches} microbatches" if microbatches > 1 else ""
         rows[variant]["title"] = METHODS[method].title + suffix
-    _measure_device_memory(rows, calls)
+    measure_device_memory(rows, calls)
     pause = PAUSE_BESIDE_PEERS if peers else 0.0
     times = time_in_turn({**calls, **(peers or {})}, rounds=rounds, pause=pause)
     for variant, row in rows.items():
-        row |= _time_columns(times[variant])
+        row |= time_columns(times[variant])
         row["tokens_per_second"] = case.tokens / times[variant].median
         row["loss"] = float(calls[variant]())
         if not np.isfinite(row["loss"]):
-            raise DivergedError(f"{variant} diverged: after the timed steps the loss is not finite")
+            raise FloatingPointError(
+                f"{variant} diverged: after the timed steps the loss is not finite"
+            )
         row |= _training_ratios(variant, times)
     for peer, step in (peers or {}).items():
-        rows[peer] = {"title": peer, **_time_columns(times[peer])}
+        rows[peer] = {"title": peer, **time_columns(times[peer])}
         rows[peer]["tokens_per_second"] = case.tokens / times[peer].median
         rows[peer]["trainable_parameters"] = getattr(step, "trainable_parameters", None)
         rows[peer] |= _training_ratios(peer, times)
@@ -101,9 +102,9 @@ def measure_inference(case: Case, *, rounds: int) -> dict[str, Row]:
         gave the same bits.
     """
     base = case.build()
-    by_hand = _perturbed(METHODS["lora-by-hand"].adapt(base, case.adapter, seed=1))
-    lora = _perturbed(METHODS["lora"].adapt(base, case.adapter, seed=1))
-    adapted = _perturbed(METHODS["dora"].adapt(base, case.adapter, seed=1))
+    by_hand = perturbed(METHODS["lora-by-hand"].adapt(base, case.adapter, seed=1))
+    lora = perturbed(METHODS["lora"].adapt(base, case.adapter, seed=1))
+    adapted = perturbed(METHODS["dora"].adapt(base, case.adapter, seed=1))
     models = {
         "base": ("base model", base),
         "merged": ("DoRA, merged", dora.merge(adapted)),
@@ -115,14 +116,14 @@ def measure_inference(case: Case, *, rounds: int) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     calls: Calls = {}
     for name, (title, model) in models.items():
-        call, rows[name] = _compiled_call(case, model)
+        call, rows[name], _ = compiled_call(case, model)
         rows[name]["title"] = title
         rows[name]["repeats_bit_for_bit"] = bool(np.array_equal(call(), call()))
         calls[name] = call
-    _measure_device_memory(rows, calls)
+    measure_device_memory(rows, calls)
     times = time_in_turn(calls, rounds=rounds)
     for name, row in rows.items():
-        row |= _time_columns(times[name])
+        row |= time_columns(times[name])
         row["tokens_per_second"] = case.tokens / times[name].median
         row["over_lora"] = _ratio(times[name], times["lora"])
         row["over_base"] = _ratio(times[name], times["base"])
@@ -161,8 +162,21 @@ def compiled_figures(compiled: Any) -> Row:
     }
 
 
-def _compiled_step(program: Program, batch: Any) -> tuple[Callable[[], Any], Row]:
-    """Returns a function that takes the next training step, and the first columns of its row."""
+def compiled_step(
+    program: Program, batch: Any, steps: int = 1
+) -> tuple[Callable[[], Any], Row, Any]:
+    """Compiles a training step.
+
+    Args:
+        program: The step, and its arrays.
+        batch: The batch of every step.
+        steps: Number of steps that a call takes before it waits, as a loop would that reads the
+            loss now and then. On a GPU a step is handed over while the one before it runs.
+
+    Returns:
+        A function that takes the next steps and returns the last loss, the first columns of the
+        row, and the compiled program.
+    """
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), program.opt_state)
     state, batch = [program.trainable, zeros], jax.device_put(batch)
     start = time.perf_counter()
@@ -172,16 +186,16 @@ def _compiled_step(program: Program, batch: Any) -> tuple[Callable[[], Any], Row
     seconds = time.perf_counter() - start
 
     def call() -> Any:
-        state[0], state[1], loss = jax.block_until_ready(
-            compiled(state[0], program.frozen, state[1], batch)
-        )
-        return loss
+        for _ in range(steps):
+            state[0], state[1], loss = compiled(state[0], program.frozen, state[1], batch)
+        return jax.block_until_ready((*state, loss))[-1]
 
     row = {"trainable_parameters": program.trainable_parameters, "compile_seconds": seconds}
-    return call, row | compiled_figures(compiled)
+    return call, row | compiled_figures(compiled), compiled
 
 
-def _compiled_call(case: Case, model: nnx.Module) -> tuple[Callable[[], Any], Row]:
+def compiled_call(case: Case, model: nnx.Module) -> tuple[Callable[[], Any], Row, Any]:
+    """Compiles a forward pass. Returns the like of `compiled_step`."""
     graphdef, state = nnx.split(model)
     batch = jax.device_put(case.batch)
 
@@ -189,10 +203,14 @@ def _compiled_call(case: Case, model: nnx.Module) -> tuple[Callable[[], Any], Ro
         return case.outputs(nnx.merge(graphdef, state, copy=True), batch)
 
     compiled = jax.jit(apply).lower(state, batch).compile()
-    return lambda: jax.block_until_ready(compiled(state, batch)), compiled_figures(compiled)
+
+    def call() -> Any:
+        return jax.block_until_ready(compiled(state, batch))
+
+    return call, compiled_figures(compiled), compiled
 
 
-def _perturbed(model: nnx.Module) -> nnx.Module:
+def perturbed(model: nnx.Module) -> nnx.Module:
     """Returns the model with random changes to its adapter, in place of training."""
     state = nnx.state(model, dora.DoRAParam)
     key = jax.random.key(7)
@@ -204,7 +222,7 @@ def _perturbed(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def _measure_device_memory(rows: Mapping[str, Row], calls: Mapping[str, Callable[[], Any]]) -> None:
+def measure_device_memory(rows: Mapping[str, Row], calls: Mapping[str, Callable[[], Any]]) -> None:
     """Replaces the peak of the compiled program by the peak that the device's allocator counts.
 
     The counter never falls, so the programs run in the order of their expected memory. A program
@@ -223,7 +241,8 @@ def _measure_device_memory(rows: Mapping[str, Row], calls: Mapping[str, Callable
             rows[name]["peak_source"] = "device allocator"
 
 
-def _time_columns(times: Times) -> Row:
+def time_columns(times: Times) -> Row:
+    """Returns the columns of a row that are times."""
     return {"seconds": times.median, "seconds_quartiles": times.quartiles}
 
 

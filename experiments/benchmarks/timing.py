@@ -48,7 +48,12 @@ class Ratio:
 
 
 def time_in_turn(
-    calls: Mapping[str, Callable[[], Any]], *, rounds: int, warm_up: int = 3, pause: float = 0.0
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    warm_up: int = 3,
+    pause: float = 0.0,
+    steps: int = 1,
 ) -> dict[str, Times]:
     """Times every call once in each round.
 
@@ -60,6 +65,7 @@ def time_in_turn(
         rounds: Number of timed rounds.
         warm_up: Number of rounds before these, which compile and fill the caches.
         pause: Seconds to sleep before each call.
+        steps: Number of steps that a call takes before it waits. The seconds are those of one.
 
     Example:
         >>> times = time_in_turn({"a": lambda: None, "b": lambda: None}, rounds=2, warm_up=0)
@@ -82,4 +88,6 @@ def time_in_turn(
     finally:
         if collecting:
             gc.enable()
-    return {name: Times(tuple(values[warm_up:])) for name, values in seconds.items()}
+    return {
+        name: Times(tuple(s / steps for s in values[warm_up:])) for name, values in seconds.items()
+    }

@@ -28,16 +28,17 @@ H features of a head, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models.activations import ACTIVATIONS
+from experiments.models.attention import causal_attention
 from experiments.models.inputs import check_shapes
 from experiments.models.layers import LayerFactory
+from experiments.models.partitioning import constrain
+from experiments.models.rotary import rotary_frequencies, rotate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,58 +46,19 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Array, Float
 
+    from experiments.models.attention import Setting
     from experiments.models.inputs import Ids, Mask
     from experiments.models.llama_config import LlamaConfig
+    from experiments.models.rotary import Angles
 
     Hidden = Float[Array, "batch seq hidden"]
-    Angles = Float[Array, "batch_or_1 seq half_features"]
-
-
-def rotary_frequencies(config: LlamaConfig) -> Float[Array, " half_head"]:
-    """Returns the rotation of each pair of a head's features from token to token, in radians.
-
-    It is `theta^(-2i / head_dim)` (arXiv 2104.09864, section 3.2.2), changed by
-    `config.rope_scaling`.
-    """
-    exponents = jnp.arange(0, config.head_size, 2, dtype=jnp.float32) / config.head_size
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    original = scaling.original_max_position_embeddings
-    assert low is not None and high is not None and original is not None  # checked by RopeScaling
-    # Full turns of each pair within a sequence of the pretraining. A frequency with at most `low`
-    # turns is divided, and one with at least `high` turns is kept.
-    turns = original * frequencies / (2 * math.pi)
-    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
-
-
-def rotate(
-    x_BxTxNxH: Float[Array, "batch seq heads features"], angles_BxTxF: Angles
-) -> Float[Array, "batch seq heads features"]:
-    """Rotates the pairs (i, i + head_dim / 2) of the features of every head, in float32.
-
-    These are the pairs of Hugging Face's checkpoints. Those of the original LLaMA are (2i, 2i + 1).
-
-    Example:
-        >>> x = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)
-        >>> print(rotate(x, jnp.full((1, 1, 1), jnp.pi / 2)).ravel().round(3))
-        [-0.  1.]
-    """
-    cos, sin = jnp.cos(angles_BxTxF)[:, :, None], jnp.sin(angles_BxTxF)[:, :, None]
-    first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BxTxNxH.dtype)
 
 
 class LlamaLayerFactory(LayerFactory):
     """Makes the layers of one decoder."""
 
     config: LlamaConfig
+    attention: Setting = "auto"
 
     def norm(self, features: int) -> nnx.RMSNorm:
         """Returns a normalisation over the last axis."""
@@ -111,10 +73,12 @@ class LlamaAttention(nnx.Module):
         hidden, queries = config.hidden_size, config.num_attention_heads * config.head_size
         keys = config.key_value_heads * config.head_size
         self.config = config
-        self.q_proj = make.linear(hidden, queries, bias=config.qkv_bias)
-        self.k_proj = make.linear(hidden, keys, bias=config.qkv_bias)
-        self.v_proj = make.linear(hidden, keys, bias=config.qkv_bias)
-        self.o_proj = make.linear(queries, hidden, bias=config.attention_bias)
+        self.attention = make.attention
+        into, back = {"axes": ("embed", "heads")}, {"axes": ("heads", "embed")}
+        self.q_proj = make.linear(hidden, queries, bias=config.qkv_bias, **into)
+        self.k_proj = make.linear(hidden, keys, bias=config.qkv_bias, **into)
+        self.v_proj = make.linear(hidden, keys, bias=config.qkv_bias, **into)
+        self.o_proj = make.linear(queries, hidden, bias=config.attention_bias, **back)
         if config.qk_norm:
             self.q_norm = make.norm(config.head_size)
             self.k_norm = make.norm(config.head_size)
@@ -123,20 +87,20 @@ class LlamaAttention(nnx.Module):
         """Attends from every position to itself and to earlier ones where `mask` is not zero."""
 
         def heads(x: Array) -> Array:
-            return x.reshape(*x.shape[:2], -1, self.config.head_size)
+            x = x.reshape(*x.shape[:2], -1, self.config.head_size)
+            return constrain(x, "batch", "length", "heads", None)
 
         q_BxTxNxH, k_BxTxKxH = heads(self.q_proj(x_BxTxD)), heads(self.k_proj(x_BxTxD))
         v_BxTxKxH = heads(self.v_proj(x_BxTxD))
         if self.config.qk_norm:
             q_BxTxNxH, k_BxTxKxH = self.q_norm(q_BxTxNxH), self.k_norm(k_BxTxKxH)
-        window = self.config.sliding_window
-        y_BxTxNxH = jax.nn.dot_product_attention(
+        y_BxTxNxH = causal_attention(
             rotate(q_BxTxNxH, angles_BxTxF),
             rotate(k_BxTxKxH, angles_BxTxF),
             v_BxTxKxH,
-            mask=None if mask is None else (mask != 0)[:, None, None, :],
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
+            mask=mask,
+            window=self.config.sliding_window,
+            setting=self.attention,
         )
         return self.o_proj(y_BxTxNxH.reshape(*x_BxTxD.shape[:2], -1))
 
@@ -147,14 +111,15 @@ class LlamaMLP(nnx.Module):
     def __init__(self, make: LlamaLayerFactory) -> None:
         config = make.config
         sizes = config.hidden_size, config.intermediate_size
-        self.gate_proj = make.linear(*sizes, bias=config.mlp_bias)
-        self.up_proj = make.linear(*sizes, bias=config.mlp_bias)
-        self.down_proj = make.linear(*reversed(sizes), bias=config.mlp_bias)
+        self.gate_proj = make.linear(*sizes, bias=config.mlp_bias, axes=("embed", "mlp"))
+        self.up_proj = make.linear(*sizes, bias=config.mlp_bias, axes=("embed", "mlp"))
+        self.down_proj = make.linear(*reversed(sizes), bias=config.mlp_bias, axes=("mlp", "embed"))
         self.hidden_act = config.hidden_act
 
     def __call__(self, x: Hidden) -> Hidden:
         """Transforms every position separately."""
-        return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+        y = ACTIVATIONS[self.hidden_act](self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(constrain(y, "batch", "length", "mlp"))
 
 
 class LlamaLayer(nnx.Module):
@@ -169,8 +134,14 @@ class LlamaLayer(nnx.Module):
 
     def __call__(self, x: Hidden, angles_BxTxF: Angles, mask: Mask | None) -> Hidden:
         """Transforms hidden states. `mask` is zero at padding."""
-        x = x + self.self_attn(self.input_layernorm(x), angles_BxTxF, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = between_layers(x)
+        x = between_layers(x + self.self_attn(self.input_layernorm(x), angles_BxTxF, mask))
+        return between_layers(x + self.mlp(self.post_attention_layernorm(x)))
+
+
+def between_layers(x: Hidden) -> Hidden:
+    """Returns hidden states, with the sharding that they have between the layers."""
+    return constrain(x, "batch", "residual_length", "hidden")
 
 
 class Llama(nnx.Module):
@@ -196,7 +167,9 @@ class Llama(nnx.Module):
         scan_layers: Whether the layers are stacked and run by a scan. Then one layer is compiled
             instead of all.
         remat: Whether the backward pass recomputes the activations of each layer instead of storing
-            them. A policy of `jax.checkpoint` selects the activations to store.
+            them. A policy of `jax.checkpoint` selects the activations to store; `remat.REMAT` has
+            some by name.
+        attention: The implementation of attention, see `attention.choose`.
         rngs: Stream `params`.
     """
 
@@ -208,25 +181,32 @@ class Llama(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         scan_layers: bool = False,
         remat: bool | Callable[..., bool] = False,
+        attention: Setting = "auto",
         rngs: nnx.Rngs,
     ) -> None:
-        make = LlamaLayerFactory(config, dtype, param_dtype, rngs)
+        def factory(rngs: nnx.Rngs) -> LlamaLayerFactory:
+            make = LlamaLayerFactory(config, dtype, param_dtype, rngs)
+            make.attention = attention
+            return make
+
+        make = factory(rngs)
         self.config = config
         self.scan_layers = scan_layers
         self.remat = remat
-        self.embed_tokens = make.embed(config.vocab_size)
+        self.embed_tokens = make.embed(config.vocab_size, axes=("vocab", "embed"))
         self.layers: Any
         if scan_layers:
-
-            def stacked(rngs: nnx.Rngs) -> LlamaLayer:
-                return LlamaLayer(LlamaLayerFactory(config, dtype, param_dtype, rngs))
-
-            self.layers = nnx.vmap(stacked)(rngs.split(config.num_hidden_layers))
+            stack = nnx.vmap(
+                lambda rngs: LlamaLayer(factory(rngs)),
+                transform_metadata={nnx.PARTITION_NAME: "layers"},
+            )
+            self.layers = stack(rngs.split(config.num_hidden_layers))
         else:
             self.layers = nnx.List([LlamaLayer(make) for _ in range(config.num_hidden_layers)])
         self.norm = make.norm(config.hidden_size)
         if not config.tie_word_embeddings:
-            self.lm_head = make.linear(config.hidden_size, config.vocab_size, bias=False)
+            sizes = config.hidden_size, config.vocab_size
+            self.lm_head = make.linear(*sizes, bias=False, axes=("embed", "vocab"))
 
     def __call__(
         self, input_ids: Ids, attention_mask: Mask | None = None, position_ids: Ids | None = None
@@ -243,9 +223,9 @@ class Llama(nnx.Module):
             ValueError: The shapes differ.
         """
         hidden = self.hidden_states(input_ids, attention_mask, position_ids)
-        if self.config.tie_word_embeddings:
-            return self.embed_tokens.attend(hidden)
-        return self.lm_head(hidden)
+        tied = self.config.tie_word_embeddings
+        logits = self.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
+        return constrain(logits, "batch", "length", "vocab")
 
     def hidden_states(
         self, input_ids: Ids, attention_mask: Mask | None = None, position_ids: Ids | None = None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import tyro
 
 import dora_jax as dora
+from dora_jax.disk import ignore_late_threads
+from dora_jax.interrupts import InterruptError, raised
 from experiments import end_at_once
 from experiments.models.config_file import ModelConfigError
 from experiments.tasks.download import DownloadError
@@ -19,7 +19,6 @@ from experiments.tasks.metrics import MetricsError
 from experiments.trainer.finite import DivergedError
 from experiments.trainer.mesh import MeshError
 from experiments.trainer.settings import SettingsError
-from experiments.trainer.signals import SIGNALS, Interrupted, handled_by
 
 C = TypeVar("C")
 
@@ -69,17 +68,12 @@ def in_one_line(message: str) -> Iterator[None]:
         SystemExit: With status 130 after Ctrl-C, 143 after SIGTERM, and 1 where there is no
             network, no room on the disk, or where the training diverged.
     """
-
-    def raise_once(number: int, _: FrameType | None) -> NoReturn:
-        for each in SIGNALS:
-            signal.signal(each, end_at_once)
-        raise Interrupted(number)
-
-    with handled_by(raise_once):
-        try:
+    ignore_late_threads()
+    try:
+        with raised(again=end_at_once):
             yield
-        except Interrupted as interrupt:
-            print(f"\n{str(interrupt).capitalize()}. {message}", file=sys.stderr)
-            raise SystemExit(128 + interrupt.number) from None
-        except (*_EXPECTED, OSError) as error:
-            raise SystemExit(str(error)) from None
+    except InterruptError as interrupt:
+        print(f"\n{str(interrupt).capitalize()}. {message}", file=sys.stderr)
+        raise SystemExit(interrupt.status) from None
+    except (*_EXPECTED, OSError) as error:
+        raise SystemExit(str(error)) from None

@@ -5,15 +5,19 @@ Damage that does not matter may leave the result as it was. It never gives anoth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
+import sys
+import time
 
 import numpy as np
 import pytest
 
 import dora_jax as dora
 from dora_jax.checkpoint import load, read_adapters, save
+from dora_jax.cli import main
 from dora_jax.errors import CheckpointError
 from tests.checkpoint.chains import CONFIGS, assert_same, nnx_base, trained_nnx
 
@@ -37,6 +41,25 @@ def outcome(folder, expected):
         {".".join(p): record.arrays() for p, record in expected.base.items()},
     )
     return "same"
+
+
+@pytest.mark.parametrize("read", [read_adapters, lambda folder: main(["inspect", str(folder)])])
+def test_what_is_damaged_is_one_error_without_a_word_of_threads_that_end_later(
+    tmp_path, monkeypatch, read
+):
+    """TensorStore reads many arrays at once; Orbax ends with the first error."""
+    layer = {"lora_a": np.ones((64, 2)), "lora_b": np.ones((2, 64)), "magnitude": np.ones(64)}
+    save(tmp_path / "a", dora.DoRAConfig(rank=2), {f"layer{i}": layer for i in range(6)})
+    (file,) = (tmp_path / "a" / "arrays" / "d").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: said.append(what.exc_value))
+    monkeypatch.setattr(sys, "excepthook", lambda *what: said.append(what[1]))
+    for _ in range(3):
+        with contextlib.suppress(CheckpointError):
+            assert read(tmp_path / "a") == 1
+    time.sleep(0.3)
+    assert not said
 
 
 @pytest.mark.parametrize("flips", [1, pytest.param(6, marks=pytest.mark.full)])

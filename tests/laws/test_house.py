@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "dora_jax"
 ROOMS = """
     interrupts
     errors
+    processes
     patterns json_file disk
     validation
     config

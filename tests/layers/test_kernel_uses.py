@@ -141,13 +141,16 @@ STORED = {
 @pytest.mark.parametrize("name", STORED)
 def test_a_kernel_that_is_stored_is_adapted_and_merged(name):
     module, params, model, adapters = adapt(STORED[name])
+    x = inputs(64, 4)  # XLA for CPU rounds the products of a loop below 1 kB in another way
 
     @quick_jit
     def apply(params, adapters):
-        return model.apply({"params": params, "dora": adapters}, X)
+        return model.apply({"params": params, "dora": adapters}, x)
 
-    base = quick_jit(lambda params: module.apply({"params": params}, X))
-    assert reference.relative_error(apply(params, adapters), base(params)) <= 5e-7
+    base = quick_jit(lambda params: module.apply({"params": params}, x))
+    # XLA for CPU rounds a `3 h + bias` once. An adapted layer has its scale between the two.
+    bound = 5e-7 if name.startswith("dot_general") else 0.0
+    assert reference.relative_error(apply(params, adapters), base(params)) <= bound
     trained = random_adapters(adapters)
     merged = base(dora.merge(model, params, trained))
     assert reference.relative_error(apply(params, trained), merged) <= 5e-6

@@ -13,7 +13,7 @@ import pytest
 from flax import linen, nnx
 
 import dora_jax as dora
-from dora_jax.layers import einsum_layout
+from dora_jax.layers import einsum_layout, find_layout
 from tests.support.layers.errors import config, refusal
 from tests.support.layers.laws import PLAIN
 from tests.support.layers.models import TRANSFORMS, model
@@ -43,6 +43,14 @@ def test_what_cannot_be_adapted_leaves_its_neighbours_adaptable(row):
     assert list(adapted.adapters["plain"]["layer"]) == ["dense"]
     with pytest.raises(dora.errors.LayoutError):
         adapt(config(both, rank=1, target_modules=["dense", "other"]), None, {"plain": x})
+
+
+@pytest.mark.parametrize("row", [row for row in UNSUPPORTED if " own " in row.name], ids=str)
+def test_a_class_with_a_method_of_its_own_has_no_layout(row):
+    own = row.make.func
+    known = own.__base__
+    assert find_layout(own) is None
+    assert find_layout(type("Renamed", (known,), {})) is find_layout(known) is not None
 
 
 class LinenPair(linen.Module):

@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 
 import dora_jax as dora
-from dora_jax.names import IDENTITY, NameMap
+from dora_jax.names import IDENTITY, HFModule, Interleaved, NameMap
 from dora_jax.peft import PeftError, load_pretrained, read_adapters, save_pretrained
 from dora_jax.peft import folder as files
 from tests.peft.small_models import (
     MLP,
+    UP,
     Twice,
     adapted,
     assert_trees_equal,
@@ -47,6 +48,21 @@ def test_the_same_adapter_comes_back(tmp_path, fields):
             **{"rank": 2, "norm_gradient": "detached", **fields}
         ).layer_settings(path)
         assert config.layer_settings(path) == wanted
+
+
+def test_features_of_another_order_are_reordered_in_every_tensor_that_has_them(tmp_path):
+    model = adapted()
+    names = IDENTITY | {"up": HFModule("up", Interleaved(head_dim=4))}
+    for folder, own in (("as they are", IDENTITY), ("half-rotated", names)):
+        save_pretrained(model, tmp_path / folder, own)
+    (_, plain_order), (_, found) = (files.read(folder) for folder in sorted(tmp_path.iterdir()))
+    even_then_odd = [0, 2, 1, 3, 4, 6, 5, 7]
+    for key, x in plain_order.items():
+        of_outputs = UP in key and "lora_A" not in key
+        np.testing.assert_array_equal(found[key], x[even_then_odd] if of_outputs else x, key)
+    assert_trees_equal(
+        read_adapters(plain(), tmp_path / "half-rotated", names)[0], dora.get_adapters(model)
+    )
 
 
 def test_a_trained_rank_above_the_smaller_side_is_read_and_saved_without_a_word(tmp_path):

@@ -15,8 +15,9 @@ from flax import nnx
 
 import dora_jax as dora
 from experiments.models.config_file import ModelConfigError
-from experiments.models.llama import Llama, rotary_frequencies, rotate
+from experiments.models.llama import Llama
 from experiments.models.llama_config import LlamaConfig, RopeScaling
+from experiments.models.rotary import rotary_frequencies, rotate
 from tests.experiments.tiny_models import LLAMA, filled
 
 CONFIGS = pytest.mark.parametrize(
