@@ -98,8 +98,8 @@ def _say(error: BaseException, advice: str) -> int:
         print(error.code, file=sys.stderr)
         return 1
     if isinstance(error, KeyboardInterrupt):
-        print(f"{own}: interrupted. {advice}", file=sys.stderr)
-        return 130
+        print(f"{own}: {str(error) or 'interrupted'}. {advice}", file=sys.stderr)
+        return int(getattr(error, "status", 130))
     if _is_of_another(error):
         reason = str(error).splitlines()[0][:300]
         print(f"{own} lost another one, and ends ({reason}). {advice}", file=sys.stderr)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,32 +24,51 @@ ROWS = P(("data", "fsdp"))
 def place(model: nnx.Module, optimizer: nnx.Optimizer, mesh: Mesh) -> None:
     """Moves the arrays of a model and of its optimiser onto a mesh, in place.
 
-    What the model says of its arrays (NNX metadata) is done. Other kernels are cut along their
-    largest axes. Adapters and their moments lie as their kernels do, small arrays on all devices.
+    An array that lies on the mesh stays. What the model says of its arrays (NNX metadata) is done;
+    other matrices are cut along their largest axes. Adapters lie as their kernels do
+    (`dora.shardings`), and moments as what they are of. All else is on all devices.
     """
-    _put(model, mesh, cut=lambda variable: not isinstance(variable, dora.DoRAParam))
-    if not (isinstance(optimizer.wrt, type) and issubclass(optimizer.wrt, dora.DoRAParam)):
-        return _put(optimizer, mesh, cut=lambda _: True)
-    places = dora.shardings(model)
-    adapters = jax.tree.map(_on_devices, dora.get_adapters(model), places)
-    dora.set_adapters(model, adapters)
+    variables = [(p, v) for p, v in nnx.iter_graph(model) if isinstance(v, nnx.Variable)]
+    for _, variable in variables:
+        if not isinstance(variable, dora.DoRAParam):
+            _put(variable, _sharding_of(variable, mesh))
+    adapted = isinstance(optimizer.wrt, type) and issubclass(optimizer.wrt, dora.DoRAParam)
+    found = jax.tree_util.tree_leaves_with_path(dora.shardings(model)) if adapted else []
+    of_adapters = {tuple(key.key for key in path): sharding for path, sharding in found}
+    for path, variable in variables:
+        own = of_adapters.get(tuple(map(str, path)))
+        if isinstance(variable, dora.DoRAParam):
+            if not isinstance(own, NamedSharding):  # of a module that is trained in full
+                own = _sharding_of(variable, mesh)
+            _put(variable, own)
+    of_trained = jax.tree.map(lambda x: x.sharding, nnx.state(model, optimizer.wrt))
     state = nnx.state(optimizer)
-    nnx.update(optimizer, jax.tree.map(_on_devices, state, dora.optimizer_shardings(state, places)))
+    nnx.update(
+        optimizer, jax.tree.map(_on_devices, state, dora.optimizer_shardings(state, of_trained))
+    )
 
 
-def _put(node: Any, mesh: Mesh, cut: Callable[[nnx.Variable], bool]) -> None:
-    for _, variable in nnx.iter_graph(node):
-        if not isinstance(variable, nnx.Variable):
-            continue
-        named = nnx.get_partition_spec(variable).get_value()
-        cuts = cut(variable)
+def _put(variable: nnx.Variable, sharding: NamedSharding) -> None:
+    def put(x: Any) -> jax.Array:
+        own = getattr(x, "sharding", None)
+        stays = isinstance(own, NamedSharding) and own.mesh == sharding.mesh
+        return x if stays else _on_devices(x, sharding)
 
-        def put(x: Any, named: P = named, cuts: bool = cuts) -> Any:
-            spec = named or (largest_axes(x.shape, mesh.shape) if cuts else P())
-            return _on_devices(x, NamedSharding(mesh, spec))
+    variable.set_value(jax.tree.map(put, variable.get_value()))
 
-        # One array as a rule; a masked part of an optimiser's state has none.
-        variable.set_value(jax.tree.map(put, variable.get_value()))
+
+def _sharding_of(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
+    """Returns where a variable lies that is no adapter."""
+    shape = jnp.shape(variable.get_value())
+    named = nnx.get_partition_spec(variable).get_value()
+    if not named:
+        spec = largest_axes(shape, mesh.shape) if isinstance(variable, nnx.Param) else P()
+        return NamedSharding(mesh, spec)
+    entries = []
+    for size, entry in zip(shape, named, strict=False):
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        entries.append(None if size % math.prod(mesh.shape[a] for a in axes) else entry)
+    return NamedSharding(mesh, P(*entries))
 
 
 def _on_devices(x: Any, sharding: NamedSharding) -> jax.Array:

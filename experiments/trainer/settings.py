@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from experiments.models.remat import REMAT, Remat
 from experiments.trainer.compile_cache import use_compile_cache
 from experiments.trainer.mesh import make_mesh, parse_mesh
 
@@ -37,9 +38,9 @@ class TrainerSettings:
     microbatches: int = 1
     # Dtype of the products in the base model. Adapters and losses are float32 in any case.
     dtype: Literal["float32", "bfloat16"] = "float32"
-    # What the backward pass recomputes instead of storing it, by the name of a policy of the model.
-    # The default stores everything.
-    remat: str | None = None
+    # What the backward pass keeps of each layer, where the model has a choice; it computes the rest
+    # again. With none it keeps everything, with full only what a layer starts from.
+    remat: Remat = "none"
     # Folder for a trace of three steps after the warm-up, which XProf and Perfetto show.
     profile: Path | None = None
     # Folder of the compiled programs, for later runs; off keeps none. The default is in the user's
@@ -71,9 +72,13 @@ class TrainerSettings:
         chosen: dict[str, Any] = {}
         if self.dtype != "float32":
             chosen["dtype"] = jnp.dtype(self.dtype)
-        if self.remat is not None:
-            chosen["remat"] = self.remat
-        if unknown := sorted(chosen.keys() - inspect.signature(constructor).parameters.keys()):
+        if self.remat != "none":
+            chosen["remat"] = REMAT[self.remat]
+        # The metaclass of NNX modules hides the signature of their classes.
+        makes: Any = constructor
+        if isinstance(makes, type):
+            makes = makes.__init__  # type: ignore[misc]
+        if unknown := sorted(chosen.keys() - inspect.signature(makes).parameters.keys()):
             raise SettingsError(
                 f"--{unknown[0]}: the model of this experiment has no such option. Leave it out"
             )

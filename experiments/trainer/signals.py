@@ -7,9 +7,8 @@ import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
@@ -20,34 +19,17 @@ from experiments import end_at_once
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class InterruptedStepError(InterruptError):
-    """A signal asked the process to end, and the step that it was in is saved.
+class SavedInterruptError(InterruptError):
+    """The process was asked to end, and a step was saved before.
 
     Attributes:
-        saved_step: That step, if one was saved.
+        saved_step: That step.
     """
 
-    def __init__(self, number: int, saved_step: int | None = None) -> None:
+    def __init__(self, number: int, saved_step: int) -> None:
         super().__init__(number)
+        self.args = (f"{self} at step {saved_step}, which is saved",)
         self.saved_step = saved_step
-        if saved_step is not None:
-            self.args = (f"{self.args[0]} at step {saved_step}, which is saved",)
-
-
-@contextlib.contextmanager
-def handled_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Gives both signals a handler within the block; outside of the main thread it cannot."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 @dataclasses.dataclass
@@ -73,6 +55,9 @@ def deferred() -> Iterator[Asked]:
     Of several processes, each leaves SIGTERM to JAX's own handler, and ends at once on Ctrl-C.
     """
     asked = Asked()
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield asked  # only the main thread receives signals
+        return
 
     def remember(number: int, frame: FrameType | None) -> None:
         if asked.number is not None:
@@ -80,5 +65,9 @@ def deferred() -> Iterator[Asked]:
         asked.number = number
         os.write(2, b"\nSaving the step that is running. A second signal ends at once.\n")
 
-    with handled_by(remember) if jax.process_count() == 1 else contextlib.nullcontext():
+    before = {number: signal.signal(number, remember) for number in SIGNALS}
+    try:
         yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

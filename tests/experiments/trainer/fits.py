@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 import dora_jax as dora
 from experiments.tasks.text import train_batches
@@ -23,7 +24,7 @@ from experiments.trainer.classification import Schedule, classifier_training
 from experiments.trainer.loop import fit
 from experiments.trainer.placement import own_rows, place
 from experiments.trainer.settings import TrainerSettings
-from experiments.trainer.signals import InterruptedStepError
+from experiments.trainer.signals import SavedInterruptError
 from tests.experiments.tiny_task import tiny_task
 
 SCHEDULE = Schedule(1e-2, epochs=2, batch_size=4, checkpoint_every=3)
@@ -73,7 +74,8 @@ class CallingBatches:
 
 def adapters(model):
     """The arrays of a model's adapters by path, as lists."""
-    leaves = jax.tree_util.tree_leaves_with_path(dora.get_adapters(model))
+    tree = multihost_utils.process_allgather(dora.get_adapters(model), tiled=True)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf.tolist() for path, leaf in leaves}
 
 
@@ -93,7 +95,6 @@ def main():
     saved = {"config": CONFIG} if not process else {"config": None, "best": None}
     model, _ = run(Path(folder), settings, **saved)
     check_placed(model, settings.device_mesh())
-    nnx.update(model, jax.tree.map(lambda x: x.addressable_data(0), nnx.state(model)))
     print(json.dumps(adapters(model)))
     if process:
 
@@ -104,7 +105,7 @@ def main():
         batches = CallingBatches(4, terminate, own_rows(settings.device_mesh(), 4))
         try:
             run(Path(f"{folder}-stopped"), settings, best=None, batches=batches)
-        except InterruptedStepError as interrupted:
+        except SavedInterruptError as interrupted:
             print(interrupted.number, interrupted.saved_step)
 
 

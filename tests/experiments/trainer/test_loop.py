@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import dora_jax as dora
+from dora_jax.interrupts import InterruptError, raised
 from experiments.tasks.metrics import read_metrics
 from experiments.tasks.task import Examples
 from experiments.tasks.text import train_batches
@@ -19,7 +20,7 @@ from experiments.trainer.classification import evaluate
 from experiments.trainer.finite import DivergedError, check_finite
 from experiments.trainer.loop import fit
 from experiments.trainer.settings import TrainerSettings
-from experiments.trainer.signals import SIGNALS, InterruptedStepError, handled_by
+from experiments.trainer.signals import SIGNALS, SavedInterruptError
 from tests.experiments.tiny_task import WORDS
 from tests.experiments.trainer.fits import (
     CONFIG,
@@ -67,9 +68,9 @@ def test_a_signal_saves_the_step_that_is_running(number, step, whole, tmp_path):
     """Step 5 is evaluated too."""
     before = [signal.getsignal(each) for each in SIGNALS]
     batches = CallingBatches(step, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(InterruptedStepError, match=f"at step {step}, which is saved") as raised:
+    with pytest.raises(SavedInterruptError, match=f"at step {step}, which is saved") as found:
         run(tmp_path, batches=batches)
-    assert (raised.value.number, raised.value.saved_step) == (number, step)
+    assert (found.value.number, found.value.saved_step) == (number, step)
     assert before == [signal.getsignal(each) for each in SIGNALS]
     model, fitted = run(tmp_path)
     assert fitted.resumed_from_step == step
@@ -79,9 +80,9 @@ def test_a_signal_saves_the_step_that_is_running(number, step, whole, tmp_path):
 def test_a_run_that_is_not_saved_leaves_signals_to_others(tmp_path):
     """Nothing could be saved, so that nothing is gained by waiting."""
     batches = CallingBatches(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(InterruptionError), handled_by(lambda *_: raise_it()):
+    with pytest.raises(InterruptError) as found, raised():
         run(tmp_path, config=None, best=None, batches=batches)
-    assert not (tmp_path / "checkpoints").exists()
+    assert found.type is InterruptError and not (tmp_path / "checkpoints").exists()
 
 
 def diverging_task():
@@ -114,9 +115,9 @@ def test_the_first_loss_that_is_not_finite_stops_the_run_and_its_checkpoints_sta
         batches = CallingBatches(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         batches._batches = diverging.batches
         diverging = dataclasses.replace(diverging, batches=batches)
-    with pytest.raises(DivergedError) as raised:
+    with pytest.raises(DivergedError) as found:
         fit(diverging, tmp_path)
-    message = str(raised.value)
+    message = str(found.value)
     assert "\n" not in message and "at step 5: the loss is nan" in message
     assert "the gradients of classifier, hidden" in message
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]

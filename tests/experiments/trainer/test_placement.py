@@ -53,6 +53,11 @@ def test_metadata_decides_where_an_array_lies_and_else_its_largest_axes():
     kernel.set_metadata(out_sharding=("tensor", None))
     place(model, optimizer, mesh)
     assert kernel[...].sharding.spec == P("tensor", None)
+    lora_a = model.hidden.lora_a[...]
+    assert lora_a.sharding.spec == P("tensor", None)
+    moments = [x.sharding for x in jax.tree.leaves(nnx.state(optimizer))]
+    assert moments.count(lora_a.sharding) == 2
+    assert model.embed.embedding[...].sharding.spec == P(None, None)  # a mesh of one device
     for node in model, optimizer:
         assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(nnx.state(node)))
 

@@ -27,6 +27,11 @@ def start(folder, address, index):
     )
 
 
+def check_close(found, expected):
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.full
 def test_two_processes_train_as_one_and_save_the_same_step_when_one_is_terminated(tmp_path):
     with socket.socket() as free:
@@ -39,11 +44,11 @@ def test_two_processes_train_as_one_and_save_the_same_step_when_one_is_terminate
     for process in processes:
         lines = process.communicate(timeout=300)[0].splitlines()
         assert process.returncode == 0
-        found = json.loads(next(line for line in lines if line.startswith("{")))
-        for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, atol=1e-5, err_msg=name)
+        check_close(json.loads(next(line for line in lines if line.startswith("{"))), expected)
         ends.append(lines[-1])
     number, step = map(int, ends[0].split())
     assert ends[0] == ends[1] and number == signal.SIGTERM and step >= 4
-    assert (tmp_path / "two-stopped" / "checkpoints" / str(step)).is_dir()
     assert read_metrics(tmp_path / "two-stopped")[-1]["step"] == step
+    resumed, fitted = run(tmp_path / "two-stopped")  # in one process
+    assert fitted.resumed_from_step == step
+    check_close(adapters(resumed), expected)

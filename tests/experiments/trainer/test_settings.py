@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import compare, quickstart
+from experiments.models.llama import Llama
 from experiments.trainer.command_line import settings
 from experiments.trainer.compile_cache import use_compile_cache
 from experiments.trainer.settings import SettingsError, TrainerSettings
@@ -14,11 +15,11 @@ from experiments.trainer.settings import SettingsError, TrainerSettings
 
 @pytest.mark.parametrize("module", [quickstart, compare])
 def test_an_experiment_has_the_options_of_the_trainer(module, capsys):
-    given = ["--mesh", "fsdp=8", "--microbatches", "4", "--dtype", "bfloat16", "--remat", "all"]
+    given = ["--mesh", "fsdp=8", "--microbatches", "4", "--dtype", "bfloat16", "--remat", "dots"]
     given += ["--profile", "trace", "--compile-cache", "off"]
     config = settings(module.Config, None, given).trainer
     assert (config.mesh, config.microbatches, config.dtype) == ("fsdp=8", 4, "bfloat16")
-    assert (config.remat, str(config.profile), config.compile_cache) == ("all", "trace", "off")
+    assert (config.remat, str(config.profile), config.compile_cache) == ("dots", "trace", "off")
     with pytest.raises(SystemExit):
         settings(module.Config, module.__doc__, ["--help"])
     printed = capsys.readouterr().out
@@ -41,8 +42,9 @@ def test_a_model_gets_the_options_that_it_has_and_no_other_is_swallowed():
 
     assert TrainerSettings().switches(make) == {}
     assert TrainerSettings(dtype="bfloat16").switches(make) == {"dtype": jnp.bfloat16}
+    assert TrainerSettings(remat="full").switches(Llama) == {"remat": True}
     with pytest.raises(SettingsError, match="--remat: the model of this experiment has no such"):
-        TrainerSettings(remat="all").switches(make)
+        TrainerSettings(remat="full").switches(make)
 
 
 def test_compiled_programs_are_kept_where_the_user_says(tmp_path):
