@@ -39,7 +39,8 @@ def raised(again: Callable[[int, FrameType | None], object] | None = None) -> It
     """Raises `InterruptError` for the first signal in the block; a second one ends the process.
 
     Python prints what a signal's handler raises in a destructor or in a callback of the garbage
-    collector (JAX has one), and goes on. Such a signal is sent once more.
+    collector (JAX has one), and goes on. Such a signal is sent once more. Extensions in C++ may
+    raise an error of their own instead. So any error after the signal is taken for it.
 
     Args:
       again: the handler of the second signal. The default ends the process in one line.
@@ -49,9 +50,11 @@ def raised(again: Callable[[int, FrameType | None], object] | None = None) -> It
         return
     main = threading.get_ident()
     ignored: list[int] = []  # the signal whose error Python ignored, until it is raised again
+    came: list[int] = []
 
     def raise_once(number: int, _: FrameType | None) -> NoReturn:
         ignored.clear()
+        came.append(number)
         for each in _SIGNALS:
             signal.signal(each, again or _end_at_once)
         raise InterruptError(number)
@@ -75,6 +78,10 @@ def raised(again: Callable[[int, FrameType | None], object] | None = None) -> It
         yield
         if ignored:
             raise_once(ignored[0], None)
+    except Exception as error:
+        if came:
+            raise InterruptError(came[0]) from error
+        raise
     finally:
         ignored.clear()
         sys.unraisablehook = hook

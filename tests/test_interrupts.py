@@ -71,6 +71,23 @@ def test_a_signal_is_not_lost_where_python_ignores_what_is_raised(number, place,
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_error_that_a_signal_was_turned_into_is_an_interrupt(number):
+    """As pybind11 does: no argument that it can convert."""
+    with pytest.raises(InterruptError) as error, raised():
+        try:
+            signal.raise_signal(number)
+            time.sleep(5)
+        except InterruptError:
+            came = True
+        if came:
+            raise TypeError("incompatible function arguments")
+    assert error.value.status == 128 + number
+    assert isinstance(error.value.__cause__, TypeError)
+    with pytest.raises(TypeError), raised():
+        raise TypeError("no signal came")
+
+
 def test_what_else_is_raised_there_is_printed_as_ever(monkeypatch):
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", lambda ignored: printed.append(ignored.exc_value))
