@@ -186,16 +186,18 @@ def train(run, x, steps):
     @jax.jit
     def step(adapters, rest, state, x):
         def loss(adapters):
-            return jnp.mean(jnp.square(run.apply(adapters, rest, x)))
+            y = run.apply(adapters, rest, x)
+            return jnp.mean(jnp.square(y)), y
 
-        value, gradients = jax.value_and_grad(loss)(adapters)
+        (_, y), gradients = jax.value_and_grad(loss, has_aux=True)(adapters)
         updates, state = tx.update(gradients, state, adapters)
-        return optax.apply_updates(adapters, updates), state, value, gradients
+        return optax.apply_updates(adapters, updates), state, y, gradients
 
     for _ in range(steps):
-        adapters, state, value, gradients = step(adapters, run.rest, state, x)
+        adapters, state, y, gradients = step(adapters, run.rest, state, x)
         first = gradients if first is None else first
-        losses.append(float(value))
+        # Summed here: XLA sums a thousand float32 numbers one by one, and rounds each time.
+        losses.append(np.mean(np.square(np.asarray(y, np.float64))))
     return first, losses, moved + lying_whole(run, adapters, state)
 
 

@@ -94,13 +94,14 @@ def test_explicit_axes_type_check_wherever_a_kernel_is_cut(cut):
     """Gradients have the types of the adapters; so have what merging and precomputing make."""
     config = dora.DoRAConfig(rank=2, dropout=0.5)
 
-    def run(kernel, x):
+    def make(kernel):
         base = nnx.Linear(8, 4, use_bias=False, rngs=nnx.Rngs(0))
         base.kernel.set_value(kernel)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = dora.apply_dora(base, config, rngs=nnx.Rngs(1))
+            return dora.apply_dora(base, config, rngs=nnx.Rngs(1))
 
+    def run(model, x):
         def loss(model):
             return jnp.sum(model(x, out_sharding=P("fsdp", "tensor")) ** 2)
 
@@ -112,9 +113,8 @@ def test_explicit_axes_type_check_wherever_a_kernel_is_cut(cut):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(EXPLICIT, spec))
 
     with jax.sharding.use_abstract_mesh(EXPLICIT):
-        gradients, scale, merged = jax.eval_shape(
-            run, like((8, 4), cut), like((6, 8), P("fsdp", None))
-        )
+        model = nnx.eval_shape(make, like((8, 4), cut))
+        gradients, scale, merged = nnx.eval_shape(run, model, like((6, 8), P("fsdp", None)))
     assert gradients["lora_a"].sharding.spec == P(cut[0], None)
     assert gradients["lora_b"].sharding.spec == P(None, cut[1])
     assert gradients["magnitude"].sharding.spec == scale.sharding.spec == P(cut[1])
