@@ -7,6 +7,7 @@ nothing for them.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dora_jax.errors import CheckpointError
+
+_BLOCK = 4096  # bytes
 
 
 def several() -> bool:
@@ -40,7 +43,10 @@ def from_each(text: str) -> list[str]:
         return [text]
     own = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(own.size, np.int32)).ravel()
-    padded = np.zeros(max(sizes.max(), 1), np.uint8)
+    if not sizes.any():
+        return [""] * sizes.size
+    # In few lengths, for each of which a program is compiled.
+    padded = np.zeros(_BLOCK * math.ceil(sizes.max() / _BLOCK), np.uint8)
     padded[: own.size] = own
     rows = multihost_utils.process_allgather(padded)
     return [row[:n].tobytes().decode() for row, n in zip(rows, sizes, strict=True)]

@@ -67,7 +67,6 @@ def _join(detect: bool) -> bool:
     given = [os.environ.get(name, "") for name in names]
     if not any(given) and not detect:
         return False
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if any(given):
         for name, value in zip(names, given, strict=True):
             if not value or (name != names[0] and not value.isdecimal()):
@@ -86,6 +85,9 @@ def _join(detect: bool) -> bool:
             if "must be defined" in str(error) or "should be defined" in str(error):
                 return False  # no cluster
             raise
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Else a CPU may run two programs at once, and gloo takes the messages of one for the other's.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     return jax.process_count() > 1
 
 
