@@ -23,6 +23,12 @@ CASES = (
     ("linen scanned", "auto"),
     ("linen scanned", "explicit"),
 )
+# Each mesh with two models; `python -m tests.laws.sharded` runs any pair.
+ROWS = [
+    (*CASES[i % len(CASES)], mesh)
+    for n, mesh in enumerate(MESHES)
+    for i in (n, n + len(CASES) // 2)
+]
 
 
 def test_a_layer_cut_on_in_and_out_axes_is_that_of_numpy():
@@ -33,8 +39,7 @@ def test_a_layer_cut_on_in_and_out_axes_is_that_of_numpy():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(("model", "axes"), CASES)
+@pytest.mark.parametrize(("model", "axes", "mesh"), ROWS)
 def test_training_on_a_mesh_is_training_on_one_device(model, axes, mesh):
     found = json.loads(run_module("tests.laws.sharded", model, mesh, axes, devices=8))
     assert found["whole"] == []
