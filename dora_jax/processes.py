@@ -34,12 +34,6 @@ def spans_processes(x: Any) -> bool:
     return known and not x.is_fully_addressable
 
 
-def wait_for_all(name: str) -> None:
-    """Waits until every process has come here."""
-    if several():
-        multihost_utils.sync_global_devices(name)
-
-
 def from_each(text: str) -> list[str]:
     """Returns the text of every process, in their order."""
     if not several():

@@ -55,7 +55,8 @@ class Config:
     remat: Remat = "save_scaled"
     # Layers of the model, if not all.
     layers: int | None = None
-    # Compile a second program, of twice the rows, to find the largest batch.
+    # Compile a second program, of twice the rows (of one, if these do not fit), to find the
+    # largest batch.
     largest_batch: bool = True
     # Print all figures as JSON.
     json: bool = False
@@ -85,12 +86,15 @@ def make_plan(config: Config, progress: Callable[[str], None]) -> Plan:
         shape, config.method, config.tokens, config.rows, config.rank, remat=config.remat
     )
     counts = count(setting, config.target, mesh, progress)
-    larger = None
-    if config.largest_batch:
-        twice = dataclasses.replace(setting, rows=2 * config.rows)
-        more = count(twice, config.target, mesh, lambda text: progress(f"{text}, twice the rows"))
-        larger = (twice.rows, more.memory.total)
-    return Plan(title, setting, config.target, mesh, counts, larger)
+    plan = Plan(title, setting, config.target, mesh, counts, None)
+    rows = 1 if plan.fits is False else 2 * config.rows
+    if config.largest_batch and rows != config.rows:
+        with_others = dataclasses.replace(setting, rows=rows)
+        found = count(
+            with_others, config.target, mesh, lambda text: progress(f"rows {rows}: {text}")
+        )
+        plan = dataclasses.replace(plan, other=(rows, found.memory.total))
+    return plan
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

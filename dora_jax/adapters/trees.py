@@ -116,9 +116,14 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Pat
         return meta.is_axis_metadata(node) or bool(is_leaf and is_leaf(node))
 
     for path, node in _with_paths(tree, ends):
-        if path in flat:
-            raise AdapterError(f"the tree has two leaves {'.'.join(path)}: rename one")
-        flat[path] = unboxed(node) if meta.is_axis_metadata(node) else node
+        # A box may hold no array, as in an optimiser's state that masks it.
+        inner = flatten(unboxed(node)) if meta.is_axis_metadata(node) else {(): node}
+        for tail, leaf in inner.items():
+            if (*path, *tail) in flat:
+                raise AdapterError(
+                    f"the tree has two leaves {'.'.join((*path, *tail))}: rename one"
+                )
+            flat[*path, *tail] = leaf
     return flat
 
 

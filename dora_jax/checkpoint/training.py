@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -31,7 +30,7 @@ from dora_jax.checkpoint.step import (
 from dora_jax.checkpoint.storage import absolute, save_args
 from dora_jax.config import DoRAConfig
 from dora_jax.disk import full_disk, said_once
-from dora_jax.errors import AdapterError, CheckpointError, Path
+from dora_jax.errors import AdapterError, CheckpointError, DoRAError, Path
 from dora_jax.model import carries_arrays
 from dora_jax.processes import failing_together, same_everywhere, several
 
@@ -123,8 +122,10 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if several() and isinstance(error, jax.errors.JaxRuntimeError):
-            return  # another process may be lost, and the end of a checkpoint waits for all
+        # XLA's errors: another process may be lost, and the end of a checkpoint waits for all.
+        of_xla = isinstance(error, RuntimeError | ValueError) and not isinstance(error, DoRAError)
+        if several() and of_xla:
+            return
         self.close()
 
     def steps(self) -> list[int]:

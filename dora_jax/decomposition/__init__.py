@@ -28,6 +28,7 @@ from dora_jax.decomposition.scale import (
     effective_factors,
     magnitude_over_norm,
 )
+from dora_jax.decomposition.sharding import layer_entries, layer_shardings
 
 __all__ = [
     "Factors",
@@ -41,6 +42,8 @@ __all__ = [
     "first_row",
     "init_layer",
     "kernel_norm",
+    "layer_entries",
+    "layer_shardings",
     "magnitude_over_norm",
     "materialize",
     "merge_kernel",

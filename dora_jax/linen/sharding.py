@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from flax import linen as nn
 from flax.core import meta
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dora_jax.adapters.trees import Tree, get_in, nest, unboxed
 from dora_jax.decomposition.sharding import layer_shardings
@@ -58,4 +59,9 @@ def _own_sharding(x: Any) -> Any:
     if isinstance(own, NamedSharding) or not isinstance(x, meta.Partitioned):
         return own
     mesh = mesh if x.mesh is None else x.mesh
-    return own if mesh is None else x.get_sharding(mesh)
+    if mesh is None:
+        return own
+    spec = x.get_partition_spec()
+    if isinstance(x, nn.LogicallyPartitioned):
+        spec = nn.logical_to_mesh_axes(x.names, x.rules) or PartitionSpec()
+    return NamedSharding(mesh, spec)

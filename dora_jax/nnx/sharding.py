@@ -26,7 +26,7 @@ def shardings(model: nnx.Module) -> dict[str, Any]:
       AdapterError: nothing is adapted.
 
     Example:
-      >>> import dora_jax as dora
+      >>> import dora_jax as dora, jax
       >>> from jax.sharding import PartitionSpec as P
       >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))

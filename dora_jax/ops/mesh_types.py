@@ -22,12 +22,11 @@ def explicit_mesh(*trees: Any) -> AbstractMesh | None:
 def context_mesh() -> Any:
     """Returns the mesh that `jax.set_mesh` has set; None if there is none."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None
     try:
-        return jax.sharding.get_mesh()
+        devices = jax.sharding.get_mesh()
     except ValueError:  # inside a program, where devices are not known
-        return mesh
+        return None if mesh.empty else mesh
+    return next((m for m in (devices, mesh) if not m.empty), None)
 
 
 def varying_axes(x: jax.Array) -> dict[str, int]:
@@ -45,9 +44,9 @@ def automatically(function: Callable[..., Any], out: Any, *operands: Any) -> Any
     """Returns `function(*operands)`, inside of which explicit axes of the mesh are automatic.
 
     There, types say nothing of those axes: XLA divides each operation among the devices, as it does
-    for a mesh of automatic axes, and no product needs to be told the sharding of its result. No
-    data moves at the borders. Derivatives and `vmap` go through. Without explicit axes in the types
-    of the operands it is a plain call.
+    for a mesh of automatic axes, and no product needs to be told the sharding of its result. So our
+    primitives work, and exact ways too. No data moves at the borders. Derivatives and `vmap` go
+    through. Without explicit axes in the types of the operands it is a plain call.
 
     Args:
       function: of arrays, or trees of them. It closes over no array of an explicit type.

@@ -69,7 +69,7 @@ def choose(
       >>> choose(jnp.array([False, True]), lambda x: x, lambda x: 0 * x, jnp.ones(2))
       Array([1., 1.], dtype=float32)
     """
-    # With a mesh in the types, blocks would need a sharding too.
+    # With a mesh in the types, as inside `shard_map`, blocks would need a sharding too.
     if _only_cheap or has_mesh_in_type(is_rare, *jax.tree.leaves(operands)):
         return cheap(*operands)
     if not isinstance(is_rare, jax.core.Tracer):  # op by op, a conditional would be compiled

@@ -138,11 +138,8 @@ def platform_of(mesh: Mesh | AbstractMesh | None) -> str:
 
     The devices of the mesh may be of a machine that is not there.
     """
-    device = None
-    if isinstance(mesh, Mesh):
-        mesh = mesh.abstract_mesh
-    if mesh is not None:
-        device = mesh.abstract_device
+    abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    device = None if abstract is None else abstract.abstract_device
     if device is None:
         return jax.default_backend()
     if (platform := getattr(device, "platform", None)) is not None:

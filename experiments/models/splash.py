@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +44,13 @@ def splash_attention(
     """
     real = None if mask is None else jnp.asarray(mask != 0, jnp.int32)
     mesh = mesh_in_use()
-    body = functools.partial(_on_one_device, window=window, interpret=interpret)
+
+    def body(q: Array, k: Array, v: Array, *real: Array) -> Array:
+        return _on_one_device(q, k, v, *real, window=window, interpret=interpret)
+
+    masks_given = () if real is None else (real,)
     if mesh is None:
-        return body(q, k, v, real)
+        return body(q, k, v, *masks_given)
     axes = ("batch", None, "heads", None)
     specs = [resolve(axes, mesh, x.shape) for x in (q, k)]
     if specs[0] != specs[1]:  # too few heads of keys to divide: each head of queries gets its own
@@ -55,11 +58,15 @@ def splash_attention(
     spec, rows = specs[0], PartitionSpec(specs[0][0], None)
     manual = {axis for entry in spec if entry for axis in _as_tuple(entry)}
     if not manual:
-        return body(q, k, v, real)
-    run = functools.partial(jax.shard_map, out_specs=spec, axis_names=manual, check_vma=False)
-    if real is None:
-        return run(lambda *x: body(*x, None), in_specs=(spec,) * 3)(q, k, v)
-    return run(body, in_specs=(*(spec,) * 3, rows))(q, k, v, real)
+        return body(q, k, v, *masks_given)
+    run = jax.shard_map(
+        body,
+        in_specs=(spec, spec, spec, *(rows for _ in masks_given)),
+        out_specs=spec,
+        axis_names=manual,
+        check_vma=False,
+    )
+    return run(q, k, v, *masks_given)
 
 
 def _as_tuple(entry: Any) -> tuple[str, ...]:
@@ -67,7 +74,13 @@ def _as_tuple(entry: Any) -> tuple[str, ...]:
 
 
 def _on_one_device(
-    q: Array, k: Array, v: Array, real: Array | None, *, window: int | None, interpret: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    real: Array | None = None,
+    *,
+    window: int | None,
+    interpret: bool,
 ) -> Array:
     length, heads, features = q.shape[1:]
     kernel = _kernel(length, heads, window, interpret)
@@ -76,9 +89,7 @@ def _on_one_device(
     if real is None:
         y = jax.vmap(kernel)(*by_head)
     else:  # padding and text are two texts, of which none sees the other
-        y = jax.vmap(lambda q, k, v, ids: kernel(q, k, v, kernels.SegmentIds(ids, ids)))(
-            *by_head, real
-        )
+        y = jax.vmap(kernel)(*by_head, kernels.SegmentIds(real, real))
     return jnp.swapaxes(y, 1, 2).astype(q.dtype)
 
 
@@ -89,10 +100,14 @@ def _block(length: int) -> int:
 def visited_share(length: int, window: int | None) -> float:
     """Returns the share of the blocks of all pairs of positions that the kernel visits.
 
+    It is 1 for a length that the kernel does not take.
+
     Example:
         >>> visited_share(2048, None)  # 10 of 16 blocks of 512 x 512
         0.625
     """
+    if length % BLOCK:
+        return 1.0
     starts = np.arange(0, length, block := _block(length))
     queries, keys = starts[:, None], starts[None]
     seen = keys <= queries
@@ -109,10 +124,19 @@ def _kernel(length: int, heads: int, window: int | None, interpret: bool) -> Any
         else masks.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     )
     block = _block(length)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     return kernels.make_splash_mha(
         masks.MultiHeadMask([seen] * heads),
-        block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

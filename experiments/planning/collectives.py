@@ -60,13 +60,15 @@ def array_bytes(dtype: str, sizes: tuple[int, ...]) -> int:
 
 
 def read_collectives(hlo: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """Returns the collectives of a program.
+    """Returns the collectives of a program; none of an empty text.
 
     Args:
         hlo: The text of an optimised program, of a CPU or a TPU.
         mesh: The size of each axis of its mesh, in order.
     """
     computations, entry = _computations(hlo)
+    if not entry:
+        return []
     runs = _runs(computations, entry)
     # XLA for TPU may spread one collective over several fusions. It runs where it is started.
     started: defaultdict[str, set[str]] = defaultdict(set)

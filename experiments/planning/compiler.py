@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ class Counts:
         memory: Its bytes, as XLA placed them.
         frozen, adapters, moments: Bytes of arguments, without padding.
         trainable: Number of trained parameters, of all devices together.
-        collectives: Its collectives.
+        collectives: Its collectives. None are known of a program that XLA refuses for its memory.
         gathered: Bytes of frozen weights that it gathers.
         attention: The implementation that was chosen, and why.
         seconds: What tracing and compiling took.
@@ -147,6 +148,17 @@ def read_memory(places: str) -> Memory:
     return Memory(**found)
 
 
+def memory_refused(error: str) -> int | None:
+    """Returns the bytes of temporaries for which XLA refused a program; None for another error.
+
+    Example:
+        >>> memory_refused("Ran out of memory: HLO temporaries (331.00G) exceeds (15.75G)")
+        355408543744
+    """
+    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", error)
+    return int(float(found[1]) * 2 ** (10 * " KMGT".index(found[2]))) if found else None
+
+
 def _compile(setting: Setting, target: str, sizes: dict[str, int], folder: Path) -> None:
     """Runs in the process that compiles: writes facts, and the program where it gets that far."""
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT, 0o600)
@@ -154,8 +166,11 @@ def _compile(setting: Setting, target: str, sizes: dict[str, int], folder: Path)
         os.dup2(log, descriptor)
     try:
         _trace_and_compile(setting, target, sizes, folder)
-    except (Exception, SystemExit) as error:
+    except (PlanError, SystemExit) as error:
         _write(folder / "error.txt", str(error))
+        sys.exit(1)
+    except Exception as error:
+        _write(folder / "error.txt", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         sys.exit(1)
 
 
@@ -186,12 +201,20 @@ def _trace_and_compile(setting: Setting, target: str, sizes: dict[str, int], fol
     }
     _write(folder / "facts.json", json.dumps(facts))
     dump: dict[str, Any] = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-    with no_compilation_cache():
-        compiled = step.lowered.compile(compiler_options=None if target == "cpu" else dump)
-    found = compiled.memory_analysis()
-    memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes)
+    try:
+        with no_compilation_cache():
+            compiled = step.lowered.compile(compiler_options=None if target == "cpu" else dump)
+        found = compiled.memory_analysis()
+        memory = Memory(found.argument_size_in_bytes, found.temp_size_in_bytes)
+        hlo = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        needed = memory_refused(str(error))
+        if needed is None:
+            raise
+        kept = facts["frozen"] + facts["adapters"] + facts["moments"]
+        memory, hlo = Memory(kept, needed), ""
     _write(folder / "memory.json", json.dumps(dataclasses.asdict(memory)))
-    _write(folder / "program.txt", compiled.as_text())
+    _write(folder / "program.txt", hlo)
 
 
 def _product(sizes: Mapping[str, int]) -> int:

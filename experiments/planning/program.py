@@ -115,7 +115,7 @@ def trace_step(setting: Setting, mesh: Mesh) -> Step:
         )
         specs = parameter_specs(program.trainable, program.frozen)
         trainable, frozen, opt_state = (
-            _placed(tree, specs, mesh)
+            placed(tree, specs, mesh)
             for tree in (program.trainable, program.frozen, program.opt_state)
         )
         batch = {name: _batch(x, mesh) for name, x in case.batch.items()}
@@ -140,29 +140,10 @@ def bytes_of_each_device(tree: Any) -> int:
 def parameter_specs(*states: Any) -> Specs:
     """Returns the entries of every array of an adapted model, by path.
 
-    Those of the base are what its metadata say, those of adapters follow from the kernels.
+    They are what the metadata say; adapters have those of their kernels.
     """
     leaves = {path: leaf for state in states for path, leaf in _flat(state)}
-    specs = {path: nnx.get_partition_spec(leaf).get_value() for path, leaf in leaves.items()}
-    for path in leaves:
-        kernel = (*path[:-1], "kernel")
-        if kernel in specs and path != kernel:
-            derived = _adapter_specs(specs[kernel])
-            specs[path] = derived.get(path[-1], specs[path])
-    return specs
-
-
-def _adapter_specs(kernel: PartitionSpec) -> dict[str, PartitionSpec]:
-    """Returns the entries of what is kept next to a kernel `(*stack, in, out)`, by name."""
-    *stack, inputs, outputs = kernel
-    by_output = PartitionSpec(*stack, outputs)
-    return {
-        "lora_a": PartitionSpec(*stack, inputs, None),
-        "lora_b": PartitionSpec(*stack, None, outputs),
-        "magnitude": by_output,
-        "base_norm": by_output,
-        "base_first_row": by_output,
-    }
+    return {path: nnx.get_partition_spec(leaf).get_value() for path, leaf in leaves.items()}
 
 
 def _flat(state: Any) -> Iterator[tuple[Path, Any]]:
@@ -170,7 +151,7 @@ def _flat(state: Any) -> Iterator[tuple[Path, Any]]:
         yield tuple(map(str, path)), leaf
 
 
-def _placed(tree: Any, specs: Specs, mesh: Mesh) -> Any:
+def placed(tree: Any, specs: Specs, mesh: Mesh) -> Any:
     """Returns a tree of arrays with shardings: each has that of the parameter its path ends in.
 
     The moments of an optimiser have the paths of what they are the moments of.

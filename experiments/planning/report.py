@@ -24,7 +24,7 @@ class Plan:
         target: The slice.
         mesh: The size of each axis.
         counts: What was counted in its program.
-        larger: Sequences of a device in a second program, and its bytes; None if there is none.
+        other: Sequences of a device in a second program, and its bytes; None if there is none.
     """
 
     title: str
@@ -32,7 +32,7 @@ class Plan:
     target: str
     mesh: dict[str, int]
     counts: Counts
-    larger: tuple[int, int] | None
+    other: tuple[int, int] | None
 
     @property
     def device(self) -> Device | None:
@@ -51,8 +51,8 @@ class Plan:
 
     @property
     def times(self) -> Times | None:
-        """The estimate of the time of a step."""
-        if self.device is None:
+        """The estimate of the time of a step that fits."""
+        if self.device is None or not self.fits:
             return None
         counts = self.counts
         return estimate_times(
@@ -62,9 +62,9 @@ class Plan:
     @property
     def most_rows(self) -> int | None:
         """How many sequences of a device fit."""
-        if self.limit is None or self.larger is None:
+        if self.limit is None or self.other is None:
             return None
-        rows, size = self.larger
+        rows, size = self.other
         totals = (self.counts.memory.total, size)
         return largest_batch((self.setting.rows, rows), totals, self.limit)
 
@@ -156,6 +156,8 @@ def _work(plan: Plan) -> Iterator[str]:
     counts = plan.counts
     yield ""
     yield f"Work of a step: {counts.operations / 1e12:.2f} TFLOP a device, in products"
+    if plan.fits is False and not counts.collectives:
+        return  # XLA refused it
     yield ""
     yield "Collectives of a step, loops multiplied out; bytes of the whole arrays"
     found = totals(counts.collectives)
@@ -182,10 +184,10 @@ def _time(plan: Plan) -> Iterator[str]:
 
 
 def _batch(plan: Plan) -> Iterator[str]:
-    if plan.most_rows is None or plan.larger is None:
+    if plan.most_rows is None or plan.other is None:
         return
     yield ""
     yield (
         f"Largest batch: {plan.most_rows} sequences to a device, on the line through the programs "
-        f"of {plan.setting.rows} and {plan.larger[0]}"
+        f"of {plan.setting.rows} and {plan.other[0]}"
     )

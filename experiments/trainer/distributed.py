@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -99,7 +100,7 @@ def _say(error: BaseException, advice: str) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"{own}: {str(error) or 'interrupted'}. {advice}", file=sys.stderr)
         return int(getattr(error, "status", 130))
-    if isinstance(error, jax.errors.JaxRuntimeError) and _is_of_another(str(error)):
+    if _is_of_another(error):
         reason = str(error).splitlines()[0][:300]
         print(f"{own} lost another one, and ends ({reason}). {advice}", file=sys.stderr)
         return 1
@@ -107,7 +108,9 @@ def _say(error: BaseException, advice: str) -> int:
     return 1
 
 
-def _is_of_another(message: str) -> bool:
-    """Returns whether an error of JAX tells of another process."""
-    words = ("gloo", "connection", "unavailable", "deadline_exceeded", "heartbeat", "coordination")
-    return any(word in message.lower() for word in words)
+def _is_of_another(error: BaseException) -> bool:
+    """Returns whether an error tells of another process: a status of XLA's, in whatever class."""
+    text = str(error)
+    words = r"gloo|connection|unavailable|deadline_exceeded|heartbeat|coordination"
+    is_status = isinstance(error, RuntimeError | ValueError) and re.match("[A-Z_]+: ", text)
+    return bool(is_status) and re.search(words, text, re.IGNORECASE) is not None

@@ -136,11 +136,12 @@ def _time_limit(seconds: int) -> Iterator[None]:
         raise Endless
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    # Again each second: Python ignores what is raised while it collects garbage.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 

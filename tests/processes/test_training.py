@@ -69,8 +69,8 @@ def test_a_lost_process_ends_the_other_and_the_run_goes_on(
     )
     assert lost.status == -9 and first.status not in (0, -9)
     assert abs(first.ended - lost.ended) < 30
-    (line,) = first.errors.splitlines()
-    assert line.startswith("Process 0 of 2 lost another one") and line.endswith("Start it again.")
+    assert "Process 0 of 2 lost another one" in first.errors
+    assert "Start it again." in first.errors and "Traceback" not in first.errors
     monkeypatch.delenv("KILL_STEP")
     begun, resumed = train(front_end, tmp_path, 2)
     assert begun == "start 4" and max(differences(resumed, unbroken[2][1])) == 0

@@ -1,0 +1,42 @@
+"""On several devices everything is as on one. How many there are is settled when JAX starts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.checkpoint.runs import run_module
+
+MESHES = (
+    "data=8",
+    "fsdp=8",
+    "tensor=8",
+    "fsdp=4,tensor=2",
+    "data=2,fsdp=2,tensor=2",
+)
+CASES = (
+    ("llama", "auto"),
+    ("llama scanned", "auto"),
+    ("nnx", "explicit"),
+    ("nnx scanned", "explicit"),
+    ("linen scanned", "auto"),
+    ("linen scanned", "explicit"),
+)
+
+
+def test_a_layer_cut_on_in_and_out_axes_is_that_of_numpy():
+    found = json.loads(run_module("tests.laws.sharded_layer", devices=4))
+    assert "check_vma" in found.pop("refusal")
+    for way, errors in found.items():
+        assert max(errors.values()) <= 2e-6, (way, errors)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("model", "axes"), CASES)
+def test_training_on_a_mesh_is_training_on_one_device(model, axes, mesh):
+    found = json.loads(run_module("tests.laws.sharded", model, mesh, axes, devices=8))
+    assert found["whole"] == []
+    assert found["gradients"] <= 5e-6
+    assert found["losses"] <= 1e-6
