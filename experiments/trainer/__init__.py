@@ -21,10 +21,11 @@ does the rest::
     fit(training, folder, TrainerSettings(mesh="fsdp=8", microbatches=4))
 
 `loop.py` is the loop, `step.py` one compiled step, `settings.py` the options that every script has.
-`mesh.py` and `placement.py` put models and batches on devices. `finite.py` is the guard against a
-training that diverges, `signals.py` is what happens on SIGTERM and Ctrl-C. `progress.py` and
-`flops.py` make the progress line, `trace.py` the trace for XProf. `run_folder.py` says what a run
-leaves. `compile_cache.py`, `memory.py` and `command_line.py` set up the process.
+`mesh.py` and `placement.py` put models and batches on devices, `distributed.py` joins the processes
+of several hosts. `finite.py` is the guard against a training that diverges, `signals.py` is what
+happens on SIGTERM and Ctrl-C. `progress.py` and `flops.py` make the progress line, `trace.py` the
+trace for XProf. `run_folder.py` says what a run leaves. `compile_cache.py`, `memory.py` and
+`command_line.py` set up the process.
 
 `classification.py` trains classifiers of texts with it, by the methods of `methods.py`: a new
 method is one more entry in `METHODS`. `runs.py` keeps the results of many runs, `plots.py` draws

@@ -21,7 +21,7 @@ from experiments.trainer.flops import flops_per_token, peak_flops
 from experiments.trainer.placement import place, place_batch
 from experiments.trainer.progress import Progress, Speed, tokens_in
 from experiments.trainer.settings import TrainerSettings
-from experiments.trainer.signals import Asked, SavedInterruptError, deferred
+from experiments.trainer.signals import Asked, InterruptedStepError, deferred
 from experiments.trainer.step import Loss, Outcome, TrainStep
 from experiments.trainer.trace import Trace
 
@@ -93,7 +93,7 @@ def fit(training: Training, folder: Path, settings: TrainerSettings | None = Non
     Raises:
         DivergedError: A loss, a gradient or an evaluation is not finite. The model is then of no
             use; the checkpoints and the metrics are those of the steps before.
-        SavedInterruptError: A signal came, and there is a `config`: what was reached is saved.
+        InterruptedStepError: A signal came, and there is a `config`: what was reached is saved.
         SettingsError, MeshError: The settings do not fit the devices or the batches.
     """
     settings = settings or TrainerSettings()
@@ -156,7 +156,7 @@ class _Loop:
                 self._take(number, compiles=number == first + 1)
                 self._end_of_step(number, asked)
             if asked.number is not None:
-                raise SavedInterruptError(asked.number, training.steps)
+                raise InterruptedStepError(asked.number, training.steps)
         return float(np.median(self.seconds[2:])) if len(self.seconds) > 2 else None
 
     def _take(self, number: int, *, compiles: bool) -> None:
@@ -210,7 +210,7 @@ class _Loop:
             self.checkpoints.save(number, training.model, optimizer, data=batches)
         if self.checkpoints and asked.number is not None:
             self.checkpoints.wait()
-            raise SavedInterruptError(asked.number, number)
+            raise InterruptedStepError(asked.number, number)
 
     def _evaluate(self, number: int) -> None:
         training = self.training

@@ -19,7 +19,7 @@ from experiments import end_at_once
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class SavedInterruptError(InterruptError):
+class InterruptedStepError(InterruptError):
     """The process was asked to end, and a step was saved before.
 
     Attributes:

@@ -24,7 +24,7 @@ from experiments.trainer.classification import Schedule, classifier_training
 from experiments.trainer.loop import fit
 from experiments.trainer.placement import own_rows, place
 from experiments.trainer.settings import TrainerSettings
-from experiments.trainer.signals import SavedInterruptError
+from experiments.trainer.signals import InterruptedStepError
 from tests.experiments.tiny_task import tiny_task
 
 SCHEDULE = Schedule(1e-2, epochs=2, batch_size=4, checkpoint_every=3)
@@ -105,7 +105,7 @@ def main():
         batches = CallingBatches(4, terminate, own_rows(settings.device_mesh(), 4))
         try:
             run(Path(f"{folder}-stopped"), settings, best=None, batches=batches)
-        except SavedInterruptError as interrupted:
+        except InterruptedStepError as interrupted:
             print(interrupted.number, interrupted.saved_step)
 
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from experiments.trainer import distributed
-from experiments.trainer.signals import SavedInterruptError
+from experiments.trainer.signals import InterruptedStepError
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -46,7 +46,7 @@ def test_variables_that_are_not_all_there_are_named(monkeypatch, values, missing
         (SystemExit(143), 143, ""),
         (SystemExit(), 0, ""),
         (KeyboardInterrupt(), 130, "Process 0 of 1: interrupted. Go on."),
-        (SavedInterruptError(15, 7), 143, "terminated at step 7, which is saved. Go on."),
+        (InterruptedStepError(15, 7), 143, "terminated at step 7, which is saved. Go on."),
         (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed"), 1, "lost another one"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), 1, "out of memory"),
         (ValueError("UNKNOWN: Gloo AllGather failed"), 1, "lost another one"),

@@ -20,7 +20,7 @@ from experiments.trainer.classification import evaluate
 from experiments.trainer.finite import DivergedError, check_finite
 from experiments.trainer.loop import fit
 from experiments.trainer.settings import TrainerSettings
-from experiments.trainer.signals import SIGNALS, SavedInterruptError
+from experiments.trainer.signals import SIGNALS, InterruptedStepError
 from tests.experiments.tiny_task import WORDS
 from tests.experiments.trainer.fits import (
     CONFIG,
@@ -68,7 +68,7 @@ def test_a_signal_saves_the_step_that_is_running(number, step, whole, tmp_path):
     """Step 5 is evaluated too."""
     before = [signal.getsignal(each) for each in SIGNALS]
     batches = CallingBatches(step, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(SavedInterruptError, match=f"at step {step}, which is saved") as found:
+    with pytest.raises(InterruptedStepError, match=f"at step {step}, which is saved") as found:
         run(tmp_path, batches=batches)
     assert (found.value.number, found.value.saved_step) == (number, step)
     assert before == [signal.getsignal(each) for each in SIGNALS]
