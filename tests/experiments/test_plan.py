@@ -19,7 +19,8 @@ def tiny(monkeypatch):
     monkeypatch.setitem(MODELS, "tiny", LLAMA)
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_step_is_planned_for_devices_that_are_not_there(capsys, method):
     mesh = ["--mesh", "fsdp=2,tensor=2"]
     plan.main([*TINY, "--target", "cpu", *mesh, "--method", method, "--remat", "none", "--json"])

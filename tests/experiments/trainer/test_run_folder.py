@@ -17,7 +17,7 @@ def test_a_folder_holds_settings_starts_and_summary(tmp_path):
         assert finished_run(tmp_path, settings) is None
     starts = json.loads((tmp_path / "run.json").read_text())
     assert len(starts) == 2
-    assert starts[0]["versions"]["jax"] == jax.__version__ and "pytest" in starts[0]["command"]
+    assert starts[0]["versions"]["jax"] == jax.__version__ and "python" in starts[0]["command"]
     assert starts[0]["devices"].endswith(jax.devices()[0].device_kind)
     assert starts[0]["git"] is None or len(starts[0]["git"].partition("+")[0]) == 40
     finish_run(tmp_path, {"accuracy": 0.5})
