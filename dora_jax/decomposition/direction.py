@@ -9,15 +9,13 @@ column of `V` is much shorter than that of `W0` these terms cancel: in float32 t
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from dora_jax.decomposition.columns import Block, Columns
 from dora_jax.decomposition.direction_on_gpu import (
     rows_on_gpu,
     square_and_rows_on_gpu,
@@ -123,73 +121,6 @@ def _square_and_rows_jvp(
 _square_and_rows.defjvp(_square_and_rows_jvp, symbolic_zeros=True)
 
 
-class Columns(NamedTuple):
-    """How `V` is formed a few columns at a time, along the longest out axis of the kernel.
-
-    Attributes:
-      product: how the layer multiplies.
-      scaling: `s`.
-      axis: which of the out axes.
-      size: of that axis.
-      length: of a block.
-    """
-
-    product: KernelProduct
-    scaling: float
-    axis: int
-    size: int
-    length: int
-
-    @classmethod
-    def of(cls, product: KernelProduct, scaling: float, kernel: Array, lora_b: Array) -> Columns:
-        """Returns blocks of about 32 columns, or as many as the rank; there are at least 8."""
-        sizes = [kernel.shape[i] for i in product.axes.outputs]
-        axis = sizes.index(max(sizes))
-        others = math.prod(sizes) // sizes[axis]
-        rank = lora_b.shape[len(product.axes.stack)]
-        length = min(math.ceil(sizes[axis] / 8), max(rank, 32) // others)
-        return cls(product, scaling, axis, sizes[axis], max(length, 1))
-
-    def each(self, step: Callable[[Array, Any], Any], carry: Any) -> Any:
-        """Runs `carry = step(start, carry)` for each block; the last may overlap the one before."""
-        last = self.size - self.length
-
-        def at(i: Array, carry: Any) -> Any:
-            return step(jnp.minimum(i * self.length, last), carry)
-
-        return lax.fori_loop(0, math.ceil(self.size / self.length), at, carry)
-
-    def take(self, x: Array, start: Array, leading: int) -> Array:
-        """Returns a block of an array `(*stack, *leading, *out)`."""
-        axis = len(self.product.axes.stack) + leading + self.axis
-        return lax.dynamic_slice_in_dim(x, start, self.length, axis)
-
-    def put(self, x: Array, block: Array, start: Array, leading: int) -> Array:
-        """Returns the array with a block replaced."""
-        axis = len(self.product.axes.stack) + leading + self.axis
-        return lax.dynamic_update_slice_in_dim(x, block, start, axis)
-
-    def selection(self, start: Array, shape: tuple[int, ...]) -> Float[Array, "columns *out"]:
-        """Returns the matrix of 0 and 1 that puts a block's columns among all, of that shape."""
-        everywhere = jnp.arange(math.prod(shape))
-        block = lax.dynamic_slice_in_dim(
-            everywhere.reshape(shape), start, self.length, self.axis
-        ).reshape(-1, 1)
-        return (block == everywhere).astype(self.product.wide).reshape(-1, *shape)
-
-    def direction(
-        self, start: Array, kernel: Array, lora_a: Array, lora_b: Array
-    ) -> Float[Array, "*stack *in *columns"]:
-        """Returns a block of `V`, in float32 or wider."""
-        product, (stack, inputs, outputs) = self.product, self.product.axes
-        w = lax.dynamic_slice_in_dim(kernel, start, self.length, outputs[self.axis])
-        w = jnp.transpose(w, stack + inputs + outputs)
-        b = self.take(lora_b, start, 1)
-        return product.rounded(w) + self.scaling * product.contract(
-            "iy,yo->io", product.rounded(lora_a), product.rounded(b)
-        )
-
-
 def _square_and_rows_of_columns(
     product: KernelProduct,
     scaling: float,
@@ -204,10 +135,10 @@ def _square_and_rows_of_columns(
     a, stack = product.rounded(lora_a), len(product.axes.stack)
     inputs = tuple(range(stack, stack + len(product.axes.inputs)))
 
-    def step(start: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        v = columns.direction(start, kernel, lora_a, lora_b)
-        square = columns.put(carry[0], jnp.sum(jnp.square(v), inputs), start, 0)
-        return square, columns.put(carry[1], product.contract("iy,io->yo", a, v), start, 1)
+    def step(block: Block, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        v = columns.direction(block, kernel, lora_a, lora_b)
+        square = columns.put(carry[0], jnp.sum(jnp.square(v), inputs), block, 0)
+        return square, columns.put(carry[1], product.contract("iy,io->yo", a, v), block, 1)
 
     square, rows = columns.each(step, jax.tree.map(jnp.zeros_like, found))
     return jnp.where(found[0] < SMALL_SQUARE, square / base_square, found[0]), rows
@@ -229,9 +160,9 @@ def _rows_of_columns(
     columns = Columns.of(product, scaling, kernel, lora_b)
     x = product.tangent(x)
 
-    def step(start: Array, rows: Array) -> Array:
-        v = columns.direction(start, kernel, lora_a, lora_b)
-        return columns.put(rows, product.contract("iy,io->yo", x, v), start, 1)
+    def step(block: Block, rows: Array) -> Array:
+        v = columns.direction(block, kernel, lora_a, lora_b)
+        return columns.put(rows, product.contract("iy,io->yo", x, v), block, 1)
 
     return columns.each(step, jnp.zeros_like(lora_b, product.wide))
 
@@ -248,9 +179,9 @@ def _transpose_of_columns(
     """Returns `V rows^T`, from `V`."""
     columns = Columns.of(product, scaling, kernel, lora_b)
 
-    def step(start: Array, total: Array) -> Array:
-        v = columns.direction(start, kernel, lora_a, lora_b)
-        return total + product.contract("io,yo->iy", v, columns.take(rows, start, 1))
+    def step(block: Block, total: Array) -> Array:
+        v = columns.direction(block, kernel, lora_a, lora_b)
+        return total + product.contract("io,yo->iy", v, columns.take(rows, block, 1, new=True))
 
     total = columns.each(step, jnp.zeros_like(lora_a, product.wide))
     return total.astype(lora_a.dtype)

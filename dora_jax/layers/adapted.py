@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from dora_jax.config import LayerSettings
 from dora_jax.decomposition.axes import Adapter, KernelAxes
 from dora_jax.decomposition.base import FrozenBase
-from dora_jax.decomposition.direction import Columns
+from dora_jax.decomposition.columns import Columns
 from dora_jax.decomposition.product import KernelProduct
 from dora_jax.decomposition.scale import (
     effective_factors,

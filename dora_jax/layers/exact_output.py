@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dora_jax.decomposition.direction import Columns
+from dora_jax.decomposition.columns import Block, Columns
 from dora_jax.decomposition.product import KernelProduct
 from dora_jax.layers.layout import LayerCall, Layout, LowRank
 from dora_jax.ops.fork import fork, sum_of_terms
@@ -69,9 +69,9 @@ def exact_output(
         columns = Columns.of(product, branch.scaling, kernel, b)
         leading = a.shape[:-1]
 
-        def step(start: Array, total: Array) -> Array:
-            block = columns.direction(start, kernel, a, b).reshape(*leading, -1)
-            places = columns.selection(start, outputs)
+        def step(at: Block, total: Array) -> Array:
+            block = columns.direction(at, kernel, a, b).reshape(*leading, -1)
+            places = columns.selection(at, outputs)
             places = jnp.broadcast_to(places, (*b.shape[: len(product.axes.stack)], *places.shape))
             part = LowRank(block, places, 1.0, branch.dtype)
             return total + layout.low_rank(own, part).astype(total.dtype)
@@ -105,18 +105,18 @@ def exact_attend(
     vocab = kernel.shape[columns.product.axes.inputs[0]]
 
     def logits(query: Array, kernel: Array, a: Array, b: Array) -> Array:
-        def step(start: Array, total: Array) -> Array:
-            v = columns.direction(start, kernel, a, b)
-            part = jax.lax.dynamic_slice_in_dim(query, start, columns.length, query.ndim - 1)
+        def step(at: Block, total: Array) -> Array:
+            v = columns.direction(at, kernel, a, b)
+            part = columns.take_along(query, at, query.ndim - 1, new=True)
             return total + jnp.einsum("...c,vc->...v", part, v, precision="highest")
 
         return columns.each(step, jnp.zeros((*query.shape[:-1], vocab), query.dtype))
 
     def by_query(g: Array, kernel: Array, a: Array, b: Array) -> Array:
-        def step(start: Array, total: Array) -> Array:
-            v = columns.direction(start, kernel, a, b)
+        def step(at: Block, total: Array) -> Array:
+            v = columns.direction(at, kernel, a, b)
             part = jnp.einsum("...v,vc->...c", g, v, precision="highest")
-            return jax.lax.dynamic_update_slice_in_dim(total, part, start, total.ndim - 1)
+            return columns.put_along(total, part, at, total.ndim - 1)
 
         return columns.each(step, jnp.zeros((*g.shape[:-1], kernel.shape[1]), g.dtype))
 

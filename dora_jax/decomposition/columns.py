@@ -1,0 +1,130 @@
+"""`V = W0 + s A B` a few columns at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from dora_jax.decomposition.product import KernelProduct
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+# Of a kernel's out axis in blocks of columns. The number of devices that cut it divides this, as a
+# rule.
+_PARTS = 64
+
+
+class Block(NamedTuple):
+    """A block of columns.
+
+    Attributes:
+      start: the first one in each part.
+      seen: how many of each part are in the block before, too.
+    """
+
+    start: Array
+    seen: Array
+
+
+class Columns(NamedTuple):
+    """How `V` is formed a few columns at a time, along the longest out axis of the kernel.
+
+    A block has some columns of each part of the axis, not neighbours alone: where devices have a
+    part each, or several, each device has its share of every block, and nothing is gathered.
+
+    Attributes:
+      product: how the layer multiplies.
+      scaling: `s`.
+      axis: which of the out axes.
+      size: of that axis.
+      parts: of the axis, of equal size.
+      width: columns of a block in each part.
+    """
+
+    product: KernelProduct
+    scaling: float
+    axis: int
+    size: int
+    parts: int
+    width: int
+
+    @classmethod
+    def of(cls, product: KernelProduct, scaling: float, kernel: Array, lora_b: Array) -> Columns:
+        """Returns blocks of about 32 columns, or as many as the rank; there are at least 8."""
+        sizes = [kernel.shape[i] for i in product.axes.outputs]
+        axis = sizes.index(max(sizes))
+        others = math.prod(sizes) // sizes[axis]
+        rank = lora_b.shape[len(product.axes.stack)]
+        most = max(min(math.ceil(sizes[axis] / 8), max(rank, 32) // others), 1)
+        parts = math.gcd(sizes[axis], _PARTS)
+        while parts > most:
+            parts //= 2
+        return cls(product, scaling, axis, sizes[axis], parts, most // parts)
+
+    @property
+    def length(self) -> int:
+        """Number of columns of a block."""
+        return self.parts * self.width
+
+    def each(self, step: Callable[[Block, Any], Any], carry: Any) -> Any:
+        """Runs `carry = step(block, carry)` for each block; the last may overlap the one before."""
+        size = self.size // self.parts
+
+        def at(i: Array, carry: Any) -> Any:
+            start = jnp.minimum(i * self.width, size - self.width)
+            return step(Block(start, i * self.width - start), carry)
+
+        return lax.fori_loop(0, math.ceil(size / self.width), at, carry)
+
+    def take_along(self, x: Array, block: Block, axis: int, *, new: bool = False) -> Array:
+        """Returns a block of an array along one of its axes.
+
+        For a sum over all blocks take it `new`: zero in columns that an earlier block had.
+        """
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        x = x.reshape(*before, self.parts, -1, *after)
+        taken = lax.dynamic_slice_in_dim(x, block.start, self.width, axis + 1)
+        if new and self.size // self.parts % self.width:
+            is_new = jnp.arange(self.width) >= block.seen
+            taken = jnp.where(is_new.reshape(-1, *(1,) * len(after)), taken, 0)
+        return taken.reshape(*before, self.length, *after)
+
+    def put_along(self, x: Array, values: Array, block: Block, axis: int) -> Array:
+        """Returns the array with a block replaced along one of its axes."""
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        apart = x.reshape(*before, self.parts, -1, *after)
+        values = values.reshape(*before, self.parts, self.width, *after)
+        apart = lax.dynamic_update_slice_in_dim(apart, values, block.start, axis + 1)
+        return apart.reshape(x.shape)
+
+    def take(self, x: Array, block: Block, leading: int, *, new: bool = False) -> Array:
+        """Returns a block of an array `(*stack, *leading, *out)`, as `take_along`."""
+        axis = len(self.product.axes.stack) + leading + self.axis
+        return self.take_along(x, block, axis, new=new)
+
+    def put(self, x: Array, values: Array, block: Block, leading: int) -> Array:
+        """Returns the array with a block replaced."""
+        return self.put_along(x, values, block, len(self.product.axes.stack) + leading + self.axis)
+
+    def selection(self, block: Block, shape: tuple[int, ...]) -> Float[Array, "columns *out"]:
+        """Returns the matrix of 0 and 1 that puts a block's new columns in their places."""
+        everywhere = 1 + jnp.arange(math.prod(shape))  # 0 is a column that an earlier block had
+        own = self.take_along(everywhere.reshape(shape), block, self.axis, new=True)
+        return (own.reshape(-1, 1) == everywhere).astype(self.product.wide).reshape(-1, *shape)
+
+    def direction(
+        self, block: Block, kernel: Array, lora_a: Array, lora_b: Array
+    ) -> Float[Array, "*stack *in *columns"]:
+        """Returns a block of `V`, in float32 or wider."""
+        product, (stack, inputs, outputs) = self.product, self.product.axes
+        w = self.take_along(kernel, block, outputs[self.axis])
+        w = jnp.transpose(w, stack + inputs + outputs)
+        b = self.take(lora_b, block, 1)
+        return product.rounded(w) + self.scaling * product.contract(
+            "iy,yo->io", product.rounded(lora_a), product.rounded(b)
+        )
