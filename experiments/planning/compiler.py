@@ -45,11 +45,12 @@ class Counts:
 
     Attributes:
         device_kind: JAX's name of the kind of device.
-        operations: Floating point operations of its products.
-        memory: Its bytes, as XLA placed them.
+        operations: Floating point operations of its products, without ways that are rarely taken.
+        memory: Its bytes, as XLA placed them, with those ways.
         frozen, adapters, moments: Bytes of arguments, without padding.
         trainable: Number of trained parameters, of all devices together.
-        collectives: Its collectives. None are known of a program that XLA refuses for its memory.
+        collectives: Its collectives, without those ways. None are known of a program that XLA
+            refuses for its memory.
         gathered: Bytes of frozen weights that it gathers.
         attention: The implementation that was chosen, and why.
         seconds: What tracing and compiling took.
@@ -82,17 +83,11 @@ def count(setting: Setting, target: str, mesh: Mapping[str, int], progress: Prog
         SystemExit: `libtpu` is not installed, or does not know the topology.
     """
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="plan-") as name:
-        folder = Path(name)
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(target=_compile, args=(setting, target, dict(mesh), folder))
-        process.start()
-        try:
-            hlo, memory = _await_program(process, folder, progress)
-        finally:
-            process.kill()
-            process.join()
-        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    facts, hlo, memory = _compiled(setting, target, dict(mesh), progress, whole=False)
+    if setting.method != "lora":
+        _, _, memory = _compiled(
+            setting, target, dict(mesh), lambda text: progress(f"whole: {text}"), whole=True
+        )
     weights = {int(n): dtype for n, dtype in facts.pop("weights").items()}
     collectives = read_collectives(hlo, mesh)
     return Counts(
@@ -102,6 +97,23 @@ def count(setting: Setting, target: str, mesh: Mapping[str, int], progress: Prog
         gathered=gathered_weights(collectives, weights, mesh["fsdp"]),
         seconds=time.monotonic() - start,
     )
+
+
+def _compiled(
+    setting: Setting, target: str, mesh: dict[str, int], progress: Progress, *, whole: bool
+) -> tuple[dict[str, Any], str, Memory]:
+    """Returns facts of a step, the text of its program, and its memory."""
+    with tempfile.TemporaryDirectory(prefix="plan-") as name:
+        folder = Path(name)
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=_compile, args=(setting, target, mesh, folder, whole))
+        process.start()
+        try:
+            hlo, memory = _await_program(process, folder, progress)
+        finally:
+            process.kill()
+            process.join()
+        return json.loads((folder / "facts.json").read_text(encoding="utf-8")), hlo, memory
 
 
 def _await_program(process: Any, folder: Path, progress: Progress) -> tuple[str, Memory]:
@@ -159,13 +171,15 @@ def memory_refused(error: str) -> int | None:
     return int(float(found[1]) * 2 ** (10 * " KMGT".index(found[2]))) if found else None
 
 
-def _compile(setting: Setting, target: str, sizes: dict[str, int], folder: Path) -> None:
+def _compile(
+    setting: Setting, target: str, sizes: dict[str, int], folder: Path, whole: bool
+) -> None:
     """Runs in the process that compiles: writes facts, and the program where it gets that far."""
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT, 0o600)
     for descriptor in (1, 2):  # libtpu misses a TPU in many lines
         os.dup2(log, descriptor)
     try:
-        _trace_and_compile(setting, target, sizes, folder)
+        _trace_and_compile(setting, target, sizes, folder, whole)
     except (PlanError, SystemExit) as error:
         _write(folder / "error.txt", str(error))
         sys.exit(1)
@@ -174,7 +188,9 @@ def _compile(setting: Setting, target: str, sizes: dict[str, int], folder: Path)
         sys.exit(1)
 
 
-def _trace_and_compile(setting: Setting, target: str, sizes: dict[str, int], folder: Path) -> None:
+def _trace_and_compile(
+    setting: Setting, target: str, sizes: dict[str, int], folder: Path, whole: bool
+) -> None:
     jax.config.update("jax_platforms", "cpu")
     if target == "cpu":
         jax.config.update("jax_num_cpu_devices", _product(sizes))
@@ -187,7 +203,7 @@ def _trace_and_compile(setting: Setting, target: str, sizes: dict[str, int], fol
             f"the mesh {sizes} has {_product(sizes)} devices, and {target} has {len(devices)}."
         )
     mesh = make_mesh(sizes, devices)
-    step = trace_step(setting, mesh)
+    step = trace_step(setting, mesh, whole=whole)
     share = visited_share(setting.tokens, setting.shape.sliding_window)
     facts = {
         "device_kind": devices[0].device_kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -100,15 +101,16 @@ class Step:
         return found
 
 
-def trace_step(setting: Setting, mesh: Mesh) -> Step:
+def trace_step(setting: Setting, mesh: Mesh, *, whole: bool) -> Step:
     """Traces a training step for the devices of a mesh, which may not be there.
 
-    The program has no ways that are rarely taken (`dora_jax.ops.cheap_ways_alone`).
+    The whole program has ways that are rarely taken, too: products with columns that nearly vanish
+    (`dora_jax.ops.cheap_ways_alone`). They take memory, but as a rule no time.
 
     Raises:
         PlanError: The mesh does not divide an array. Names it.
     """
-    with jax.set_mesh(mesh), cheap_ways_alone():
+    with jax.set_mesh(mesh), contextlib.nullcontext() if whole else cheap_ways_alone():
         case = setting.case(mesh)
         program = make_program(
             METHODS[_STEPS[setting.method]], case.abstract(), case.adapter, case.loss

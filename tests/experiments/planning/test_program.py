@@ -148,5 +148,5 @@ def test_a_report_says_whether_a_step_fits_and_what_to_change():
 
 @pytest.mark.full
 def test_a_step_is_traced_for_a_mesh_with_all_devices_of_one_process():
-    step = trace_step(Setting(LLAMA, tokens=8, rank=2), make_mesh(parse_mesh("")))
+    step = trace_step(Setting(LLAMA, tokens=8, rank=2), make_mesh(parse_mesh("")), whole=True)
     assert step.weights(make_mesh(parse_mesh("")))[16 * 24] == "bf16"
