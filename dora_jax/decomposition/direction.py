@@ -22,7 +22,8 @@ from dora_jax.decomposition.direction_on_gpu import (
     transpose_on_gpu,
 )
 from dora_jax.decomposition.product import Factors, KernelProduct
-from dora_jax.ops.rarely import choose, define_linear_map
+from dora_jax.ops.choice import choose
+from dora_jax.ops.rarely import define_linear_map
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

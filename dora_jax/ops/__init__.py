@@ -6,9 +6,9 @@ for, is here. So is the look at a traced program, `kernel_uses`. No other folder
 or an adapter.
 """
 
+from dora_jax.ops.choice import cheap_ways_alone
 from dora_jax.ops.low_rank import down_projection, up_projection
 from dora_jax.ops.output_scale import apply_scale, wide_dtype
-from dora_jax.ops.rarely import cheap_ways_alone
 from dora_jax.ops.remat import save_scaled
 
 __all__ = [

@@ -16,9 +16,9 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from dora_jax.ops.choice import choose
 from dora_jax.ops.output_scale import Exact
 from dora_jax.ops.primitives import has_mesh_in_type
-from dora_jax.ops.rarely import choose
 
 if TYPE_CHECKING:
     from jaxtyping import Array

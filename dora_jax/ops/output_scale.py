@@ -21,8 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
+from dora_jax.ops.choice import choose
 from dora_jax.ops.primitives import define_primitive
-from dora_jax.ops.rarely import choose
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
