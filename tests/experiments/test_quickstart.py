@@ -29,7 +29,7 @@ def _adapter(folder: Path) -> dict[str, np.ndarray]:
 def check_run(folder, summary, printed):
     """Checks a run's files and messages, and that its adapter did what the summary says."""
     # Compiled quickly, the plain and the adapted encoder may round a sum in two ways.
-    quickly = jax.config.jax_disable_most_optimizations
+    quickly = jax.config.read("jax_disable_most_optimizations")
     assert summary["step_0_max_difference"] <= (1e-6 if quickly else 0.0)
     assert summary["merge_max_difference"] <= 1e-5
     low, high = summary["test_accuracy_95"]
