@@ -9,7 +9,6 @@ Only this module needs torch, PEFT and transformers. The extra `parity` installs
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import time
@@ -18,10 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from experiments.benchmarks.cases import BlocksShape, MLPShape
+from experiments.benchmarks import peft_models
 from experiments.benchmarks.steps import LEARNING_RATE
-from experiments.models.bert import BertConfig
-from experiments.models.llama_config import LlamaConfig
 
 if TYPE_CHECKING:
     from experiments.benchmarks.cases import Case
@@ -213,7 +210,7 @@ def _adapted(case: Case, method: str, device: str) -> tuple[Any, Callable[[Any, 
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    model, targets, loss = _BUILDERS[type(case.shape)](case)
+    model, targets, loss = peft_models.BUILDERS[type(case.shape)](case)
     config = LoraConfig(
         r=case.adapter.rank,
         lora_alpha=case.adapter.alpha,
@@ -237,76 +234,3 @@ def _autocast(case: Case, device: str) -> Callable[[], Any]:
     if case.dtype == "float32":
         return contextlib.nullcontext
     return lambda: torch.autocast(device, getattr(torch, case.dtype))
-
-
-def _mlp(case: Case) -> tuple[Any, str, Callable[[Any, Any], Any]]:
-    import torch
-
-    shape = case.shape
-    layers: list[Any] = []
-    for _ in range(shape.depth):
-        layers += [torch.nn.Linear(shape.width, shape.width), torch.nn.ReLU()]
-    model = torch.nn.Sequential(*layers[:-1])
-    return (
-        model,
-        r"\d*[02468]",
-        lambda model, batch: torch.nn.functional.mse_loss(model(batch["x"]), batch["y"]),
-    )
-
-
-def _bert(case: Case) -> tuple[Any, str, Callable[[Any, Any], Any]]:
-    import torch
-    import transformers
-
-    config = transformers.BertConfig(**_fields(case.shape))
-    model = transformers.BertModel(config, add_pooling_layer=False)
-
-    def loss(model: Any, batch: Any) -> Any:
-        hidden = model(input_ids=batch["input_ids"].long()).last_hidden_state
-        return torch.nn.functional.mse_loss(hidden.mean(1), batch["target"])
-
-    return model, r"encoder\.layer\..*\.(query|key|value|dense)", loss
-
-
-def _llama(case: Case) -> tuple[Any, str, Callable[[Any, Any], Any]]:
-    import torch
-    import transformers
-
-    config = transformers.LlamaConfig(**_fields(case.shape))
-    model = transformers.LlamaForCausalLM(config).to(getattr(torch, case.dtype))
-
-    def loss(model: Any, batch: Any) -> Any:
-        ids = batch["input_ids"].long()
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-
-    return model, r".*_proj", loss
-
-
-def _blocks(case: Case) -> tuple[Any, str, Callable[[Any, Any], Any]]:
-    import torch
-    import transformers
-
-    config = transformers.LlamaConfig(**_fields(case.shape), attn_implementation="sdpa")
-    model = transformers.LlamaModel(config).to(getattr(torch, case.dtype))
-
-    def loss(model: Any, batch: Any) -> Any:
-        hidden = model(input_ids=batch["input_ids"].long(), use_cache=False).last_hidden_state
-        return torch.nn.functional.mse_loss(hidden.float(), batch["target"])
-
-    return model, r".*_proj", loss
-
-
-def _fields(shape: Any) -> dict[str, Any]:
-    """Returns the fields of a configuration; transformers has the same names."""
-    fields = dataclasses.asdict(shape)
-    del fields["model_type"]  # transformers has it in the class
-    return fields
-
-
-_BUILDERS: dict[type, Callable[[Case], tuple[Any, str, Callable[[Any, Any], Any]]]] = {
-    MLPShape: _mlp,
-    BertConfig: _bert,
-    LlamaConfig: _llama,
-    BlocksShape: _blocks,
-}

@@ -155,7 +155,6 @@ def wide_chain(front_end, dtype=jnp.float32) -> Adapted:
     batch=st.integers(1, 5),
     seed=st.integers(0, 2**31),
     few=3,
-    many=50,
 )
 def test_adapting_changes_no_bit_at_any_size(widths, rank, alpha, dtypes, batch, seed):
     dtype, param_dtype = dtypes

@@ -91,7 +91,7 @@ def einsum_rows(draw):
     st.sampled_from([jnp.float32, jnp.bfloat16]),
     st.booleans(),
     few=2,
-    many=12,
+    many=30,
 )
 def test_any_contraction_keeps_its_laws(row_and_rank, alpha, dtype, detached):
     row, rank = row_and_rank
@@ -102,8 +102,13 @@ def test_any_contraction_keeps_its_laws(row_and_rank, alpha, dtype, detached):
     trained = random_adapters(adapted.adapters)
     apply, base, merge = (quick_jit(f) for f in (adapted.apply, layers.base, adapted.merge))
     before = base(params, xs)
-    # Not in every bit: compiled, a product of a few numbers and its bias may be rounded once.
-    assert close(apply(adapted.adapters, xs), before, 1e-6 if dtype == jnp.float32 else 1e-2)
+    start = apply(adapted.adapters, xs)
+    if (
+        "bias" in row.params
+    ):  # compiled, a product of a few numbers and its bias may be rounded once
+        assert close(start, before, 1e-6 if dtype == jnp.float32 else 1e-2)
+    else:
+        assert same(start, before)
     assert same(merge(adapted.adapters), params)
     bound = 1e-5 if dtype == jnp.float32 else 4e-2
     assert close(apply(trained, xs), base(merge(trained), xs), bound)
