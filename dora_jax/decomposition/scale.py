@@ -87,7 +87,7 @@ def stored_scale(
     product: KernelProduct,
 ) -> Float[Array, "*stack *out"]:
     """Returns `magnitude_over_norm` of a stored kernel, also where its mesh axes are explicit."""
-    out = explicit_shardings(kernel, product.axes).get("scale")
+    out = explicit_shardings(kernel, product.axes).get("norm")
 
     def run(kernel: Array, adapter: Adapter, base: FrozenBase) -> Array:
         return magnitude_over_norm(settings, kernel, adapter, base, product)

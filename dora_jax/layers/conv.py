@@ -40,12 +40,12 @@ class ConvLayout(Layout):
         """Convolves with A as a kernel of r features (of every group), then mixes them with B."""
         layer, dtype = call.layer, branch.dtype
         groups = getattr(layer, "feature_group_count", 1)
-        kernel = jnp.concatenate([branch.a] * groups, axis=-1).astype(dtype)
+        a, b = branch.factors()
+        kernel = jnp.concatenate([a] * groups, axis=-1)
         if getattr(layer, "transpose_kernel", False):
             kernel = jnp.swapaxes(kernel, -1, -2)
         rank, outputs = branch.b.shape
-        xa = branch.scaling * call.run(call.arguments, kernel, groups * rank)
-        b = branch.b.astype(dtype)
+        xa = call.run(call.arguments, kernel, groups * rank)
         if groups == 1:
             return up_projection(xa, b, precision=layer.precision)
         xa = xa.reshape(*xa.shape[:-1], groups, rank)

@@ -35,13 +35,13 @@ class DenseLayout(Layout):
 
     def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
         """Returns `s (x A) B`."""
-        a, b = branch.in_compute_dtype()
+        a, b = branch.factors()
         if _has_own_product(call.layer):  # which may do more than multiply
             xa = call.run(call.arguments, a, a.shape[-1])
         else:
             x = call.arguments[self.inputs].astype(branch.dtype)
             xa = down_projection(x, a, precision=call.layer.precision)
-        return up_projection(branch.scaling * xa, b, precision=call.layer.precision)
+        return up_projection(xa, b, precision=call.layer.precision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,13 @@ class GeneralLayout(Layout):
     def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
         """Returns `s (x A) B`, contracted over the layer's axes of `x`."""
         layer, x = call.layer, call.arguments[self.inputs].astype(branch.dtype)
-        a, b = branch.in_compute_dtype()
+        a, b = branch.factors()
         axes = self.axes(layer, call.arguments)
         contracted = tuple(sorted(axis % x.ndim for axis in _as_tuple(layer.axis)))  # as Flax does
         product = layer.dot_general if _has_own_product(layer) else lax.dot_general
         dimensions = ((contracted, axes.inputs), (axes.stack, axes.stack))
         xa = product(x, a, dimensions, precision=layer.precision)
-        return up_projection(
-            branch.scaling * xa, b, stack=len(axes.stack), precision=layer.precision
-        )
+        return up_projection(xa, b, stack=len(axes.stack), precision=layer.precision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +81,10 @@ class EmbedLayout(DenseLayout):
     def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
         """Returns `s A[ids] B`."""
         ids = call.arguments[self.inputs]
-        a, b = branch.in_compute_dtype()
+        a, b = branch.factors()
         if a.shape[0] == 1:  # as Flax does: a table of one row is broadcast, whatever the ids
             ids = jnp.zeros_like(ids)
-        return up_projection(branch.scaling * jnp.take(a, ids, axis=0), b)
+        return up_projection(jnp.take(a, ids, axis=0), b)
 
 
 def _has_own_product(layer: Any) -> bool:

@@ -53,16 +53,14 @@ class EinsumLayout(Layout):
         kept = "".join(c for c in x if c in y or c == ".") + r
         precision = getattr(call.layer, "precision", None)
         product = getattr(call.layer, "einsum_op", jnp.einsum)
-        a, b = branch.in_compute_dtype()
+        a, b = branch.factors()
         xa = product(
             f"{x},{stack}{contracted}{r}->{kept}",
             call.arguments[self.inputs].astype(branch.dtype),
             a,
             precision=precision,
         )
-        return jnp.einsum(
-            f"{kept},{stack}{r}{outputs}->{y}", branch.scaling * xa, b, precision=precision
-        )
+        return jnp.einsum(f"{kept},{stack}{r}{outputs}->{y}", xa, b, precision=precision)
 
     def output_axes(self, layer: Any, arguments: Arguments, axes: KernelAxes) -> OutputAxes:
         """Returns the kernel's axis for each letter of the output."""

@@ -99,9 +99,13 @@ class LowRank(NamedTuple):
         """The dtype in which the branch multiplies, see `low_rank_dtype`."""
         return low_rank_dtype(self.layer_dtype)
 
-    def in_compute_dtype(self) -> tuple[Array, Array]:
-        """Returns both factors in the dtype in which the branch multiplies."""
-        return self.a.astype(self.dtype), self.b.astype(self.dtype)
+    def factors(self) -> tuple[Array, Array]:
+        """Returns `A` and `s B` in the dtype in which the branch multiplies.
+
+        The scaling is multiplied into a factor, before it is rounded to that dtype, and not into
+        `x A`: so nothing stands between the two products.
+        """
+        return self.a.astype(self.dtype), (self.scaling * self.b).astype(self.dtype)
 
 
 def low_rank_dtype(layer_dtype: DTypeLike) -> DTypeLike:

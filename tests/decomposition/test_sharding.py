@@ -36,7 +36,8 @@ def test_each_axis_of_an_array_has_the_entry_of_the_kernels_axis_that_it_is():
         for name, shape in axes.shapes(SIZES, RANK).items():
             assert found[name] == tuple(cut[size] for size in shape)
         assert found["init_a"] == found["lora_a"] and found["init_b"] == found["lora_b"]
-        assert {found[name] for name in ("scale", "norm", "first_row")} == {found["magnitude"]}
+        assert {found[name] for name in ("norm", "first_row")} == {found["magnitude"]}
+        assert found["scale"] == (*found["mask"], *(None,) * len(axes.outputs))
         assert found["mask"] == tuple(ENTRIES[i] for i in axes.stack)
 
 

@@ -93,8 +93,8 @@ class OutFirstLayout(Layout):
         return KernelAxes(stack=(), inputs=(1,), outputs=(0,))
 
     def low_rank(self, call, branch):
-        a, b = branch.in_compute_dtype()
-        return branch.scaling * (call.arguments["x"].astype(branch.dtype) @ a) @ b
+        a, b = branch.factors()
+        return (call.arguments["x"].astype(branch.dtype) @ a) @ b
 
 
 def register_out_first():
