@@ -8,6 +8,7 @@ Examples:
     python -m experiments.quickstart
     python -m experiments.quickstart --rank 4 --epochs 1 --run-folder runs/rank-4
     python -m experiments.quickstart --mesh fsdp=8 --dtype bfloat16
+    python -m experiments.quickstart --mesh data=16     # the same on every host: docs/many_hosts.md
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import jax
 import numpy as np
 import tyro
 from flax import nnx
+from jax.experimental import multihost_utils
 
 import dora_jax as dora
 from experiments.models.huggingface import save_bert
@@ -38,9 +40,11 @@ from experiments.trainer.classification import (
     example_call,
     logits_of,
 )
+from experiments.trainer import distributed
 from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.loop import fit
 from experiments.trainer.memory import keep_freed_memory
+from experiments.trainer.placement import on_this_process
 from experiments.trainer.plots import layer_changes, plot_curves, plot_layer_changes
 from experiments.trainer.run_folder import alone_in, finish_run, start_run
 from experiments.trainer.settings import TrainerSettings
@@ -113,9 +117,12 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     training = _train(config, dora_config, model, task, folder)
 
     merged = dora.merge(model)
-    save_bert(merged.encoder, folder / "merged", source=task.checkpoint, head=merged.classifier)
-    plot_curves(read_metrics(folder), folder / "curves.png")
-    plot_layer_changes(layer_changes(base, merged), folder / "layers.png")
+    merged_here = on_this_process(merged)
+    head = merged_here.classifier
+    save_bert(merged.encoder, folder / "merged", source=task.checkpoint, head=head)
+    if _leads():
+        plot_curves(read_metrics(folder), folder / "curves.png")
+        plot_layer_changes(layer_changes(base, merged_here), folder / "layers.png")
     trained = dora.adapters.count_parameters(dora.get_adapters(model))
     summary = {
         "majority_accuracy": task.majority,
@@ -138,7 +145,9 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _new_run_folder() -> Path:
-    return Path("runs") / "quickstart" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    """Returns a folder named by the time; all processes return that of the first one."""
+    now = int(multihost_utils.broadcast_one_to_all(np.int32(time.time())))
+    return Path("runs") / "quickstart" / datetime.fromtimestamp(now).strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def _check_settings(config: Config, folder: Path) -> None:
@@ -184,9 +193,10 @@ def _train(
     fitted = fit(training, folder, config.trainer)
     training_seconds = time.monotonic() - start
     test = evaluate(model, task.test)
-    with MetricsWriter(folder, resume_step=training.steps + 1) as writer:
-        if "test" not in {line["split"] for line in read_metrics(folder)}:  # killed after that
-            writer.write(training.steps, "test", test)
+    if _leads():
+        with MetricsWriter(folder, resume_step=training.steps + 1) as writer:
+            if "test" not in {line["split"] for line in read_metrics(folder)}:  # killed after that
+                writer.write(training.steps, "test", test)
     return {
         "test_accuracy": test["accuracy"],
         "test_loss": test["loss"],
@@ -251,17 +261,24 @@ def _report(summary: dict[str, Any], folder: Path) -> None:
     )
 
 
+def _leads() -> bool:
+    """Whether this process is the one that prints and draws for all."""
+    return jax.process_index() == 0
+
+
 def _say(text: str) -> None:
-    print(text, flush=True)
+    if _leads():
+        print(text, flush=True)
 
 
 def main() -> None:
     """Reads the settings from the command line and runs."""
     keep_freed_memory()
     config = settings(Config, __doc__)
-    folder = config.run_folder or _new_run_folder()
-    with in_one_line(f"To go on, give the same options with --run-folder {folder}"):
-        run(dataclasses.replace(config, run_folder=folder))
+    with distributed.start("The same command, with --run-folder, goes on from here."):
+        folder = config.run_folder or _new_run_folder()
+        with in_one_line(f"To go on, give the same options with --run-folder {folder}"):
+            run(dataclasses.replace(config, run_folder=folder))
 
 
 if __name__ == "__main__":

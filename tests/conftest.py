@@ -16,7 +16,7 @@ from tests.support.selection import mark_rows_left_out
 # in every run, so that it fails only for what a change did.
 _common: dict = {"deadline": None, "derandomize": "CI" in os.environ}
 hypothesis.settings.register_profile("few", max_examples=8, **_common)
-hypothesis.settings.register_profile("many", max_examples=100, **_common)
+hypothesis.settings.register_profile("many", max_examples=60, **_common)
 hypothesis.settings.load_profile("few")
 
 

@@ -38,7 +38,7 @@ class ConvLayout(Layout):
 
     def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
         """Convolves with A as a kernel of r features (of every group), then mixes them with B."""
-        layer, dtype = call.layer, branch.dtype
+        layer = call.layer
         groups = getattr(layer, "feature_group_count", 1)
         a, b = branch.factors()
         kernel = jnp.concatenate([a] * groups, axis=-1)

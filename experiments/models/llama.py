@@ -19,6 +19,8 @@ it by name. The paths inside `Llama` are those of Hugging Face without `model.`:
     norm
     lm_head      hidden -> vocab (absent if the embeddings are tied)
 
+On a mesh of explicit axes a call runs with automatic ones.
+
 With `scan_layers=True` the layers are one module. Its parameters have a leading axis for the layer:
 `layers.self_attn.q_proj` has a kernel `(layer, in, out)`, and so on.
 
@@ -37,7 +39,7 @@ from experiments.models.activations import ACTIVATIONS
 from experiments.models.attention import causal_attention
 from experiments.models.inputs import check_shapes
 from experiments.models.layers import LayerFactory
-from experiments.models.partitioning import constrain
+from experiments.models.partitioning import automatically, constrain, explicit_axes
 from experiments.models.rotary import rotary_frequencies, rotate
 
 if TYPE_CHECKING:
@@ -222,6 +224,10 @@ class Llama(nnx.Module):
         Raises:
             ValueError: The shapes differ.
         """
+        if explicit_axes():
+            out = ("batch", "length", "vocab"), (*input_ids.shape, self.config.vocab_size)
+            inputs = input_ids, attention_mask, position_ids
+            return automatically(self, Llama.__call__, *inputs, out=out)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids)
         tied = self.config.tie_word_embeddings
         logits = self.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 from flax import nnx
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array
 
     Axes = tuple[str | None, ...]
+
+M = TypeVar("M", bound=nnx.Module)
 
 RULES: Mapping[str, tuple[str, ...]] = {
     # Axes of parameters. A kernel is cut along its input or output of size `hidden_size` over the
@@ -98,6 +100,45 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if AxisType.Explicit in mesh.axis_types:
         return jax.sharding.reshard(x, spec)
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def explicit_axes() -> tuple[str, ...]:
+    """Returns the names of the explicit axes of the mesh in use."""
+    mesh = mesh_in_use()
+    kinds = () if mesh is None else zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+
+
+def automatically(
+    model: M, run: Callable[..., Array], *inputs: Any, out: tuple[Axes, tuple[int, ...]]
+) -> Array:
+    """Returns `run(model, *inputs)`, inside of which all axes of the mesh are automatic.
+
+    So a model that only constrains its activations also runs where the types of arrays say how they
+    are sharded.
+
+    Args:
+        model: The model.
+        run: Computes one array.
+        *inputs: Arrays, or None.
+        out: The names of the axes of the result, and its shape.
+    """
+    mesh = mesh_in_use()
+    assert mesh is not None
+    graphdef, state = nnx.split(model)
+
+    def pure(state: Any, *inputs: Any) -> tuple[Array, Any]:
+        own = nnx.merge(graphdef, state, copy=True)
+        return run(own, *inputs), nnx.state(own, nnx.RngState)  # counts of keys drawn
+
+    axes, shape = out
+    of_keys = jax.tree.map(lambda _: PartitionSpec(), nnx.state(model, nnx.RngState))
+    run_automatic = jax.sharding.auto_axes(
+        pure, axes=explicit_axes(), out_sharding=(resolve(axes, mesh, shape), of_keys)
+    )
+    y, keys = run_automatic(state, *inputs)
+    nnx.update(model, keys)
+    return y
 
 
 def named(initializer: Callable[..., Array], axes: Axes) -> Callable[..., Any]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dora_jax as dora
 from experiments.trainer.settings import SettingsError
+
+M = TypeVar("M", bound=nnx.Module)
 
 ROWS = P(("data", "fsdp"))
 """How a batch is cut: each copy of the model, and each cut of it, has rows of its own."""
@@ -96,6 +99,18 @@ def largest_axes(shape: tuple[int, ...], sizes: Mapping[str, int]) -> P:
         if free and sizes[name] > 1:
             entries[max(free, key=lambda i: shape[i])] = name
     return P(*entries)
+
+
+def on_this_process(model: M) -> M:
+    """Returns a copy of a model whose parameters this process holds whole, also others' parts.
+
+    All processes call it. With one process it is the model itself.
+    """
+    if jax.process_count() == 1:
+        return model
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    whole = multihost_utils.process_allgather(params, tiled=True)
+    return nnx.merge(graphdef, whole, rest, copy=True)
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:

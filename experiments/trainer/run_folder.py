@@ -6,8 +6,8 @@
     checkpoints/      of an unfinished run, to resume from
     summary.json      the results; only a finished run has it
 
-One process writes into it at a time, and its files are whole. Reports are made from such folders
-alone.
+One run writes into it at a time, and its files are whole. Of a run of several processes the first
+one writes. Reports are made from such folders alone.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ _PACKAGES = ("dora-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Makes a folder, and keeps other processes from running in it. A kill frees it.
+    """Makes a folder, and keeps other runs out of it. A kill frees it.
 
     Raises:
-        SystemExit: Another process runs in it.
+        SystemExit: Another run is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() > 0:  # of a run whose first process has the lock
+        yield
+        return
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -135,4 +138,5 @@ def _read(file: Path) -> Any:
 
 
 def _write(file: Path, content: Any) -> None:
-    write_whole(file, json.dumps(content, indent=2) + "\n")
+    if jax.process_index() == 0:
+        write_whole(file, json.dumps(content, indent=2) + "\n")

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -118,6 +119,30 @@ def whole(tiny_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     quickstart.run(quickstart.Config(run_folder=folder, checkpoint=tiny_checkpoint, **SETTINGS))
     return folder
+
+
+@pytest.mark.full
+def test_two_processes_come_to_what_one_comes_to(whole, tiny_checkpoint, tmp_path):
+    settings = {"checkpoint": tiny_checkpoint, "mesh": "fsdp=2", **SETTINGS}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "experiments.quickstart", f"--run-folder={tmp_path}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = {**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen([*command, *arguments], env={**shared, "JAX_PROCESS_ID": str(index)})
+        for index in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    found, one = (json.loads((f / "summary.json").read_text()) for f in (tmp_path, whole))
+    for name in ("frozen_probe_accuracy", "test_accuracy", "test_loss", "adapter_bytes"):
+        np.testing.assert_allclose(found[name], one[name], rtol=1e-4)
+    assert found["step_0_max_difference"] <= 1e-7  # programs compiled quickly may round apart
+    assert found["merge_max_difference"] <= 1e-5
+    assert changed_kernels(tmp_path / "merged", tiny_checkpoint) == 6
+    for picture in ("curves.png", "layers.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.full

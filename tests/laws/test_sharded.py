@@ -20,6 +20,8 @@ CASES = (
     ("llama scanned", "auto"),
     ("nnx", "explicit"),
     ("nnx scanned", "explicit"),
+    ("llama scanned", "explicit"),
+    ("llama", "explicit"),
     ("linen scanned", "auto"),
     ("linen scanned", "explicit"),
 )
