@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class SweepSettings:
         microbatches: Parts of each member's batch that are computed one after the other.
         evaluations: Evaluations on the validation examples, the last after the last step.
         usual: Folders are named by what differs from this member.
+        task_settings: Further settings of the task on which the results depend, as JSON.
     """
 
     experiment: str
@@ -46,7 +47,8 @@ class SweepSettings:
     full_members: int = 1
     microbatches: int = 1
     evaluations: int = 1
-    usual: Member = Member()
+    usual: Member = dataclasses.field(default_factory=Member)
+    task_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def schedule(self, task: SweepTask, batch_size: int) -> Schedule:
         """Returns the schedule of members with this batch size."""
@@ -89,6 +91,7 @@ class Sweep:
             "max_length": task.max_length,
             "train_examples": task.train_examples,
             "microbatches": settings.microbatches,
+            **settings.task_settings,
         }
 
     def summary(self, member: Member) -> Summary | None:
