@@ -103,9 +103,9 @@ class Programs:
 
     def start(self, members: Sequence[Member]) -> State:
         """Returns the state of members before their first step."""
-        trained, changing = self.stack.start(members)
-        optimizer = self._run("init", self._init, trained, self._hyperparameters(members))
-        return State(*self._placed((trained, changing, optimizer), len(members)))
+        arrays = (*self.stack.start(members), self._hyperparameters(members))
+        trained, changing, own = self._placed(arrays, len(members))
+        return State(trained, changing, self._run("init", self._init, trained, own))
 
     def step(
         self, state: State, members: Sequence[Member], batches: Sequence[Batch]
@@ -126,7 +126,6 @@ class Programs:
         count = len(members)
         scale = self._placed(self._hyperparameters(members)["scale"], count)
         arrays = (state.trained, state.changing, scale, self._shared(count))
-        # A batch that has arrived while the one before is computed.
         found = [self._run("predict", self._predictions, *arrays, dict(b)) for b in batches]
         return np.concatenate([np.asarray(x) for x in found], axis=1)
 
@@ -183,7 +182,10 @@ class Programs:
         key = (name, structure, *((x.shape, x.dtype) for x in leaves))
         if (compiled := self._compiled.get(key)) is None:
             donated = (0,) if name == "step" else ()
-            compiled = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
+            jitted = jax.jit(
+                function, donate_argnums=donated, out_shardings=self._sharding(len(leaves[0]))
+            )
+            compiled = jitted.lower(*arguments).compile()
             self._compiled[key] = compiled
             if name == "step":
                 members = leaves[0].shape[0]
@@ -202,19 +204,19 @@ class Programs:
     def _hyperparameters(self, members: Sequence[Member]) -> dict[str, np.ndarray]:
         return self.stack.hyperparameters(members)
 
-    def _mesh(self, members: int) -> Mesh | None:
+    def _sharding(self, members: int, axis: str | None = "member") -> NamedSharding | None:
+        """Returns where arrays of some members lie; None for one device."""
         devices = jax.devices()
-        divides = len(devices) > 1 and members % len(devices) == 0
-        return Mesh(np.array(devices), ("member",)) if divides else None
+        if len(devices) == 1 or members % len(devices):
+            return None
+        return NamedSharding(Mesh(np.array(devices), ("member",)), PartitionSpec(axis))
 
     def _placed(self, arrays: Any, members: int) -> Any:
-        mesh = self._mesh(members)
-        if mesh is None:
-            return arrays
-        return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("member")))
+        sharding = self._sharding(members)
+        return arrays if sharding is None else jax.device_put(arrays, sharding)
 
     def _shared(self, members: int) -> Arrays:
-        mesh = self._mesh(members)
-        if mesh is not None:
-            self._frozen = jax.device_put(self._frozen, NamedSharding(mesh, PartitionSpec()))
+        sharding = self._sharding(members, None)
+        if sharding is not None:
+            self._frozen = jax.device_put(self._frozen, sharding)
         return self._frozen

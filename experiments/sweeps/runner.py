@@ -109,7 +109,7 @@ class Sweep:
             InterruptedStepError: A signal came. The same call goes on from that step.
         """
         unfinished = [m for m in dict.fromkeys(members) if self.summary(m) is None]
-        for family in self._families(unfinished):
+        for family in self.families(unfinished):
             programs = self._programs_of(family)
             schedule = self.settings.schedule(self.task, family[0].batch_size)
             for chunk in self.chunks(family):
@@ -128,7 +128,7 @@ class Sweep:
             if not (self.folder_of(member) / "trained.npz").exists():
                 (self.folder_of(member) / "summary.json").unlink(missing_ok=True)
         self.run(untested)
-        for family in self._families(untested):
+        for family in self.families(untested):
             programs = self._programs_of(family)
             names = programs.stack.names()
             for chunk in self.chunks(family):
@@ -157,7 +157,8 @@ class Sweep:
         chunks[-1] += [chunks[-1][-1]] * (size - len(chunks[-1]))
         return chunks
 
-    def _families(self, members: Sequence[Member]) -> list[list[Member]]:
+    def families(self, members: Sequence[Member]) -> list[list[Member]]:
+        """Returns members in groups, each of which one program can train."""
         families: dict[Member, list[Member]] = {}
         for member in members:
             families.setdefault(member.family(self.task), []).append(member)
