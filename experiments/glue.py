@@ -19,18 +19,17 @@ Examples:
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import tyro
 
-from experiments.sweeps.members import Member, Stack
-from experiments.sweeps.program import Programs
+from experiments.sweeps.choice import tune
+from experiments.sweeps.estimate import Planned, measure, table
+from experiments.sweeps.members import Member
 from experiments.sweeps.runner import Sweep, SweepSettings
 from experiments.tasks.download import minilm_folder
 from experiments.tasks.glue.presets import EPOCHS, PRESETS, Preset
@@ -104,11 +103,14 @@ class Config:
         if unknown := sorted(set(chosen.tasks) - set(TASKS)):
             raise SystemExit(f"unknown tasks {unknown}: choose from {', '.join(TASKS)}")
         for method in chosen.methods:
-            member_of(self, method, rate=1.0, seed=0)
-        if chosen.choosing_seeds < 1 or chosen.seeds < 1 or not chosen.rates:
-            raise SystemExit("give at least one seed and one learning rate")
+            member_of(self, method)
+        if min(chosen.choosing_seeds, chosen.seeds, len(chosen.rates), len(chosen.tasks)) < 1:
+            raise SystemExit("give at least one task, one seed and one learning rate")
         if self.preset == "paper" and self.checkpoint is None:
             raise SystemExit("--preset paper needs --checkpoint, the folder of RoBERTa-base")
+        if self.trainer.mesh or self.trainer.profile:
+            given = "mesh" if self.trainer.mesh else "profile"
+            raise SystemExit(f"--{given}: a sweep has none; it gives its runs to all devices")
 
     def resolved(self) -> Preset:
         """Returns the preset with the options that were given in its place."""
@@ -125,22 +127,20 @@ class Config:
         return dataclasses.replace(preset, **given)
 
 
-def member_of(config: Config, method: str, *, rate: float, seed: int) -> Member:
-    """Returns one training run.
+def member_of(config: Config, method: str) -> Member:
+    """Returns a run of a method; its rate and seed are any.
 
     Raises:
         SystemExit: The method is not known, or has no rank where it needs one.
     """
     name, _, rank = method.partition(":")
-    if name not in METHODS or not (rank.isdecimal() or not rank):
+    size = int(rank) if rank.isdecimal() else 0 if rank else 8
+    if name not in METHODS or not size:
         raise SystemExit(f"unknown method {method!r}: give one of {', '.join(METHODS)}, as dora:8")
-    size = int(rank or 8)
     return Member(
         method=name,
         rank=size,
         alpha=config.scaling * size,
-        learning_rate=rate,
-        seed=seed,
         magnitude_lr_ratio=config.magnitude_lr_ratio,
         batch_size=config.resolved().batch_size,
     )
@@ -189,7 +189,7 @@ def sweep_of(config: Config, task: GlueSweepTask) -> Sweep:
             members=preset.members,
             full_members=config.full_members,
             microbatches=config.trainer.microbatches,
-            usual=member_of(config, "dora:8", rate=1e-3, seed=0),
+            usual=member_of(config, "dora:8"),
             task_settings={
                 "pooling": preset.pooling,
                 "dropout": preset.dropout,
@@ -201,22 +201,6 @@ def sweep_of(config: Config, task: GlueSweepTask) -> Sweep:
     )
 
 
-def choose(summaries: Mapping[Member, Mapping[str, Any]], metric: str) -> float:
-    """Returns the learning rate with the best mean of a validation metric over its seeds.
-
-    Of two with equal means, the one with the lower mean loss is better. A rate at which a run
-    diverged is worse than all others.
-    """
-    by_rate: dict[float, list[tuple[float, float]]] = {}
-    for member, summary in summaries.items():
-        values = [summary["validation"][name] for name in (metric, "loss")]
-        score, loss = (-math.inf, math.inf) if None in values else values
-        by_rate.setdefault(member.learning_rate, []).append((score, -loss))
-    return max(
-        by_rate, key=lambda rate: tuple(map(statistics.fmean, zip(*by_rate[rate], strict=True)))
-    )
-
-
 def run_method(
     config: Config, sweep: Sweep, method: str, rates: Sequence[float]
 ) -> tuple[float, str]:
@@ -225,93 +209,53 @@ def run_method(
     Returns:
         The chosen rate, and a line of the table.
     """
-    preset, task = config.resolved(), sweep.task
-    tried = [
-        member_of(config, method, rate=rate, seed=seed)
-        for rate in rates
-        for seed in range(preset.choosing_seeds)
-    ]
-    best = choose(sweep.run(tried), task.metric)
-    final = [member_of(config, method, rate=best, seed=seed) for seed in range(preset.seeds)]
-    summaries = sweep.run(final)
-    scores = [own[task.metric] for own in sweep.test(final).values()]
-    sweep.forget([*tried, *final])
-    spread = f" ± {100 * statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-    edge = " (edge of the grid)" if best in (min(preset.rates), max(preset.rates)) else ""
-    title = METHODS[tried[0].method].title + (f" r{tried[0].rank}" if tried[0].rank else "")
-    one = summaries[final[0]]
-    step = one["seconds_per_step"]
-    return best, (
-        f"| {task.name} | {title} | {task.metric} {100 * statistics.fmean(scores):.2f}{spread} | "
-        f"{len(scores)} | {best:g}{edge} | {one['trainable_parameters']:,} | "
-        f"{'' if step is None else f'{step:.3f}'} |"
+    preset, setting = config.resolved(), member_of(config, method)
+    found = tune(sweep, [setting], rates, preset.choosing_seeds, preset.seeds)[setting]
+    names = [name for name in found.test[0] if name not in ("loss", "examples")]
+    figures = ", ".join(f"{name} {_mean([own[name] for own in found.test])}" for name in names)
+    edge = " (edge of those tried)" if found.at_edge else ""
+    title = METHODS[setting.method].title + (f" r{setting.rank}" if setting.rank else "")
+    one = found.summaries[0]
+    step = "" if one["seconds_per_step"] is None else f"{one['seconds_per_step']:.3f}"
+    return found.learning_rate, (
+        f"| {sweep.task.name} | {title} | {figures} | {len(found.test)} | "
+        f"{found.learning_rate:g}{edge} | {one['trainable_parameters']:,} | {step} |"
     )
 
 
-def planned(config: Config) -> list[tuple[str, str, int]]:
-    """Returns task, method and number of runs, as if the middle of each grid were chosen."""
-    preset, found = config.resolved(), []
-    middle = preset.rates[len(preset.rates) // 2]
-    for i, key in enumerate(preset.tasks):
-        rates = preset.rates_of(key, dict.fromkeys(preset.tasks[:i], middle))
-        runs = len(rates) * preset.choosing_seeds + max(0, preset.seeds - preset.choosing_seeds)
-        found += [(key, method, runs) for method in preset.methods]
-    return found
+def _mean(scores: Sequence[float]) -> str:
+    spread = f" ± {100 * statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    return f"{100 * statistics.fmean(scores):.2f}{spread}"
 
 
 def dry_run(config: Config) -> str:
     """Returns what the experiment would take. Takes two steps of one run of each method for that.
 
-    Time and memory are measured on the longest batches of the first task. A step is taken to need
-    time in proportion to its tokens, and all runs to need as much as one after the other.
+    They are taken on the longest batches of the first task. Rates next to those chosen before are
+    counted as if the middle of the grid had been chosen.
     """
     config.trainer.set_up()
-    preset, lines, total = config.resolved(), [], 0.0
+    preset, rows = config.resolved(), []
     tasks = {key: load_task(config, key) for key in preset.tasks}
-    measured = {m: measure(config, tasks[preset.tasks[0]], m) for m in preset.methods}
-    for key, method, runs in planned(config):
-        schedule = sweep_of(config, tasks[key]).settings.schedule(tasks[key], preset.batch_size)
-        parameters, own, seconds_per_token = measured[method]
-        tokens = preset.batch_size * tasks[key].mean_batch_length(preset.batch_size)
-        seconds = schedule.steps * tokens * seconds_per_token
-        at_once = (
-            config.full_members
-            if METHODS[method.partition(":")[0]].switches is None
-            else (preset.members)
+    first, middle = tasks[preset.tasks[0]], preset.rates[len(preset.rates) // 2]
+    costs = {}
+    for method in preset.methods:
+        member, sweep = member_of(config, method), sweep_of(config, first)
+        batch, schedule = (
+            first.longest_batch(preset.batch_size),
+            sweep.settings.schedule(first, preset.batch_size),
         )
-        total += runs * seconds
-        lines.append(
-            f"| {key} | {method} | {runs} | {schedule.steps} | {parameters:,} | "
-            f"{at_once * own / 1e9:.1f} GB | {seconds:.0f} s | {runs * seconds / 3600:.1f} h |"
-        )
-    return "\n".join(
-        [
-            "| task | method | runs | steps | trainable parameters | memory | a run | all runs |",
-            "|---|---|---|---|---|---|---|---|",
-            *lines,
-            f"{total / 3600:.1f} h in all, without compilation. Nothing was trained.",
-        ]
-    )
-
-
-def measure(config: Config, task: GlueSweepTask, method: str) -> tuple[int, int, float]:
-    """Returns trainable parameters, bytes and seconds a token of one run, on its longest batches.
-
-    The bytes are those of the arrays that a run has alone and of what a step needs beside them.
-    """
-    member = member_of(config, method, rate=1e-4, seed=0)
-    sweep = sweep_of(config, task)
-    schedule = sweep.settings.schedule(task, member.batch_size)
-    programs = Programs(Stack(task, [member]), schedule, microbatches=sweep.settings.microbatches)
-    state, batch = programs.start([member]), task.longest_batch(member.batch_size)
-    arrays = sum(x.nbytes for x in (*state.trained, *state.optimizer))
-    parameters = sum(x.size for x in state.trained)
-    for _ in range(2):  # the first compiles
-        start = time.perf_counter()
-        state, outcomes = programs.step(state, [member], [batch])
-        jax.block_until_ready(outcomes)
-        seconds = time.perf_counter() - start
-    return parameters, arrays + programs.temporary_bytes[1], seconds / batch["input_ids"].size
+        parts = config.trainer.microbatches
+        costs[method] = measure(first, member, schedule, batch, microbatches=parts)
+    for i, (key, task) in enumerate(tasks.items()):
+        rates = preset.rates_of(key, dict.fromkeys(preset.tasks[:i], middle))
+        runs = len(rates) * preset.choosing_seeds + max(0, preset.seeds - preset.choosing_seeds)
+        steps = sweep_of(config, task).settings.schedule(task, preset.batch_size).steps
+        tokens = preset.batch_size * task.mean_batch_length(preset.batch_size)
+        for method, cost in costs.items():
+            at_once = config.full_members if method == "full" else preset.members
+            rows.append(Planned(key, method, runs, steps, tokens, at_once, cost))
+    return table(rows)
 
 
 HEADER = (

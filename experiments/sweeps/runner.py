@@ -121,9 +121,13 @@ class Sweep:
         """Evaluates finished members on the test split, which nothing else reads.
 
         Writes `test.json` and `test_predictions.npz` of each that has none, and returns the
-        metrics.
+        metrics. Members whose trained arrays were removed (`forget`) are trained again.
         """
         untested = [m for m in dict.fromkeys(members) if not self._test_file(m).exists()]
+        for member in untested:
+            if not (self.folder_of(member) / "trained.npz").exists():
+                (self.folder_of(member) / "summary.json").unlink(missing_ok=True)
+        self.run(untested)
         for family in self.families(untested):
             programs = self._programs_of(family)
             names = programs.stack.names()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import glue
-from experiments.sweeps.members import Member
 from experiments.tasks.glue.presets import PRESETS, RATES
+from experiments.trainer.settings import TrainerSettings
 from tests.experiments.tasks.glue_files import rows_of_words, write_encoder
 
 
@@ -87,8 +87,8 @@ def test_each_rate_is_tried_and_only_the_best_sees_the_test(config, printed):
             assert test["accuracy"] == np.mean(stored["predictions"] == stored["labels"])
             scores.append(test["accuracy"])
         assert f"accuracy {100 * np.mean(scores):.2f}" in printed
-        assert f"{best:g} (edge of the grid)" in printed  # all of so few are
-        assert not any((folder / "trained.npz").exists() for folder in folders.values())
+        assert f"{best:g} (edge of those tried)" in printed  # all of so few are
+        assert {name for name, f in folders.items() if (f / "trained.npz").exists()} == chosen
         settings = read(folders[one] / "config.json")
         expected = {"experiment": "glue", "task": "rte", "model": "tiny", "method": name}
         expected |= {"epochs": 1.0, "steps": 4, "train_examples": 32, "split_seed": 0}
@@ -103,6 +103,17 @@ def test_finished_runs_are_not_trained_again(config, printed):
     before = times()
     assert glue.run(config) == printed
     assert times() == before
+
+
+@pytest.mark.full
+def test_a_chosen_run_whose_arrays_are_gone_is_trained_again_for_the_test(config, printed):
+    files = sorted(config.run_folder.rglob("test.json"))
+    before = [file.read_text() for file in files]
+    for file in files:
+        file.unlink()
+        (file.parent / "trained.npz").unlink()
+    assert glue.run(config).splitlines()[0] == printed.splitlines()[0]
+    assert [file.read_text() for file in files] == before
 
 
 def test_runs_of_other_settings_are_not_taken_for_these(config, printed):
@@ -125,26 +136,6 @@ def test_a_dry_run_trains_nothing(config, tmp_path, capsys):
     assert rows[[m.partition(":")[0] for m in config.methods].index("dora")][4] == f"{dora:,}"
 
 
-# The choice.
-
-
-def summary(accuracy, loss=0.5):
-    return {"validation": {"accuracy": accuracy, "loss": loss}}
-
-
-def test_the_best_mean_over_seeds_is_chosen_then_the_lower_loss():
-    def members(rates):
-        return [Member(learning_rate=rate, seed=seed) for rate in rates for seed in (0, 1)]
-
-    one = members((1e-3, 1e-2, 1e-1))
-    scores = map(summary, (0.6, 0.6, 0.9, 0.2, 0.5, 0.72))
-    assert glue.choose(dict(zip(one, scores, strict=True)), "accuracy") == 1e-1
-    equal = [summary(0.6, 0.5), summary(0.6, 0.7), summary(0.5, 0.6), summary(0.7, 0.3)]
-    assert glue.choose(dict(zip(members((1e-3, 1e-2)), equal, strict=True)), "accuracy") == 1e-2
-    gone = [summary(0.9), summary(None, None), summary(0.1), summary(0.2)]
-    assert glue.choose(dict(zip(members((1e-3, 1e-2)), gone, strict=True)), "accuracy") == 1e-2
-
-
 # Settings.
 
 
@@ -165,8 +156,10 @@ def test_options_replace_those_of_the_preset(tmp_path):
         ({"tasks": ("sst",)}, "unknown tasks .'sst'.: choose from cola"),
         ({"methods": ("adalora:8",)}, "unknown method 'adalora:8': give one of full"),
         ({"methods": ("dora:r8",)}, "unknown method 'dora:r8'"),
-        ({"seeds": 0}, "at least one seed"),
+        ({"methods": ("dora:0",)}, "unknown method 'dora:0'"),
+        ({"seeds": 0}, "at least one task, one seed"),
         ({"preset": "paper"}, "needs --checkpoint"),
+        ({"trainer": TrainerSettings(mesh="data=2")}, "--mesh: a sweep has none"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, options, message):
