@@ -123,7 +123,7 @@ class Programs:
         """Returns the arguments of `steps` as shapes: for compiling it elsewhere."""
         parts, count = self.stack.parts, len(members)
 
-        def like(tree: Any) -> list[jax.ShapeDtypeStruct]:
+        def like(tree: Any) -> list[Any]:
             shapes = ((count, *x.shape) for x in jax.tree.leaves(tree))
             types = (x.dtype for x in jax.tree.leaves(tree))
             return [jax.ShapeDtypeStruct(*own) for own in zip(shapes, types, strict=True)]
