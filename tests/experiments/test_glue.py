@@ -43,7 +43,8 @@ def config(request, tmp_path_factory):
     several = len(request.param) > 1
     return glue.Config(
         data=write_rte(folder / "data"),
-        checkpoint=write_encoder(folder / "tiny", "bert"),
+        preset="paper" if several else "small",  # RoBERTa, with dropout
+        checkpoint=write_encoder(folder / "tiny", "roberta" if several else "bert"),
         tasks=("rte",),
         methods=request.param,
         rates=(1e-3, 1e-2) if several else (1e-2,),
