@@ -3,7 +3,7 @@
 One program is compiled for all batches of one shape: it reads the prompts at once, then takes one
 token after the other in a `lax.while_loop`, with the keys and values of earlier tokens kept (see
 `kv_cache.py`). An adapted model computes the scales of its layers in every step, unless they are
-computed before: `generate(dora.precompute_scales(model), ...)` or `generate(dora.merge(model), ...)`.
+computed before: give it `dora.precompute_scales(model)` or `dora.merge(model)`.
 """
 
 from __future__ import annotations
@@ -175,7 +175,13 @@ def _generate(
     cache = empty_cache(model.config, batch, length + new, dtype)
     hidden, cache = model.extend(input_ids, cache, mask)
     rows = jnp.zeros((batch,), bool), jnp.zeros((batch,), jnp.int32)
-    first = (0, jnp.zeros((batch, new), jnp.int32), model.logits(hidden[:, -1:])[:, 0], cache, *rows)
+    first = (
+        0,
+        jnp.zeros((batch, new), jnp.int32),
+        model.logits(hidden[:, -1:])[:, 0],
+        cache,
+        *rows,
+    )
 
     def goes_on(carry: Any) -> Array:
         return (carry[0] < new) & ~jnp.all(carry[4])
