@@ -24,35 +24,30 @@ Examples:
 from __future__ import annotations
 
 import dataclasses
-import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import tyro
 from tokenizers import Tokenizer
 
-from experiments.language.material import Material, load_material
+from experiments.language.experiment import Design, Experiment
+from experiments.language.material import CommonsenseRows, load_material
 from experiments.language.plan import plan_text
-from experiments.language.presets import PRESETS, Preset
-from experiments.language.runs import LanguageRun, Recipe
+from experiments.language.presets import PRESETS, PUBLISHED_ROWS, Preset
+from experiments.language.runs import Recipe
 from experiments.language.table import table
 from experiments.models.huggingface import load_llama
-from experiments.models.llama import Llama
 from experiments.models.smollm import smollm2_folder
+from experiments.tasks.commonsense import TASKS
 from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.memory import keep_freed_memory
 from experiments.trainer.methods import METHODS
-from experiments.trainer.run_folder import (
-    alone_in,
-    finish_run,
-    finished_run,
-    start_run,
-    write_whole,
-)
+from experiments.trainer.run_folder import alone_in, write_whole
 from experiments.trainer.settings import TrainerSettings
+
+TITLES = {key: task.title for key, task in TASKS.items()}
+"""The names of the tasks in the table, in the paper's order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,131 +154,35 @@ class Config:
             checkpoint_every=self.checkpoint_every,
         )
 
-
-class Experiment:
-    """The runs of a comparison, on loaded rows and a loaded decoder."""
-
-    def __init__(self, config: Config, material: Material, base: Llama) -> None:
-        self.config, self.material, self.base = config, material, base
-        self.recipe = config.recipe(len(material.train))
-        preset = config.settled
-        self.about = {
+    def design(self, material: CommonsenseRows | None = None) -> Design:
+        """Returns which runs there are; without rows, as many as the published file has."""
+        preset = self.settled
+        rows = PUBLISHED_ROWS if material is None else len(material.train)
+        splits = {} if material is None else material.splits
+        about = {
             "experiment": "commonsense",
-            "task": config.task,
+            "task": self.task,
             "model": preset.model,
             "form": preset.form,
             "epochs": preset.epochs,
-            "train_examples": len(material.train),
-            "validation_examples": {k: len(v) for k, v in material.splits["validation"].items()},
-            "test_examples": {k: len(v) for k, v in material.splits["test"].items()},
+            "train_examples": rows,
         }
-
-    def run(self) -> None:
-        """Trains and tests what has no result yet, the base first."""
-        config, preset = self.config, self.config.settled
-        unrelated = self.evaluate_base()
-        choosing = range(preset.choosing_seeds if len(config.rates) > 1 else 0)
-        for seed in choosing:
-            for rate in config.rates:
-                for method in config.methods:
-                    self.train(self.run_of(method, rate, seed), unrelated)
-        for seed in range(preset.seeds):
-            for method in config.methods:
-                run = self.run_of(method, self.chosen(method), seed)
-                self.train(run, unrelated)
-                self.test(run)
-            print(table(config.folder), flush=True)
-
-    def run_of(self, method: str, rate: float, seed: int) -> LanguageRun:
-        """Returns a run of the comparison."""
-        name = f"{method}_r{self.recipe.rank}_lr-{rate:g}_seed-{seed}"
-        return LanguageRun(
-            folder=self.config.folder / name,
-            method=method,
-            learning_rate=rate,
-            seed=seed,
-            recipe=self.recipe,
-            about=self.about,
-            trainer=self.config.trainer,
+        for split, tasks in splits.items():
+            about[f"{split}_examples"] = {task: len(tasks[task]) for task in tasks}
+        return Design(
+            folder=self.run_folder / "commonsense" / self.task,
+            methods=self.methods,
+            rates=self.rates,
+            choosing_seeds=preset.choosing_seeds,
+            seeds=preset.seeds,
+            recipe=self.recipe(rows),
+            about=about,
+            trainer=self.trainer,
         )
 
-    def chosen(self, method: str) -> float:
-        """Returns the rate with the best mean validation accuracy; of equal ones the lower loss."""
-        rates, seeds = self.config.rates, range(self.config.settled.choosing_seeds)
-        if len(rates) == 1:
-            return rates[0]
 
-        def quality(rate: float) -> tuple[float, float]:
-            found = [self.run_of(method, rate, seed).summary() for seed in seeds]
-            values = [one["validation"] for one in found if one is not None]
-            loss = statistics.fmean(value.get("loss", 0.0) for value in values)
-            return statistics.fmean(value["accuracy"] for value in values), -loss
-
-        return max(rates, key=quality)
-
-    def train(self, run: LanguageRun, unrelated: float | None) -> None:
-        """Trains a run that has no summary."""
-        if run.summary() is not None:
-            return
-        material = self.material
-
-        def forgetting(model: Llama) -> dict[str, float]:
-            loss = material.loss_on_unrelated(model)
-            assert loss is not None and unrelated is not None
-            return {"loss": loss - unrelated}
-
-        summary = run.train(
-            self.base,
-            material.train,
-            validate=material.validate,
-            forgetting=None if unrelated is None else forgetting,
-        )
-        figures = ", ".join(
-            f"{k} {v:.4f}" for k, v in summary["validation"].items() if "/" not in k
-        )
-        print(f"{run.title}: validation {figures}", flush=True)
-
-    def evaluate_base(self) -> float | None:
-        """Evaluates the decoder untrained; returns its loss on the unrelated texts."""
-        folder = self.config.folder / "base_r0_lr-0_seed-0"
-        own = {"method": "base", "rank": 0, "alpha": 0.0, "learning_rate": 0.0, "seed": 0}
-        config = {**self.about, **own, "train_examples": 0, "epochs": 0, "steps": 0}
-        config |= self.config.trainer.changes_results
-        summary = finished_run(folder, config)
-        if summary is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            start_run(folder, config)
-            summary = {
-                "validation": self.material.validate(self.base),
-                "metric": "accuracy",
-                "trainable_parameters": 0,
-                "seconds_per_step": None,
-                "members": 1,
-                "temporary_bytes": None,
-                "forgetting": None,
-                "unrelated_loss": self.material.loss_on_unrelated(self.base),
-            }
-            finish_run(folder, summary)
-        if not (folder / "test.json").exists():
-            self._write_test(folder, self.base)
-        loss: float | None = summary["unrelated_loss"]
-        return loss
-
-    def test(self, run: LanguageRun) -> None:
-        """Evaluates a finished run on the test rows, once."""
-        if not (run.folder / "test.json").exists():
-            self._write_test(run.folder, run.trained(self.base))
-
-    def _write_test(self, folder: Path, model: Llama) -> None:
-        result = self.material.evaluate(model, "test")
-        arrays = {"predictions": result.predictions, "labels": result.labels, "task": result.task}
-        np.savez(folder / "test_predictions.npz", **arrays)  # type: ignore[arg-type]
-        figures = {**result.metrics, "examples": len(result.labels)}
-        write_whole(folder / "test.json", json.dumps(figures, indent=2) + "\n")
-
-
-def run(config: Config) -> str:
-    """Trains the unfinished runs, writes `commonsense.md` and returns it."""
+def run(config: Config) -> None:
+    """Trains and tests what has no result, and writes and prints `commonsense.md`."""
     config.trainer.set_up()
     folder = smollm2_folder() if config.checkpoint is None else config.checkpoint
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -291,10 +190,13 @@ def run(config: Config) -> str:
         material = load_material(config.data, config.settled, tokenizer)
         switches = config.trainer.switches(load_llama)
         base = load_llama(folder, scan_layers=True, **switches)
-        Experiment(config, material, base).run()
-        text = table(config.folder)
-        write_whole(config.folder / "commonsense.md", text + "\n")
-    return text
+
+        def report() -> None:
+            text = table(config.folder, TITLES)
+            write_whole(config.folder / "commonsense.md", text + "\n")
+            print(text, flush=True)
+
+        Experiment(config.design(material), material, base).run(report)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -302,7 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     config = settings(Config, __doc__, arguments)
     with in_one_line("The same command continues from here."):
-        print(plan_text(config) if config.dry_run else run(config))
+        if config.dry_run:
+            print(plan_text(config))
+        else:
+            run(config)
 
 
 if __name__ == "__main__":

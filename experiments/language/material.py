@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,10 +15,10 @@ from tqdm import tqdm
 
 from experiments.language.answering import answers
 from experiments.language.answers import Encoded, encode
+from experiments.language.experiment import Result, Split, joined
 from experiments.language.presets import Preset
 from experiments.language.scoring import Options, encode_questions, score
 from experiments.tasks.commonsense import (
-    TASKS,
     Question,
     answer_in,
     instruction_of,
@@ -29,11 +28,7 @@ from experiments.tasks.commonsense import (
 from experiments.tasks.rows import Row, drawn, read_rows
 
 if TYPE_CHECKING:
-    from jaxtyping import Shaped
-
     from experiments.models.llama import Llama
-
-Split = Literal["validation", "test"]
 
 # The rows are the same for all runs, whatever their seed.
 _SEED = 0
@@ -41,24 +36,8 @@ _NEW_TOKENS = 32  # the longest answer in the paper's form has 10
 _GENERATED = 16  # prompts of a batch
 
 
-class Result(NamedTuple):
-    """An evaluation.
-
-    Attributes:
-        metrics: Accuracies by task and in the mean; nats a token where there are likelihoods.
-        predictions: By example, the number of the chosen answer, or the answer itself.
-        labels: The right ones.
-        task: The key of each example's task.
-    """
-
-    metrics: dict[str, float]
-    predictions: Shaped[np.ndarray, " example"]
-    labels: Shaped[np.ndarray, " example"]
-    task: Shaped[np.ndarray, " example"]
-
-
 @dataclasses.dataclass(frozen=True)
-class Material:
+class CommonsenseRows:
     """Everything that the runs are trained and evaluated on.
 
     Attributes:
@@ -82,24 +61,10 @@ class Material:
         form = self.preset.form
         parts = []
         for task, rows in self.splits[split].items():
-            with _progress(f"{split}, {task}", len(rows)) as line:
+            with progress_line(f"{split}, {task}", len(rows)) as line:
                 evaluated = self._by_likelihood if form == "text" else self._by_generation
                 parts.append((task, *evaluated(model, task, rows, line)))
-        metrics: dict[str, float] = {}
-        for name in parts[0][1]:
-            metrics[name] = statistics.fmean(part[1][name] for part in parts)
-        for task, own, *_ in parts:
-            metrics.update({f"{task}/{name}": value for name, value in own.items()})
-        return Result(
-            metrics,
-            np.concatenate([part[2] for part in parts]),
-            np.concatenate([part[3] for part in parts]),
-            np.concatenate([np.full(len(part[3]), part[0]) for part in parts]),
-        )
-
-    def validate(self, model: Llama) -> dict[str, float]:
-        """Returns the metrics on the validation rows."""
-        return self.evaluate(model, "validation").metrics
+        return joined(parts)
 
     def loss_on_unrelated(self, model: Llama) -> float | None:
         """Returns nats a token of the texts that no run is tuned on; None if there are none."""
@@ -126,13 +91,14 @@ class Material:
 
 
 @contextlib.contextmanager
-def _progress(title: str, total: int) -> Iterator[Any]:
+def progress_line(title: str, total: int) -> Iterator[Any]:
+    """Shows how many rows of an evaluation are done."""
     interval = 0.2 if sys.stderr.isatty() else 15
     with tqdm(desc=title, total=total, unit="row", mininterval=interval, leave=False) as line:
         yield line
 
 
-def load_material(data: Path, preset: Preset, tokenizer: Tokenizer) -> Material:
+def load_material(data: Path, preset: Preset, tokenizer: Tokenizer) -> CommonsenseRows:
     """Reads and encodes the rows of a preset.
 
     Rows are drawn with one seed. Validation rows are cut from the train files before the training
@@ -160,7 +126,7 @@ def load_material(data: Path, preset: Preset, tokenizer: Tokenizer) -> Material:
         rows = read_task(data, task, "test")
         count = len(rows) if preset.test_examples is None else preset.test_examples
         test[task] = [rows[i] for i in drawn(count, len(rows), seed=_SEED)]
-    return Material(
+    return CommonsenseRows(
         preset,
         tokenizer,
         _ends(tokenizer),
@@ -203,8 +169,3 @@ def _ends(tokenizer: Tokenizer) -> tuple[int, ...]:
     names = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")
     found = [tokenizer.token_to_id(name) for name in names]
     return tuple(token for token in found if token is not None)
-
-
-def title_of(task: str) -> str:
-    """Returns the name of a task in tables."""
-    return TASKS[task].title if task in TASKS else task

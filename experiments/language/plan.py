@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 import dora_jax as dora
 from experiments.language.answers import AnswerBatches, answer_loss
-from experiments.language.material import Material, load_material
-from experiments.language.presets import PUBLISHED_ROWS
+from experiments.language.material import CommonsenseRows, load_material
+from experiments.language.runs import optimizer_of
 from experiments.models.llama import Llama
 from experiments.models.llama_config import LlamaConfig
 from experiments.models.smollm import smollm2_folder
@@ -37,8 +37,9 @@ def plan_text(config: Config) -> str:
     preset = config.settled
     shape = _shape(config)
     material = _material(config)
-    rows = PUBLISHED_ROWS if material is None else len(material.train)
-    recipe = config.recipe(rows)
+    design = config.design(material)
+    recipe, runs = design.recipe, design.runs_of_a_method
+    rows = design.about["train_examples"]
     buckets = {preset.max_length: rows}
     if material is not None:
         options: dict[str, Any] = {"train_on_prompt": preset.train_on_prompt}
@@ -47,8 +48,6 @@ def plan_text(config: Config) -> str:
         )
         buckets = batches.shapes
     mean = sum(length * count for length, count in buckets.items()) / sum(buckets.values())
-    rates, choosing = len(config.rates), preset.choosing_seeds
-    runs = preset.seeds if rates == 1 else rates * choosing + max(0, preset.seeds - choosing)
     speed = _flops_a_second()
     lines = [
         f"{preset.model}, {config.task}, form {preset.form}: {rows:,} training rows",
@@ -86,7 +85,7 @@ def _shape(config: Config) -> LlamaConfig:
     return MODELS[_NAMES.get(name, name)]
 
 
-def _material(config: Config) -> Material | None:
+def _material(config: Config) -> CommonsenseRows | None:
     """The rows, if there is a tokenizer to count their tokens."""
     if config.checkpoint is None and config.preset != "small":
         return None
@@ -104,8 +103,7 @@ def _costs(config: Config, shape: LlamaConfig, method: str, length: int) -> tupl
     def make() -> tuple[Llama, nnx.Optimizer]:
         base = Llama(shape, scan_layers=True, param_dtype=dtype, rngs=nnx.Rngs(0), **switches)
         model = recipe.adapt(base, method, 0)
-        transformation = METHODS[method].optimizer(1e-4, recipe.magnitude_lr_ratio)
-        return model, nnx.Optimizer(model, transformation, wrt=dora.DoRAParam)
+        return model, optimizer_of(model, recipe, 1e-4)
 
     model, optimizer = nnx.eval_shape(make)
     step = TrainStep(model, optimizer, answer_loss, microbatches=config.trainer.microbatches)

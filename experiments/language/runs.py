@@ -8,9 +8,10 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -24,6 +25,8 @@ from experiments.trainer.run_folder import finish_run, finished_run, start_run
 from experiments.trainer.settings import TrainerSettings
 
 if TYPE_CHECKING:
+    from jaxtyping import Array
+
     from experiments.models.llama import Llama
 
 Evaluate = Callable[[Any], Mapping[str, float]]
@@ -40,8 +43,10 @@ class Recipe:
         dropout: On the input of the low-rank branch.
         target_modules: The names of the adapted layers.
         magnitude_lr_ratio: Learning rate of the magnitude over that of the factors.
+        weight_decay: Decoupled decay of all trained arrays.
         steps: Number of steps.
-        warmup: Steps in which the learning rate rises; then it falls to 0 along a line.
+        warmup: Steps in which the learning rate rises; at least 1.
+        decay: How it falls to 0 afterwards.
         batch_size: Rows of a step.
         max_length: Tokens of a row; the end of a longer one is cut off.
         train_on_prompt: Whether the loss counts the prompt's tokens too.
@@ -53,8 +58,10 @@ class Recipe:
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     magnitude_lr_ratio: float = 1.0
+    weight_decay: float = 0.0
     steps: int
     warmup: int
+    decay: Literal["linear", "cosine"] = "linear"
     batch_size: int
     max_length: int
     train_on_prompt: bool = False
@@ -81,17 +88,47 @@ class Recipe:
         return dora.apply_dora(base, self.adapters(method), rngs=rngs, inputs=(tokens, tokens))
 
 
+class _AtPeak(NamedTuple):
+    """The state of an optimiser whose updates are for a peak of 1, and the peak itself."""
+
+    peak: Array
+    inner: Any
+
+
 @functools.cache
-def _optimizer(method: str, rate: float, recipe: Recipe) -> optax.GradientTransformation:
-    """Returns one optimiser for all seeds: JAX would compile the step again for a new one."""
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, rate, max(1, recipe.warmup)),
-            optax.linear_schedule(rate, 0.0, max(1, recipe.steps - recipe.warmup)),
-        ],
-        [max(1, recipe.warmup)],
+def _transformation(recipe: Recipe) -> optax.GradientTransformation:
+    """Returns one transformation for all runs: JAX compiles a step for each new one.
+
+    So the learning rate's peak is in its state. All updates are proportional to it.
+    """
+    warmup, rest = recipe.warmup, max(1, recipe.steps - recipe.warmup)
+    falling = (
+        optax.linear_schedule(1.0, 0.0, rest)
+        if recipe.decay == "linear"
+        else optax.cosine_decay_schedule(1.0, rest)
     )
-    return METHODS[method].optimizer(schedule, recipe.magnitude_lr_ratio)
+    inner = dora.dora_optimizer(
+        optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), falling], [warmup]),
+        magnitude_lr_ratio=recipe.magnitude_lr_ratio,
+        weight_decay=recipe.weight_decay,
+        magnitude_weight_decay=recipe.weight_decay,
+    )
+
+    def update(updates: Any, state: _AtPeak, params: Any = None) -> tuple[Any, _AtPeak]:
+        updates, after = inner.update(updates, state.inner, params)
+        updates = jax.tree.map(lambda x: (state.peak * x).astype(x.dtype), updates)
+        return updates, _AtPeak(state.peak, after)
+
+    return optax.GradientTransformation(
+        lambda params: _AtPeak(jnp.ones((), jnp.float32), inner.init(params)), update
+    )
+
+
+def optimizer_of(model: Llama, recipe: Recipe, learning_rate: float) -> nnx.Optimizer:
+    """Returns the optimiser of a model's adapters: AdamW with gradients clipped to norm 1."""
+    optimizer = nnx.Optimizer(model, _transformation(recipe), wrt=dora.DoRAParam)
+    optimizer.opt_state.peak[...] = jnp.float32(learning_rate)
+    return optimizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +180,7 @@ class LanguageRun:
         rows: Sequence[Encoded],
         *,
         validate: Evaluate,
-        forgetting: Evaluate | None = None,
+        forgetting: Callable[[Any], float | None] = lambda _: None,
     ) -> dict[str, Any]:
         """Trains, from the newest checkpoint on if there is one, and returns the summary.
 
@@ -151,13 +188,12 @@ class LanguageRun:
             base: The pretrained decoder. It stays as it is.
             rows: To train on.
             validate: The figures of the merged decoder on the validation rows.
-            forgetting: Its `loss` on texts that it was not tuned on. The summary holds the change.
+            forgetting: By how much its loss grew on texts that it was not tuned on, if known.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         start_run(self.folder, self.config)
         recipe = self.recipe
         model = recipe.adapt(base, self.method, self.seed)
-        transformation = _optimizer(self.method, self.learning_rate, recipe)
         mesh = self.trainer.device_mesh()
         batches = AnswerBatches(
             rows,
@@ -170,7 +206,7 @@ class LanguageRun:
         config = recipe.adapters(self.method)
         training = Training(
             model=model,
-            optimizer=nnx.Optimizer(model, transformation, wrt=dora.DoRAParam),
+            optimizer=optimizer_of(model, recipe, self.learning_rate),
             loss=answer_loss,
             batches=batches,
             steps=recipe.steps,
@@ -190,7 +226,7 @@ class LanguageRun:
                 "seconds_per_step": fitted.seconds_per_step,
                 "members": 1,
                 "temporary_bytes": None,
-                "forgetting": None if forgetting is None else forgetting(merged)["loss"],
+                "forgetting": forgetting(merged),
             }
         dora.save(self.folder / "adapter", model, config, overwrite=True)
         finish_run(self.folder, summary)

@@ -1,20 +1,19 @@
-"""The table of the commonsense runs, from their folders alone."""
+"""The table of a comparison, from its run folders alone."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.tasks.commonsense import TASKS
 from experiments.trainer.methods import METHODS
 
 _TITLES = {"base": "not fine-tuned", **{name: method.title for name, method in METHODS.items()}}
 
 
-def table(folder: Path) -> str:
+def table(folder: Path, titles: Mapping[str, str]) -> str:
     """Returns the test accuracies by method and task, in percent, as Markdown.
 
     One row for each method, rank and learning rate that was tested: the mean over seeds, and the
@@ -22,6 +21,7 @@ def table(folder: Path) -> str:
 
     Args:
         folder: That holds the run folders.
+        titles: Of the tasks, in the order of the columns.
     """
     groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/test.json")):
@@ -32,7 +32,7 @@ def table(folder: Path) -> str:
     if not groups:
         return "No run was tested yet."
     runs = [run for group in groups.values() for run in group]
-    tasks = [task for task in TASKS if f"{task}/accuracy" in runs[0]["test"]]
+    tasks = {task: title for task, title in titles.items() if f"{task}/accuracy" in runs[0]["test"]}
     # `accuracy` chooses by nats a token, where answers are compared by their likelihood.
     metrics = [m for m in ("accuracy", "accuracy_sum") if m in runs[0]["test"]]
     tables = ["\n".join(_lines(groups, tasks, metric)) for metric in metrics]
@@ -42,10 +42,20 @@ def table(folder: Path) -> str:
 
 
 def _lines(
-    groups: dict[tuple[str, int, float], list[dict[str, Any]]], tasks: Sequence[str], metric: str
+    groups: dict[tuple[str, int, float], list[dict[str, Any]]],
+    tasks: Mapping[str, str],
+    metric: str,
 ) -> list[str]:
-    names = [TASKS[task].title for task in tasks]
-    heads = ["method", "rate", "seeds", *names, "average", "forgetting", "parameters", "s/step"]
+    heads = [
+        "method",
+        "rate",
+        "seeds",
+        *tasks.values(),
+        "average",
+        "forgetting",
+        "parameters",
+        "s/step",
+    ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (method, rank, rate), group in sorted(groups.items(), key=lambda item: item[0][1:]):
         tests = [run["test"] for run in group]

@@ -47,6 +47,7 @@ def config(files, tmp_path_factory):
     return Config(
         data=data,
         checkpoint=checkpoint,
+        methods=("dora",),
         rank=2,
         learning_rates=(1e-3, 1e-2),
         seeds=2,
@@ -61,12 +62,13 @@ def config(files, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def printed(config):
-    return commonsense.run(config)
+    commonsense.run(config)
+    return (config.folder / "commonsense.md").read_text()
 
 
 def test_runs_are_chosen_on_validation_rows_and_only_chosen_ones_are_tested(config, printed):
     folders = {path.parent.name: path.parent for path in config.folder.glob("*/summary.json")}
-    for method in ("lora", "dora"):
+    for method in config.methods:
         of_rate = {}
         for rate in config.rates:
             summary = json.loads(
@@ -79,7 +81,7 @@ def test_runs_are_chosen_on_validation_rows_and_only_chosen_ones_are_tested(conf
             assert (folders[f"{method}_r2_lr-{best:g}_seed-{seed}"] / "test.json").exists()
         assert not (folders[f"{method}_r2_lr-{other:g}_seed-0"] / "test.json").exists()
         assert f"{method}_r2_lr-{other:g}_seed-1" not in folders
-    assert len(folders) == 7 and "base_r0_lr-0_seed-0" in folders
+    assert len(folders) == 4 and "base_r0_lr-0_seed-0" in folders
 
 
 def test_the_table_is_the_mean_of_the_predictions_that_were_kept(config, printed):
@@ -95,11 +97,10 @@ def test_the_table_is_the_mean_of_the_predictions_that_were_kept(config, printed
             assert figures[f"{name}/accuracy"] == pytest.approx(accuracy)
     lines = [line for line in printed.splitlines() if line.startswith("| DoRA r2")]
     assert len(lines) == 2  # by token, and in the sum
-    assert (config.folder / "commonsense.md").read_text() == printed + "\n"
 
 
 def test_a_run_says_how_it_was_made_and_what_it_forgot(config, printed):
-    for path in config.folder.glob("*ora_*/summary.json"):
+    for path in config.folder.glob("dora_*/summary.json"):
         summary = json.loads(path.read_text())
         stored = json.loads(path.with_name("config.json").read_text())
         assert summary["trainable_parameters"] > 0 and np.isfinite(summary["forgetting"])
@@ -110,7 +111,8 @@ def test_a_run_says_how_it_was_made_and_what_it_forgot(config, printed):
 
 def test_finished_runs_are_kept_and_those_of_other_settings_refused(config, printed):
     before = {file: file.stat().st_mtime_ns for file in config.folder.glob("*/*.json")}
-    assert commonsense.run(config) == printed
+    commonsense.run(config)
+    assert (config.folder / "commonsense.md").read_text() == printed
     assert before == {file: file.stat().st_mtime_ns for file in config.folder.glob("*/*.json")}
     with pytest.raises(SystemExit, match="other settings"):
         commonsense.run(dataclasses.replace(config, test_examples=2))
@@ -143,6 +145,7 @@ def test_the_form_of_the_paper_trains_on_instructions_and_generates_the_answers(
     assert summary["forgetting"] is None
 
 
+@pytest.mark.full
 def test_a_dry_run_tells_the_steps_and_costs(config, capsys):
     arguments = ["--data", str(config.data), "--checkpoint", str(config.checkpoint), "--dry-run"]
     small = ["--train-examples", "4", "--validation-examples", "2", "--batch-size", "4"]
