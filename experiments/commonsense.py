@@ -34,11 +34,13 @@ from tokenizers import Tokenizer
 from experiments.language.experiment import Design, Experiment
 from experiments.language.material import CommonsenseRows, load_material
 from experiments.language.plan import plan_text
-from experiments.language.presets import PRESETS, PUBLISHED_ROWS, Preset
+from experiments.language.presets import PRESETS, PUBLISHED_ROWS, PUBLISHED_TEST_ROWS, Preset
 from experiments.language.runs import Recipe
 from experiments.language.table import table
 from experiments.models.huggingface import load_llama
+from experiments.models.llama_config import LlamaConfig
 from experiments.models.smollm import smollm2_folder
+from experiments.planning.models import MODELS
 from experiments.tasks.commonsense import TASKS
 from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.memory import keep_freed_memory
@@ -48,6 +50,8 @@ from experiments.trainer.settings import TrainerSettings
 
 TITLES = {key: task.title for key, task in TASKS.items()}
 """The names of the tasks in the table, in the paper's order."""
+
+_SHAPES = {"llama2-7b": "llama-7b"}  # of the same sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +132,6 @@ class Config:
         return known[self.rank] if self.learning_rates is None else self.learning_rates
 
     @property
-    def folder(self) -> Path:
-        """The folder of the runs of this task."""
-        return self.run_folder / "commonsense" / self.task
-
-    @property
     def task(self) -> str:
         """The name of what is trained on."""
         return "+".join(self.settled.train) or "commonsense_170k"
@@ -186,17 +185,35 @@ def run(config: Config) -> None:
     config.trainer.set_up()
     folder = smollm2_folder() if config.checkpoint is None else config.checkpoint
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    with alone_in(config.folder):
-        material = load_material(config.data, config.settled, tokenizer)
+    material = load_material(config.data, config.settled, tokenizer)
+    design = config.design(material)
+    with alone_in(design.folder):
         switches = config.trainer.switches(load_llama)
         base = load_llama(folder, scan_layers=True, **switches)
 
         def report() -> None:
-            text = table(config.folder, TITLES)
-            write_whole(config.folder / "commonsense.md", text + "\n")
+            text = table(design.folder, TITLES)
+            write_whole(design.folder / "commonsense.md", text + "\n")
             print(text, flush=True)
 
-        Experiment(config.design(material), material, base).run(report)
+        Experiment(design, material, base).run(report)
+
+
+def plan(config: Config) -> str:
+    """Returns what a run would take. Without a checkpoint, from the paper's own figures."""
+    if config.checkpoint is None and config.preset != "small":
+        shape = MODELS[_SHAPES.get(config.preset, config.preset)]
+        evaluated = {"validation": config.settled.validation_examples, "test": PUBLISHED_TEST_ROWS}
+        return plan_text(config.design(), shape, None, evaluated, config.settled.max_length)
+    folder = smollm2_folder() if config.checkpoint is None else config.checkpoint
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    material = load_material(config.data, config.settled, tokenizer)
+    splits = material.splits
+    evaluated = {split: sum(map(len, splits[split].values())) for split in splits}
+    shape = LlamaConfig.from_json(folder / "config.json")
+    # A question and all its options, or an instruction and its answer.
+    tokens = 60 if config.settled.form == "text" else 200
+    return plan_text(config.design(material), shape, material.train, evaluated, tokens)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -205,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = settings(Config, __doc__, arguments)
     with in_one_line("The same command continues from here."):
         if config.dry_run:
-            print(plan_text(config))
+            print(plan(config))
         else:
             run(config)
 

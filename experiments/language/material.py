@@ -129,7 +129,7 @@ def load_material(data: Path, preset: Preset, tokenizer: Tokenizer) -> Commonsen
     return CommonsenseRows(
         preset,
         tokenizer,
-        _ends(tokenizer),
+        end_ids(tokenizer),
         _encoded(tokenizer, preset, train),
         {"validation": validation, "test": test},
         _unrelated(data, preset, tokenizer),
@@ -144,7 +144,7 @@ def _encoded(
         right = [question.options[question.label] for question in questions]
         return encode(tokenizer, [question.prompt for question in questions], right)
     asked = [instruction_of(row) for _, row in rows]
-    end = _ends(tokenizer)
+    end = end_ids(tokenizer)
     return encode(
         tokenizer, [a.prompt for a in asked], [a.output for a in asked], end[0] if end else None
     )
@@ -164,8 +164,8 @@ def _unrelated(data: Path, preset: Preset, tokenizer: Tokenizer) -> list[Options
     return [Options((ids[0],), (tuple(ids[1:]),), 0) for ids in encoded if len(ids) > 1]
 
 
-def _ends(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids of the usual tokens that end a text, as far as a tokenizer has them."""
+def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the ids of the usual tokens that end a text, as far as a tokenizer has them."""
     names = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")
     found = [tokenizer.token_to_id(name) for name in names]
     return tuple(token for token in found if token is not None)

@@ -1,63 +1,61 @@
-"""What a run of the commonsense experiment would take, without training anything."""
+"""What a comparison would take, without training anything."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tokenizers import Tokenizer
 
 import dora_jax as dora
-from experiments.language.answers import AnswerBatches, answer_loss
-from experiments.language.material import CommonsenseRows, load_material
+from experiments.language.answers import AnswerBatches, Encoded, answer_loss
+from experiments.language.experiment import Design
 from experiments.language.runs import optimizer_of
 from experiments.models.llama import Llama
 from experiments.models.llama_config import LlamaConfig
-from experiments.models.smollm import smollm2_folder
-from experiments.planning.models import MODELS
 from experiments.trainer.methods import METHODS
 from experiments.trainer.step import TrainStep
 
-if TYPE_CHECKING:
-    from experiments.commonsense import Config
 
-_NAMES = {"llama2-7b": "llama-7b"}  # of the same sizes
-
-
-def plan_text(config: Config) -> str:
+def plan_text(
+    design: Design,
+    shape: LlamaConfig,
+    rows: Sequence[Encoded] | None,
+    evaluated: Mapping[str, int],
+    tokens: int,
+) -> str:
     """Returns the number of runs and steps, and parameters, memory and time of each method.
 
     The step of the longest bucket is compiled, with shapes in place of weights. The time assumes
     that steps and evaluations run at the speed of a matrix product on this device.
+
+    Args:
+        design: The runs.
+        shape: The decoder.
+        rows: The encoded training rows; None plans with rows of the greatest length.
+        evaluated: Validation rows and test rows.
+        tokens: Tokens that each of them costs.
     """
-    preset = config.settled
-    shape = _shape(config)
-    material = _material(config)
-    design = config.design(material)
     recipe, runs = design.recipe, design.runs_of_a_method
-    rows = design.about["train_examples"]
-    buckets = {preset.max_length: rows}
-    if material is not None:
-        options: dict[str, Any] = {"train_on_prompt": preset.train_on_prompt}
-        batches = AnswerBatches(
-            material.train, recipe.batch_size, seed=0, max_length=recipe.max_length, **options
-        )
-        buckets = batches.shapes
-    mean = sum(length * count for length, count in buckets.items()) / sum(buckets.values())
-    speed = _flops_a_second()
+    lengths = {recipe.max_length: design.about["train_examples"]}
+    if rows is not None:
+        options: dict[str, Any] = {"max_length": recipe.max_length}
+        options["train_on_prompt"] = recipe.train_on_prompt
+        lengths = AnswerBatches(rows, recipe.batch_size, seed=0, **options).shapes
+    mean = sum(length * count for length, count in lengths.items()) / sum(lengths.values())
+    speed, seconds = _flops_a_second(), 0.0
     lines = [
-        f"{preset.model}, {config.task}, form {preset.form}: {rows:,} training rows",
+        f"{design.about['model']}, {design.about['task']}: {sum(lengths.values()):,} training rows",
         f"each method: {runs} runs of {recipe.steps:,} steps of {recipe.batch_size} rows",
         "tokens to which rows are padded (and rows): "
-        + ", ".join(f"{length} ({count:,})" for length, count in buckets.items()),
+        + ", ".join(f"{length} ({count:,})" for length, count in lengths.items()),
     ]
-    seconds = 0.0
-    for method in config.methods:
-        trained, held, temporary = _costs(config, shape, method, max(buckets))
+    for method in design.methods:
+        trained, held, temporary = _costs(design, shape, method, max(lengths))
         step = 4 * _weights(shape) * recipe.batch_size * mean / speed
         seconds += runs * recipe.steps * step
         lines.append(
@@ -65,40 +63,20 @@ def plan_text(config: Config) -> str:
             f"moments {held / 1e9:.2f} GB, and {temporary / 1e9:.2f} GB in the longest step; "
             f"about {step:.2g} s a step"
         )
-    if material is not None:
-        splits = material.splits
-        tested, chosen = (sum(map(len, splits[s].values())) for s in ("test", "validation"))
-        # About 60 tokens a question, with its options.
-        each = 2 * _weights(shape) * 60 / speed
-        methods = len(config.methods)
-        seconds += each * (chosen + tested + methods * (runs * chosen + preset.seeds * tested))
-        lines.append(f"{chosen:,} validation rows, {tested:,} test rows: about {each:.2g} s each")
+    each, methods = 2 * _weights(shape) * tokens / speed, len(design.methods)
+    seconds += each * evaluated["validation"] * (1 + methods * runs)
+    seconds += each * evaluated["test"] * (1 + methods * design.seeds)
+    lines.append(f"validation and test rows: {evaluated}, about {each:.2g} s each")
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     lines.append(f"about {seconds / 3600:.1f} h at {speed / 1e9:.0f} GFLOP/s ({devices})")
     return "\n".join(lines)
 
 
-def _shape(config: Config) -> LlamaConfig:
-    if config.checkpoint is not None:
-        return LlamaConfig.from_json(config.checkpoint / "config.json")
-    name = "smollm2-135m" if config.preset == "small" else config.preset
-    return MODELS[_NAMES.get(name, name)]
-
-
-def _material(config: Config) -> CommonsenseRows | None:
-    """The rows, if there is a tokenizer to count their tokens."""
-    if config.checkpoint is None and config.preset != "small":
-        return None
-    folder = smollm2_folder() if config.checkpoint is None else config.checkpoint
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return load_material(config.data, config.settled, tokenizer)
-
-
-def _costs(config: Config, shape: LlamaConfig, method: str, length: int) -> tuple[int, int, int]:
+def _costs(design: Design, shape: LlamaConfig, method: str, length: int) -> tuple[int, int, int]:
     """Returns trained parameters, bytes held between steps, and temporary bytes of a step."""
-    recipe = config.recipe(1)
-    dtype = jnp.dtype(config.trainer.dtype)
-    switches = config.trainer.switches(Llama)
+    recipe = design.recipe
+    dtype = jnp.dtype(design.trainer.dtype)
+    switches = design.trainer.switches(Llama)
 
     def make() -> tuple[Llama, nnx.Optimizer]:
         base = Llama(shape, scan_layers=True, param_dtype=dtype, rngs=nnx.Rngs(0), **switches)
@@ -106,7 +84,7 @@ def _costs(config: Config, shape: LlamaConfig, method: str, length: int) -> tupl
         return model, optimizer_of(model, recipe, 1e-4)
 
     model, optimizer = nnx.eval_shape(make)
-    step = TrainStep(model, optimizer, answer_loss, microbatches=config.trainer.microbatches)
+    step = TrainStep(model, optimizer, answer_loss, microbatches=design.trainer.microbatches)
     positions = length - 1 if recipe.train_on_prompt else min(length, 32)
     rows = recipe.batch_size
 

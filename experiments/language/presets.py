@@ -91,3 +91,6 @@ PRESETS: Mapping[str, Preset] = {
 
 PUBLISHED_ROWS = 170_420
 """Rows of `commonsense_170k.json`."""
+
+PUBLISHED_TEST_ROWS = 22_419
+"""Rows of the eight test files, 10,042 of HellaSwag among them."""

@@ -103,7 +103,7 @@ def drawn(count: int, total: int, *, seed: int, first: int = 0) -> np.ndarray:
 
     Example:
         >>> part, rest = drawn(2, 5, seed=0), drawn(9, 5, seed=0, first=2)
-        >>> sorted([*part, *rest])
+        >>> sorted([*part.tolist(), *rest.tolist()])
         [0, 1, 2, 3, 4]
     """
     return np.random.default_rng(seed).permutation(total)[first : first + count]

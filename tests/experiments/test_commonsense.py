@@ -63,11 +63,13 @@ def config(files, tmp_path_factory):
 @pytest.fixture(scope="module")
 def printed(config):
     commonsense.run(config)
-    return (config.folder / "commonsense.md").read_text()
+    return (config.design().folder / "commonsense.md").read_text()
 
 
 def test_runs_are_chosen_on_validation_rows_and_only_chosen_ones_are_tested(config, printed):
-    folders = {path.parent.name: path.parent for path in config.folder.glob("*/summary.json")}
+    folders = {
+        path.parent.name: path.parent for path in config.design().folder.glob("*/summary.json")
+    }
     for method in config.methods:
         of_rate = {}
         for rate in config.rates:
@@ -86,7 +88,7 @@ def test_runs_are_chosen_on_validation_rows_and_only_chosen_ones_are_tested(conf
 
 def test_the_table_is_the_mean_of_the_predictions_that_were_kept(config, printed):
     names = [*TASKS, *OTHERS]
-    for path in config.folder.glob("*/test.json"):
+    for path in config.design().folder.glob("*/test.json"):
         figures = json.loads(path.read_text())
         kept = np.load(path.with_name("test_predictions.npz"))
         right = kept["predictions"] == kept["labels"]
@@ -100,7 +102,7 @@ def test_the_table_is_the_mean_of_the_predictions_that_were_kept(config, printed
 
 
 def test_a_run_says_how_it_was_made_and_what_it_forgot(config, printed):
-    for path in config.folder.glob("dora_*/summary.json"):
+    for path in config.design().folder.glob("dora_*/summary.json"):
         summary = json.loads(path.read_text())
         stored = json.loads(path.with_name("config.json").read_text())
         assert summary["trainable_parameters"] > 0 and np.isfinite(summary["forgetting"])
@@ -110,10 +112,12 @@ def test_a_run_says_how_it_was_made_and_what_it_forgot(config, printed):
 
 
 def test_finished_runs_are_kept_and_those_of_other_settings_refused(config, printed):
-    before = {file: file.stat().st_mtime_ns for file in config.folder.glob("*/*.json")}
+    before = {file: file.stat().st_mtime_ns for file in config.design().folder.glob("*/*.json")}
     commonsense.run(config)
-    assert (config.folder / "commonsense.md").read_text() == printed
-    assert before == {file: file.stat().st_mtime_ns for file in config.folder.glob("*/*.json")}
+    assert (config.design().folder / "commonsense.md").read_text() == printed
+    assert before == {
+        file: file.stat().st_mtime_ns for file in config.design().folder.glob("*/*.json")
+    }
     with pytest.raises(SystemExit, match="other settings"):
         commonsense.run(dataclasses.replace(config, test_examples=2))
 
@@ -137,7 +141,7 @@ def test_the_form_of_the_paper_trains_on_instructions_and_generates_the_answers(
         run_folder=tmp_path,
     )
     commonsense.run(config)
-    (path,) = config.folder.glob("dora_r16_lr-0.0002_seed-0/test.json")
+    (path,) = config.design().folder.glob("dora_r16_lr-0.0002_seed-0/test.json")
     assert {"accuracy", "boolq/accuracy", "arc-e/accuracy"} <= json.loads(path.read_text()).keys()
     stored = json.loads(path.with_name("config.json").read_text())
     assert stored["form"] == "instruction" and stored["dropout"] == 0.05 and stored["alpha"] == 32
