@@ -16,6 +16,7 @@ from experiments import end_at_once
 from experiments.models.config_file import ModelConfigError
 from experiments.tasks.download import DownloadError
 from experiments.tasks.metrics import MetricsError
+from experiments.tasks.sarcasm import DatasetError
 from experiments.trainer.finite import DivergedError
 from experiments.trainer.mesh import MeshError
 from experiments.trainer.settings import SettingsError
@@ -25,6 +26,7 @@ C = TypeVar("C")
 # Errors that a user can correct: no network, a damaged file, a learning rate that is too high.
 _EXPECTED = (
     dora.DoRAError,
+    DatasetError,
     DivergedError,
     DownloadError,
     FloatingPointError,
