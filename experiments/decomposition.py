@@ -1,4 +1,4 @@
-"""How full fine-tuning, LoRA and DoRA move magnitudes and directions.
+"""How full fine-tuning, LoRA and DoRA move magnitudes and directions, or what a fine-tune did.
 
 Trains each method on one task with several seeds, and measures at checkpoints how far each linear
 kernel has moved from the pretrained one: dM and dD of the DoRA paper (section 3.2), and the rank of
@@ -6,10 +6,13 @@ the change. The report has the correlations of dD and dM, with intervals, beside
 Finished runs are kept in the run folder, so that the same command continues after an interruption.
 With the default settings it takes about 15 minutes on two CPU cores.
 
+With --folders it trains nothing: it compares two Hugging Face checkpoint folders, tensor by tensor.
+
 Examples:
     python -m experiments.decomposition
     python -m experiments.decomposition --methods lora dora --seeds 5 --learning-rates lora 6e-4
     python -m experiments.decomposition --dry-run
+    python -m experiments.decomposition --folders Llama-3.2-1B Llama-3.2-1B-Instruct
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 
 import tyro
 
+from experiments.reporting.checkpoint_folders import compare_folders
 from experiments.reporting.decomposition import (
     CHANGES,
     Recorder,
@@ -52,6 +56,8 @@ _OTHER_RATE = 2e-3
 class Config:
     """Measure changes of magnitude and direction."""
 
+    # Two Hugging Face checkpoint folders, before and after a fine-tune, to compare: trains nothing.
+    folders: tuple[Path, Path] | None = None
     # Print what would be trained, and what it would take, and stop.
     dry_run: bool = False
 
@@ -172,6 +178,8 @@ def describe(config: Config, task: Task) -> str:
 def run(config: Config) -> str:
     """Trains the unfinished runs, writes the report and returns its Markdown."""
     config.trainer.set_up()
+    if config.folders is not None:
+        return compare_folders(*config.folders, config.results_folder or config.run_folder)
     task = load_task(
         max_length=config.max_length, train=config.train_examples, checkpoint=config.checkpoint
     )

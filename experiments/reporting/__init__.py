@@ -6,5 +6,6 @@ is typed in, except the published figures that stand beside, which name their so
 `statistics.py` has means, differences and correlations with intervals. `style.py` is the look of
 all figures: one colour for each method. `tables.py` renders a table as
 Markdown, CSV and LaTeX. `decomposition.py` reads and tabulates the runs of
-`experiments.decomposition`. `published.py` holds published figures.
+`experiments.decomposition`; `checkpoint_folders.py` compares two Hugging Face folders.
+`published.py` holds published figures.
 """
