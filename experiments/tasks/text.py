@@ -29,28 +29,37 @@ class TokenizedText:
         input_ids: Token ids, padded on the right with the tokenizer's padding token.
         attention_mask: 1 where there is a token of the text, 0 where there is padding.
         truncated: Number of texts that were longer and were cut off.
+        token_type_ids: Of pairs of texts, the segment of each token as the tokenizer says: 0 and 1
+            for BERT, 0 throughout for RoBERTa. None for single texts.
     """
 
     input_ids: Int32[np.ndarray, "text token"]
     attention_mask: Int32[np.ndarray, "text token"]
     truncated: int
+    token_type_ids: Int32[np.ndarray, "text token"] | None = None
 
 
 def tokenize(
-    texts: Sequence[str], tokenizer_file: str | os.PathLike[str], max_length: int
+    texts: Sequence[str],
+    tokenizer_file: str | os.PathLike[str],
+    max_length: int,
+    *,
+    pairs: Sequence[str] | None = None,
 ) -> TokenizedText:
     """Tokenises `texts` to exactly `max_length` tokens each, special tokens included.
 
     Args:
         texts: The texts.
         tokenizer_file: A `tokenizer.json` of the `tokenizers` package. Its settings for padding
-            and truncation are not used.
+            and truncation are not used. Its post-processor says what stands around and between
+            the texts of a pair.
         max_length: Tokens per text. The end of a longer text is cut off, except for its final
-            special token.
+            special token; of a pair, tokens are taken from the longer text until both fit.
+        pairs: The second text of each pair.
 
     Raises:
         ValueError: The file is damaged, or there are no texts, or `max_length` leaves no room for a
-            token of the text, or the tokenizer has no padding token.
+            token of each text, or the tokenizer has no padding token.
         FileNotFoundError: There is no such tokenizer file.
     """
     if not os.path.isfile(tokenizer_file):
@@ -66,20 +75,26 @@ def tokenize(
             f"{os.fspath(tokenizer_file)} is damaged, or no tokenizer.json: "
             f"{str(error).strip()[:200]}. Fetch it again"
         ) from error
-    special = tokenizer.num_special_tokens_to_add(is_pair=False)
-    if max_length <= special:
+    special = tokenizer.num_special_tokens_to_add(is_pair=pairs is not None)
+    least = special + (1 if pairs is None else 2)
+    if max_length < least:
         raise ValueError(
             f"max_length={max_length} leaves no room for text: the tokenizer adds {special} "
-            f"special tokens, so it must be at least {special + 1}"
+            f"special tokens, so it must be at least {least}"
         )
     pad_id, pad_token = _padding(tokenizer)
     tokenizer.enable_truncation(max_length=max_length)
     tokenizer.enable_padding(length=max_length, pad_id=pad_id, pad_token=pad_token)
-    encodings = tokenizer.encode_batch(list(texts))
+    inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    encodings = tokenizer.encode_batch(inputs)
+    types = None
+    if pairs is not None:
+        types = np.array([encoding.type_ids for encoding in encodings], np.int32)
     return TokenizedText(
         input_ids=np.array([encoding.ids for encoding in encodings], np.int32),
         attention_mask=np.array([encoding.attention_mask for encoding in encodings], np.int32),
         truncated=sum(bool(encoding.overflowing) for encoding in encodings),
+        token_type_ids=types,
     )
 
 

@@ -46,6 +46,27 @@ def test_truncated_counts_the_texts_that_are_longer(tokenizer_file, max_length, 
     assert tokenize(texts, tokenizer_file, max_length).truncated == truncated
 
 
+def test_pairs_are_joined_as_the_tokenizer_says(tokenizer_file):
+    tokens = tokenize(["a b", "c"], tokenizer_file, 8, pairs=["c", "a b c a b c"])
+    expected = [[CLS, 3, 4, SEP, 5, SEP, PAD, PAD], [CLS, 5, SEP, 3, 4, 5, 3, SEP]]
+    assert tokens.input_ids.tolist() == expected
+    assert tokens.token_type_ids.tolist() == [[0, 0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]]
+    assert tokens.token_type_ids.dtype == np.int32
+    assert tokens.truncated == 1  # of the longer text, and not of the end of the pair
+    assert tokenize(["a"], tokenizer_file, 8).token_type_ids is None
+    with pytest.raises(ValueError, match="at least 5"):
+        tokenize(["a"], tokenizer_file, 4, pairs=["b"])
+
+
+def test_pairs_of_roberta_have_one_token_type_and_two_separators(tmp_path):
+    tokenizer = make_tokenizer(VOCABULARY)
+    tokenizer.post_processor = processors.RobertaProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = tokenize(["a"], tmp_path / "tokenizer.json", 6, pairs=["b"])
+    assert tokens.input_ids.tolist() == [[CLS, 3, SEP, SEP, 4, SEP]]
+    assert tokens.token_type_ids.tolist() == [[0] * 6]
+
+
 def test_bad_input_is_named(tokenizer_file, tmp_path):
     with pytest.raises(ValueError, match="at least 3"):
         tokenize(["a"], tokenizer_file, max_length=2)

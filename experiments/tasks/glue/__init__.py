@@ -1,0 +1,6 @@
+"""The nine tasks of GLUE (arXiv 1804.07461): readers, splits, metrics and batches.
+
+`tables.py` says what each published file holds. `reading.py` reads them, as TSV or as parquet.
+`splits.py` makes the splits of an experiment: the published test labels are hidden, so that the
+published validation rows are cut in two, one half for choices and one half as the test.
+"""
