@@ -24,12 +24,8 @@ from pathlib import Path
 import tyro
 
 from experiments.reporting.checkpoint_folders import compare_folders
-from experiments.reporting.decomposition import (
-    CHANGES,
-    Recorder,
-    read_points,
-    write_report,
-)
+from experiments.reporting.decomposition import CHANGES, read_points, write_report
+from experiments.reporting.recorder import Recorder
 from experiments.tasks.task import Task, load_task
 from experiments.trainer.classification import classifier_training, count, evaluate
 from experiments.trainer.command_line import in_one_line, settings

@@ -20,6 +20,9 @@ _OTHERS = ("#d55e00", "#cc79a7", "#7f3c8d", "#a5aa99", "#b8a800")
 _MARKERS = {"full": "s", "lora": "^", "dora": "o"}
 _OTHER_MARKERS = ("D", "v", "P", "X", "<", ">")
 
+# By the number of bits of the rank: 8 is solid.
+_LINES = ("-", "--", ":", "-.")
+
 WIDTH = 8.0
 """Inches across, for all figures: at 120 dots per inch, a little more than a README's width."""
 DPI = 120
@@ -36,6 +39,11 @@ def colour(method: str) -> str:
 def marker(method: str) -> str:
     """Returns the marker of a method, for those who print in grey."""
     return _MARKERS.get(method) or _OTHER_MARKERS[_number(method) % len(_OTHER_MARKERS)]
+
+
+def line(method: str, rank: int) -> str:
+    """Returns the style of a line: the ranks of one method differ in it."""
+    return _LINES[rank.bit_length() % len(_LINES)] if method != "full" else "-"
 
 
 def panels(rows: int, columns: int, *, height: float, **options: Any) -> tuple[Figure, Any]:

@@ -90,8 +90,13 @@ class Table:
     def without_empty_columns(self) -> Table:
         """Returns the table without columns of which nothing is known."""
         kept = [i for i in range(len(self.columns)) if any(not _empty(row[i]) for row in self.rows)]
+        return self.only(*(self.columns[i].name for i in kept), caption=self.caption)
+
+    def only(self, *names: str, caption: str = "") -> Table:
+        """Returns the columns of these names, where the table has them, and another caption."""
+        kept = [i for i, column in enumerate(self.columns) if column.name in names]
         rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
-        return Table(tuple(self.columns[i] for i in kept), rows, self.caption)
+        return Table(tuple(self.columns[i] for i in kept), rows, caption)
 
     def markdown(self) -> str:
         """Returns the table in Markdown; the caption is a paragraph after it."""
