@@ -48,7 +48,7 @@ from experiments.trainer.step import TrainStep
 class Config:
     """Compare methods of fine-tuning."""
 
-    # Any of full, lora, dora, dora-frozen-magnitude, dora-not-normalized.
+    # Any of full, lora, dora, dora-frozen-magnitude, dora-not-normalized, dora-detached, magnitude.
     methods: tuple[str, ...] = tuple(METHODS)
     # Number of seeds. The first one, 0, chooses the learning rate.
     seeds: int = 3

@@ -48,7 +48,8 @@ def define_primitive(
       transpose: for a `reference` that is linear in some operands together: the transpose rule, as
         in `jax.interpreters.ad.primitive_transposes`.
       batch: the rule for `vmap`, as in `jax.interpreters.batching.primitive_batchers`.
-      on_cpu: computes the same as `reference`, and replaces it in programs compiled for a CPU.
+      on_cpu: computes the same as `reference`, and replaces it in programs compiled for a CPU, also
+        under `vmap`.
 
     Example:
       >>> double = define_primitive("double", lambda x: 2 * x)
@@ -65,7 +66,8 @@ def define_primitive(
         ad.primitive_jvps[primitive] = _derivative_rule(reference)
     if transpose:
         ad.primitive_transposes[primitive] = transpose
-    batching.primitive_batchers[primitive] = batch or _batching_rule(reference, multiple_results)
+    derived = _batching_rule(name, reference, on_cpu, multiple_results)
+    batching.primitive_batchers[primitive] = batch or derived
     for function, platform in ((reference, None), (on_cpu, "cpu")):
         if function:
             lowering = mlir.lower_fun(function, multiple_results=multiple_results)
@@ -115,9 +117,33 @@ def _derivative_rule(reference: Callable[..., Any]) -> Rule:
     return rule
 
 
-def _batching_rule(reference: Callable[..., Any], multiple_results: bool) -> Rule:
+def _batching_rule(
+    name: str,
+    reference: Callable[..., Any],
+    on_cpu: Callable[..., Any] | None,
+    multiple_results: bool,
+) -> Rule:
+    """Returns the rule of JAX's own operations; what is computed on a CPU stays a function apart.
+
+    Otherwise `vmap` would put the order of the reference in the place of that for a CPU.
+    """
+
+    @functools.cache  # one primitive for each choice of axes
+    def over(axes: tuple[int | None, ...]) -> Callable[..., Any]:
+        def batched(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*operands: Array, **params: Any) -> Any:
+                return jax.vmap(functools.partial(function, **params), axes)(*operands)
+
+            return run
+
+        if on_cpu is None:
+            return batched(reference)
+        return define_primitive(
+            name, batched(reference), multiple_results=multiple_results, on_cpu=batched(on_cpu)
+        )
+
     def rule(operands: Any, axes: Any, **params: Any) -> Any:
-        out = jax.vmap(functools.partial(reference, **params), in_axes=axes)(*operands)
+        out = over(tuple(axes))(*operands, **params)
         return out, (0,) * len(out) if multiple_results else 0
 
     return rule

@@ -17,6 +17,7 @@ from experiments.models.config_file import ModelConfigError
 from experiments.reporting.folders import ReportError
 from experiments.tasks.download import DownloadError
 from experiments.tasks.metrics import MetricsError
+from experiments.tasks.sarcasm import DatasetError
 from experiments.trainer.finite import DivergedError
 from experiments.trainer.mesh import MeshError
 from experiments.trainer.settings import SettingsError
@@ -26,6 +27,7 @@ C = TypeVar("C")
 # Errors that a user can correct: no network, a damaged file, a learning rate that is too high.
 _EXPECTED = (
     dora.DoRAError,
+    DatasetError,
     DivergedError,
     DownloadError,
     FloatingPointError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import optax
@@ -33,27 +34,58 @@ class Method:
         """The type of the variables that the method trains."""
         return nnx.Param if self.switches is None else dora.DoRAParam
 
+    def config(self, rank: int, alpha: float, fields: Mapping[str, Any]) -> dora.DoRAConfig:
+        """Returns the configuration of the adapters; the switches of the method come last.
+
+        Args:
+            rank: Rank of the adapters.
+            alpha: The scaling is `alpha / rank`.
+            fields: Further fields of `DoRAConfig`.
+
+        Example:
+            >>> METHODS["magnitude"].config(8, 16.0, {"eps": 1e-6}).rank
+            0
+        """
+        return dora.DoRAConfig(**{"rank": rank, "alpha": alpha, **fields, **(self.switches or {})})
+
     def adapt(
-        self, model: M, *, rank: int, alpha: float, seed: int, call: tuple[Any, ...] | None = None
+        self,
+        model: M,
+        *,
+        rank: int,
+        alpha: float,
+        seed: int,
+        call: tuple[Any, ...] | None = None,
+        fields: Mapping[str, Any] | None = None,
     ) -> M:
         """Returns the model with adapters in all linear layers and with a trainable head.
 
-        With `call`, the arguments of a call, the kernels are checked to be the layers' alone.
+        With `call`, the arguments of a call, the kernels are checked to be the layers' alone. With
+        `fields`, of `DoRAConfig`, other layers are adapted or trained in full.
         """
         if self.switches is None:
             return model
-        config = dora.DoRAConfig(rank=rank, alpha=alpha, modules_to_save=[HEAD], **self.switches)
+        config = self.config(
+            rank, alpha, {"modules_to_save": (HEAD,)} if fields is None else fields
+        )
         return dora.apply_dora(model, config, rngs=nnx.Rngs(seed), inputs=call)
 
     def optimizer(
-        self, learning_rate: optax.ScalarOrSchedule, magnitude_lr_ratio: float
+        self,
+        learning_rate: optax.ScalarOrSchedule,
+        magnitude_lr_ratio: optax.ScalarOrSchedule,
+        magnitude_weight_decay: Any = 0.0,
     ) -> optax.GradientTransformation:
-        """Returns AdamW without weight decay, with gradients clipped to norm 1."""
+        """Returns AdamW, with gradients clipped to norm 1, and decay of magnitudes alone."""
         if self.switches is None:
             return optax.chain(
                 optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=0.0)
             )
-        return dora.dora_optimizer(learning_rate, magnitude_lr_ratio=magnitude_lr_ratio)
+        return dora.dora_optimizer(
+            learning_rate,
+            magnitude_lr_ratio=magnitude_lr_ratio,
+            magnitude_weight_decay=magnitude_weight_decay,
+        )
 
 
 METHODS = {
@@ -62,4 +94,6 @@ METHODS = {
     "dora": Method("DoRA", {}),
     "dora-frozen-magnitude": Method("DoRA, magnitude frozen", {"magnitude_trainable": False}),
     "dora-not-normalized": Method("DoRA, not normalised", {"normalize": False}),
+    "dora-detached": Method("DoRA, norm detached", {"norm_gradient": "detached"}),
+    "magnitude": Method("magnitude alone", {"rank": 0}),
 }

@@ -27,7 +27,7 @@ Losses and metrics of microbatches are averaged by it, so that they are those of
 """
 
 # What a call of a model changes.
-_CHANGING = nnx.Any(nnx.RngState, nnx.BatchStat, nnx.Cache)
+CHANGING = nnx.Any(nnx.RngState, nnx.BatchStat, nnx.Cache)
 
 
 class Outcome(NamedTuple):
@@ -76,21 +76,14 @@ class TrainStep:
         self, model: nnx.Module, optimizer: nnx.Optimizer, loss: Loss, *, microbatches: int = 1
     ) -> None:
         self.model, self.optimizer = model, optimizer
-        parts: Any = nnx.split(model, optimizer.wrt, _CHANGING, ...)
+        parts: Any = nnx.split(model, optimizer.wrt, CHANGING, ...)
         graphdef, trained, changing, frozen = parts
         of_optimizer, state = nnx.split(optimizer)
         # Lists of arrays: JAX flattens the states of NNX in Python, anew in every step.
         self._state, structure = jax.tree.flatten((trained, changing, state))
         self._frozen, frozen_structure = jax.tree.flatten(frozen)
-        program = _Program(
-            graphdef,
-            of_optimizer,
-            structure,
-            frozen_structure,
-            optimizer.wrt,
-            loss,
-            microbatches,
-        )
+        gradient = Gradient(graphdef, optimizer.wrt, loss, microbatches)
+        program = _Program(gradient, of_optimizer, structure, frozen_structure)
         self._structure = structure
         self._run = _compiled(program, tuple(map(_named_sharding, self._state)))
 
@@ -111,68 +104,70 @@ class TrainStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
-    """Everything that a step's program depends on except its arrays."""
+class Gradient:
+    """The gradient of a loss, as a function of a model's arrays.
+
+    Attributes:
+        model: The model's graph, from `nnx.split`.
+        wrt: Selects what is trained.
+        loss: The loss function.
+        microbatches: As for `TrainStep`.
+    """
 
     model: Any
-    optimizer: Any
-    structure: Any
-    frozen_structure: Any
     wrt: Any
     loss: Loss
-    microbatches: int
+    microbatches: int = 1
 
-    def step(self, state: list[Array], frozen: list[Array], batch: Any) -> Any:
-        """Returns the arrays after a step, and its `Outcome`."""
-        trained, changing, optimizer_state = jax.tree.unflatten(self.structure, state)
-        rest = jax.tree.unflatten(self.frozen_structure, frozen)
-        gradient = self.gradient if self.microbatches == 1 else self.mean_gradient
-        (loss, metrics, changing), grads = gradient(trained, changing, rest, batch)
-        model = nnx.merge(self.model, trained, changing, rest, copy=True)
-        optimizer = nnx.merge(self.optimizer, optimizer_state, copy=True)
-        optimizer.update(model, grads)
-        after = nnx.state(model, self.wrt), changing, nnx.state(optimizer)
-        squares = jnp.stack([_square(x) for x in jax.tree.leaves(grads)])
-        del metrics[WEIGHT]
-        return jax.tree.leaves(after), Outcome(loss, metrics, squares)
+    def __call__(self, trained: Any, changing: Any, frozen: Any, batch: Any) -> Any:
+        """Returns `((loss, metrics, changing), gradient)`; the metrics have `WEIGHT`.
 
-    def gradient(self, trained: Any, changing: Any, frozen: Any, batch: Any) -> Any:
-        """Returns the loss, the metrics and what the call changed; and the gradient."""
+        Args:
+            trained: The variables that are trained.
+            changing: Those of `CHANGING`, which a call of the model changes.
+            frozen: All other variables.
+            batch: Arrays with a leading axis.
+        """
+        gradient = self._of_all if self.microbatches == 1 else self._mean
+        return gradient(trained, changing, frozen, batch)
+
+    def _of_all(self, trained: Any, changing: Any, frozen: Any, batch: Any) -> Any:
+        """Returns the gradient of the whole batch."""
 
         def loss_of(trained: Any) -> Any:
             model = nnx.merge(self.model, trained, changing, frozen, copy=True)
             loss, metrics = self.loss(model, batch)
             given: dict[str, Any] = {WEIGHT: 1.0, **metrics}
             numbers = {name: jnp.asarray(x, jnp.float32) for name, x in given.items()}
-            return loss.astype(jnp.float32), (numbers, nnx.state(model, _CHANGING))
+            return loss.astype(jnp.float32), (numbers, nnx.state(model, CHANGING))
 
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
         (loss, (metrics, changing)), grads = value_and_grad(trained)
         return (loss, metrics, changing), grads
 
-    def mean_gradient(self, trained: Any, changing: Any, frozen: Any, batch: Any) -> Any:
-        """Like `gradient`, with the batch cut into microbatches.
+    def _mean(self, trained: Any, changing: Any, frozen: Any, batch: Any) -> Any:
+        """Returns the same with the batch cut into microbatches.
 
         The gradient is that of the precomputed scales until it has been summed: norms are
         differentiated once, and only one microbatch's activations are in memory.
         """
         parts = jax.tree.map(functools.partial(_cut, self.microbatches), batch)
-        program, pull_back = self, None
+        gradient, pull_back = self, None
         if isinstance(self.wrt, type) and issubclass(self.wrt, dora.DoRAParam):
             static: dict[str, Any] = {}
 
             def precompute(trained: Any) -> Any:
                 model = nnx.merge(self.model, trained, changing, frozen, copy=True)
-                split: Any = nnx.split(dora.precompute_scales(model), self.wrt, _CHANGING, ...)
+                split: Any = nnx.split(dora.precompute_scales(model), self.wrt, CHANGING, ...)
                 static["graphdef"], scaled, own_changing, rest = split
                 return scaled, (own_changing, rest)
 
             trained, pull_back, (changing, frozen) = jax.vjp(precompute, trained, has_aux=True)
-            program = dataclasses.replace(self, model=static["graphdef"])
+            gradient = dataclasses.replace(self, model=static["graphdef"])
 
         def add(carry: Any, part: Any) -> Any:
             changing, total = carry
-            (loss, metrics, changing), grads = program.gradient(trained, changing, frozen, part)
+            (loss, metrics, changing), grads = gradient._of_all(trained, changing, frozen, part)
             weight = metrics[WEIGHT]
             total = jax.tree.map(lambda s, g: s + (weight * g).astype(s.dtype), total, grads)
             return (changing, total), (loss, metrics)
@@ -184,6 +179,28 @@ class _Program:
         loss, metrics = jax.tree.map(lambda x: jnp.sum(weights * x) / count, (losses, metrics))
         grads = jax.tree.map(lambda x: (x / count).astype(x.dtype), total)
         return (loss, metrics, changing), grads if pull_back is None else pull_back(grads)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """Everything that a step's program depends on except its arrays."""
+
+    gradient: Gradient
+    optimizer: Any
+    structure: Any
+    frozen_structure: Any
+
+    def step(self, state: list[Array], frozen: list[Array], batch: Any) -> Any:
+        """Returns the arrays after a step, and its `Outcome`."""
+        trained, changing, optimizer_state = jax.tree.unflatten(self.structure, state)
+        rest = jax.tree.unflatten(self.frozen_structure, frozen)
+        (loss, metrics, changing), grads = self.gradient(trained, changing, rest, batch)
+        model = nnx.merge(self.gradient.model, trained, changing, rest, copy=True)
+        optimizer = nnx.merge(self.optimizer, optimizer_state, copy=True)
+        optimizer.update(model, grads)
+        after = nnx.state(model, self.gradient.wrt), changing, nnx.state(optimizer)
+        del metrics[WEIGHT]
+        return jax.tree.leaves(after), Outcome(loss, metrics, squares_of(grads))
 
 
 @functools.lru_cache(maxsize=8)
@@ -210,5 +227,7 @@ def _cut(parts: int, x: Array) -> Array:
     return jnp.reshape(x, (-1, parts, *x.shape[1:])).swapaxes(0, 1)
 
 
-def _square(x: Array) -> Float[Array, ""]:
-    return jnp.sum(jnp.square(x.astype(jnp.float32)))
+def squares_of(grads: Any) -> Float[Array, " variable"]:
+    """Returns the squared norm of each array of a gradient, in float32."""
+    leaves = [x.astype(jnp.float32) for x in jax.tree.leaves(grads)]
+    return jnp.stack([jnp.sum(jnp.square(x)) for x in leaves])

@@ -87,9 +87,17 @@ def test_the_derived_transpose_is_that_of_jax():
     assert last_product(rows)[0] == "dot_general"
 
 
+@pytest.mark.parametrize("axes", [None, (0, None), (None, 2)], ids=["alone", "vmap", "of y"])
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_only_programs_for_a_cpu_use_the_function_for_a_cpu(platform):
-    program = jax.jit(with_rules).trace(*draw((5, 4), (4, 3)))
+def test_only_programs_for_a_cpu_use_the_function_for_a_cpu(platform, axes):
+    x, y = draw((5, 4), (4, 3))
+    run = with_rules
+    if axes is not None:
+        run = jax.vmap(with_rules, axes)
+        x, y = (
+            v if i is None else jnp.stack([v] * 2, i) for v, i in zip((x, y), axes, strict=True)
+        )
+    program = jax.jit(run).trace(x, y)
     text = program.lower(lowering_platforms=(platform,)).as_text()
     assert ("cosine" in text) == (platform == "cpu")
 

@@ -93,16 +93,16 @@ def read_tsv(task: GlueTask, file: Path) -> Rows:
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DatasetError(f"{file}, line {line}: not UTF-8 ({error.reason})") from None
+        before = error.object[: error.start].count(b"\n")
+        raise DatasetError(f"{file}, line {before + 1}: not UTF-8 ({error.reason})") from None
     lines = text.removesuffix("\n").split("\n")  # texts hold other line ends, such as U+2028
     header = task.header or tuple(lines[0].rstrip("\r").split("\t"))
     missing = [name for name in (*task.texts, task.label) if name not in header]
     if missing:
         hidden = "; GLUE's test files hide their labels" if missing == [task.label] else ""
         raise DatasetError(f"{file}, line 1: no column {', '.join(missing)}{hidden}")
-    *texts, label = (header.index(name) for name in (*task.texts, task.label))
-    columns: tuple[list[str], ...] = tuple([] for _ in texts)
+    *of_texts, of_label = (header.index(name) for name in (*task.texts, task.label))
+    columns: tuple[list[str], ...] = tuple([] for _ in of_texts)
     labels, left_out = [], 0
     for number, line in enumerate(lines, start=1):
         if number == 1 and not task.header:
@@ -116,8 +116,8 @@ def read_tsv(task: GlueTask, file: Path) -> Rows:
                 f"{file}, line {number}: {len(fields)} fields where there are {len(header)} "
                 f"({', '.join(header)}). Fetch the file again"
             )
-        labels.append(_label(task, fields[label], f"{file}, line {number}"))
-        for column, index in zip(columns, texts, strict=True):
+        labels.append(_label(task, fields[of_label], f"{file}, line {number}"))
+        for column, index in zip(columns, of_texts, strict=True):
             column.append(fields[index].strip())
     return _rows(task, columns, labels, str(file), left_out)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-
-import numpy as np
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from experiments.tasks.scores import accuracy, f1, matthews, pearson, spearman
+
+Metric = Callable[[Any, Any], float]
+"""`metric(predictions, labels)`, of arrays of one axis; higher is better."""
 
 _SENTENCES = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -40,7 +42,7 @@ class GlueTask:
     texts: tuple[str, ...]
     label: str
     labels: tuple[str, ...]
-    metrics: dict[str, Callable[[np.ndarray, np.ndarray], float]]
+    metrics: Mapping[str, Metric]
     hub_texts: tuple[str, ...] = ()
     header: tuple[str, ...] = ()
     development: str = "dev"
@@ -59,8 +61,8 @@ class GlueTask:
         return next(iter(self.metrics))
 
 
-_ACCURACY = {"accuracy": accuracy}
-_ACCURACY_F1 = {"accuracy": accuracy, "f1": f1}
+_ACCURACY: dict[str, Metric] = {"accuracy": accuracy}
+_ACCURACY_F1: dict[str, Metric] = {"accuracy": accuracy, "f1": f1}
 _QNLI = GlueTask("qnli", "QNLI", ("question", "sentence"), "label", _ENTAILMENT, _ACCURACY)
 
 TASKS = {

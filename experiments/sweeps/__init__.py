@@ -1,0 +1,27 @@
+"""Many training runs in one program: seeds, learning rates, alphas and ranks at once.
+
+K members are trained by `jax.vmap` over their adapters, optimiser states, batches and dropout keys,
+over one frozen base. The products with the base are one matrix product for all of them.
+
+A task implements `SweepTask` (`task.py`; `text_task.py` is an example): it builds the model, gives
+batches for a seed, the loss, and predictions with their scores. Then
+
+    settings = SweepSettings(experiment="glue", folder=Path("runs"), epochs=2, members=8)
+    sweep = Sweep(task, settings)
+    summaries = sweep.run([Member(method="dora", rank=8, learning_rate=r, seed=s) ...])
+    scores = sweep.test(chosen)
+
+trains the members that are not finished, as many at once as `members` says, and leaves a run folder
+for each. Members that share shapes are a family, and one compilation serves all of a family: rates,
+seeds, alphas, ratios and decays are arrays of the program, and smaller ranks are padded with zeros.
+Full fine-tuning goes the same way, by default with one member at a time.
+
+`members.py` says what a member is and stacks arrays, `program.py` compiles, `chunk.py` trains a
+group of members, `runner.py` is `Sweep`, `saved.py` writes arrays.
+"""
+
+from experiments.sweeps.members import Member
+from experiments.sweeps.runner import Sweep, SweepSettings
+from experiments.sweeps.task import Scores, SweepTask
+
+__all__ = ["Member", "Scores", "Sweep", "SweepSettings", "SweepTask"]
