@@ -168,15 +168,7 @@ def _legend(figure: Any, panels: Any) -> None:
     entries: dict[str, Any] = {}
     for panel in panels:
         entries |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    columns = min(4, len(entries))
-    figure.legend(
-        entries.values(),
-        entries,
-        loc="outside lower center",
-        ncols=columns,
-        fontsize=8,
-        frameon=False,
-    )
+    figure.legend(entries.values(), entries, **style.LEGEND_BELOW)
 
 
 def _scatter(panel: Axes, points: Any, colour: str, marker: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,18 @@ _COLOURS = {
     "dora": "#0072b2",
     "dora-frozen-magnitude": "#56b4e9",
     "dora-not-normalized": "#009e73",
+    "dora-detached": "#cc79a7",
+    "magnitude": "#d55e00",
 }
-_OTHERS = ("#d55e00", "#cc79a7", "#7f3c8d", "#a5aa99", "#b8a800")
+_OTHERS = ("#7f3c8d", "#8c564b", "#b8a800", "#a5aa99", "#b22222")
 _MARKERS = {"full": "s", "lora": "^", "dora": "o"}
 _OTHER_MARKERS = ("D", "v", "P", "X", "<", ">")
 
 # By the number of bits of the rank: 8 is solid.
 _LINES = ("-", "--", ":", "-.")
 
+LEGEND_BELOW: dict[str, Any] = dict(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+"""For `Figure.legend`: one legend for all panels, where it hides no curve."""
 WIDTH = 8.0
 """Inches across, for all figures: at 120 dots per inch, a little more than a README's width."""
 DPI = 120
@@ -31,8 +36,14 @@ DPI = 120
 def colour(method: str) -> str:
     """Returns the colour of a method, by its key in `METHODS`: the same in every figure.
 
-    A method without its own has one of a few others, which depends on its name alone.
+    What follows a slash or a comma is how it was run. A method without its own colour has one of a
+    few others, which depends on its name alone.
+
+    Example:
+        >>> colour("dora") == colour("dora/8") == colour("dora, scan") != colour("lora")
+        True
     """
+    method = re.split("[/,]", method)[0]
     return _COLOURS.get(method) or _OTHERS[_number(method) % len(_OTHERS)]
 
 
