@@ -127,7 +127,7 @@ def correlations(points: Points) -> Table:
                     by_seed(found, lambda rows: correlation_of(rows).value),
                     correlation_of(found, "relative_magnitude"),
                     expected if name == "q and v" else None,
-                    verdict(pooled, expected) if name == "q and v" else None,
+                    verdict(pooled, expected),
                 )
             )
     columns = (

@@ -39,9 +39,10 @@ def plot_decomposition(panels: Mapping[str, Mapping[str, Any]], file: Path) -> N
                 continue
             points, r = of_method[name]
             _scatter(panel, points, style.colour(method), style.marker(method))
-            style.finish(panel, title=f"{METHODS[method].title}\n{name}: {_correlation(r)}")
+            title = _correlation(r) if row else f"{METHODS[method].title}\n{_correlation(r)}"
+            left = {} if column else {"ylabel": f"{name}:\ndM = mean |m' − m|"}
+            style.finish(panel, title=title, **left)
     figure.supxlabel("change of direction, dD = mean (1 − cos)", fontsize=9)
-    figure.supylabel("change of magnitude, dM = mean |m' − m|", fontsize=9)
     style.save(figure, file)
 
 

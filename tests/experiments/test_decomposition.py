@@ -2,11 +2,14 @@
 
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import decomposition
 from experiments.reporting.decomposition import read_points, verdict
 from experiments.reporting.folders import ReportError
+from experiments.reporting.recorder import Recorder
 from experiments.reporting.statistics import Interval
 from tests.experiments.tiny_task import tiny_task
 
@@ -42,6 +45,23 @@ def test_changes_are_recorded_at_every_checkpoint_and_ranks_at_the_last(config, 
         summary = json.loads((run.folder / "summary.json").read_text())
         assert summary["trainable_parameters"] > 0 and summary["forgetting"] is None
         assert f"{rows[1]['effective_rank']:.1f}" in printed
+
+
+def test_the_recorder_measures_what_was_changed():
+    """One of eight columns is doubled: a change of rank 1 that turns nothing."""
+    base = tiny_task().model(seed=0)
+    model = tiny_task().model(seed=0)
+    kernel = np.asarray(model.hidden.kernel[...])
+    model.hidden.kernel[...] = jnp.asarray(kernel * np.where(np.arange(8) == 3, 2, 1))
+    recorder = Recorder(base, every=2, steps=3)
+    figures = [recorder(model), recorder(model)]
+    rows = [json.loads(line) for line in recorder.lines().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3]
+    expected = np.linalg.norm(kernel[:, 3].astype(np.float64)) / 8
+    assert figures[0]["magnitude"] == pytest.approx(expected, rel=1e-5)
+    assert rows[1]["relative_magnitude"] == pytest.approx(1 / 8, rel=1e-5)
+    assert rows[1]["direction"] == pytest.approx(0, abs=1e-6)
+    assert rows[1]["effective_rank"] == pytest.approx(1, rel=1e-3)
 
 
 def test_a_finished_run_is_not_trained_again_and_an_unfinished_one_is_named(config, printed):
