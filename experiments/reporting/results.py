@@ -89,7 +89,7 @@ def halves(table: Table) -> tuple[Table, Table]:
     scores = (
         "Means over seeds at the chosen rate, with 95 % intervals: Student's t over seeds. "
         "Differences are paired: over the seeds that both have, and over the test examples, drawn "
-        "anew (bootstrap). What is subtracted has the most settings in common, then the same rank. "
+        "anew (bootstrap). What is subtracted differs least in settings, then has the same rank. "
         "Scores of the validation split are a little too high, because that split chose the rate."
     )
     costs = (

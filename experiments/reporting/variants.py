@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class Variant:
 
     Attributes:
         experiment, task, model, method, rank: As the runs have them.
-        settings: Further settings that differ between the runs of the task, as pairs.
+        settings: Further settings in which it differs from most runs of the task, as pairs.
         runs: The runs.
     """
 
@@ -148,8 +149,8 @@ class Variant:
 def variants(runs: Iterable[FinishedRun]) -> list[Variant]:
     """Returns the variants, in the order of the tasks and of `METHODS`.
 
-    A field of `config.json` counts as a setting if it differs between runs of one experiment and
-    task; alpha, if alpha over rank does.
+    A field of `config.json` counts as a setting where it differs from its most frequent value in
+    the experiment and task; alpha, if alpha over rank does.
     """
     by_task: dict[tuple[str, str, str], list[FinishedRun]] = {}
     for run in runs:
@@ -158,10 +159,11 @@ def variants(runs: Iterable[FinishedRun]) -> list[Variant]:
     order = list(METHODS)
     found: list[Variant] = []
     for (experiment, task, model), members in sorted(by_task.items()):
-        names = _differing(members)
+        usual = _usual(members)
         groups: dict[Any, list[FinishedRun]] = {}
         for run in members:
-            settings = tuple((name, _of(run, name)) for name in names)
+            own_values = ((name, _of(run, name)) for name in usual)
+            settings = tuple((name, x) for name, x in own_values if x != usual[name])
             groups.setdefault((run.config["method"], run.config["rank"], settings), []).append(run)
         own = [
             Variant(experiment, task, model, method, rank, settings, tuple(group))
@@ -176,8 +178,8 @@ def variants(runs: Iterable[FinishedRun]) -> list[Variant]:
 def reference_of(variant: Variant, others: Sequence[Variant], method: str) -> Variant | None:
     """Returns the variant of a method that another one is compared with, None if there is none.
 
-    It is of the same experiment, task and model. The one with the most settings in common comes
-    first, then that of the same rank, then that of the largest.
+    It is of the same experiment, task and model. The one whose settings differ least comes first,
+    then that of the same rank, then that of the largest.
     """
     where = (variant.experiment, variant.task, variant.model)
     found = [v for v in others if v.method == method and (v.experiment, v.task, v.model) == where]
@@ -186,7 +188,7 @@ def reference_of(variant: Variant, others: Sequence[Variant], method: str) -> Va
     own = set(variant.settings)
     return max(
         found,
-        key=lambda v: (len(own & set(v.settings)), v.rank == variant.rank, v.rank),
+        key=lambda v: (-len(own ^ set(v.settings)), v.rank == variant.rank, v.rank),
         default=None,
     )
 
@@ -227,11 +229,14 @@ def over_examples(one: Variant, other: Variant) -> Interval | None:
     return bootstrap_difference(METRICS[one.metric], labels, *found)
 
 
-def _differing(runs: Sequence[FinishedRun]) -> list[str]:
+def _usual(runs: Sequence[FinishedRun]) -> dict[str, Hashable]:
+    """Returns the most frequent value of each setting that differs between runs."""
     names = sorted({name for run in runs for name in run.config} - _NOT_SETTINGS)
-    names = [name for name in names if len({_of(run, name) for run in runs}) > 1]
     scalings = {r.config["alpha"] / r.config["rank"] for r in runs if _has_alpha(r)}
-    return [*(["alpha"] if len(scalings) > 1 else []), *names]
+    values = {name: Counter(_of(run, name) for run in runs) for name in names}
+    if len(scalings) > 1:
+        values["alpha"] = Counter(_of(run, "alpha") for run in runs)
+    return {name: of.most_common(1)[0][0] for name, of in values.items() if len(of) > 1}
 
 
 def _has_alpha(run: FinishedRun) -> bool:

@@ -141,18 +141,23 @@ def test_test_scores_at_another_rate_than_the_best_are_told(tmp_path, capsys):
 
 
 def test_settings_that_differ_are_variants_of_their_own(tmp_path):
+    """And are compared with the reference that differs least from them."""
+    write_run(tmp_path, "sst2", "full", 1e-3, seed=0, batch_size=8)
     for size in (8, 16):
         for method in ("lora", "dora"):
             write_run(tmp_path, "sst2", method, 1e-3, seed=0, batch_size=size)
-    found = variants(read_runs([tmp_path]).runs)
-    assert [(v.method, v.setting) for v in found] == [
+    found = {(v.method, v.setting): v for v in variants(read_runs([tmp_path]).runs)}
+    assert list(found) == [
+        ("full", ""),
+        ("lora", ""),
         ("lora", "batch_size 16"),
-        ("lora", "batch_size 8"),
+        ("dora", ""),
         ("dora", "batch_size 16"),
-        ("dora", "batch_size 8"),
     ]
-    assert reference_of(found[2], found, "lora") == found[0]
-    assert reference_of(found[0], found, "lora") is None
+    every = list(found.values())
+    for key, own in found.items():
+        expected = None if key[0] == "lora" else found["lora", key[1]]
+        assert reference_of(own, every, "lora") == expected
 
 
 def test_a_dry_run_lists_and_writes_nothing(sweep, capsys):
