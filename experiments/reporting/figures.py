@@ -115,8 +115,9 @@ def _power(x: float) -> str:
 
 
 def _usual(variants: Sequence[Variant]) -> list[Variant]:
-    """Returns the variants whose settings are the most frequent ones of their task."""
+    """Returns the trained variants whose settings are the most frequent ones of their task."""
     found = []
+    variants = [variant for variant in variants if variant.is_trained]
     for task in dict.fromkeys(variant.task for variant in variants):
         of_task = [variant for variant in variants if variant.task == task]
         usual = Counter(variant.settings for variant in of_task).most_common(1)[0][0]

@@ -12,6 +12,7 @@ from experiments.reporting import published
 from experiments.reporting.figures import plot_rates, plot_scores
 from experiments.reporting.folders import Runs
 from experiments.reporting.overview import overview
+from experiments.reporting.statistics import mean_interval
 from experiments.reporting.tables import Cell, Column, Table
 from experiments.reporting.variants import (
     Variant,
@@ -102,6 +103,22 @@ def halves(table: Table) -> tuple[Table, Table]:
     )
 
 
+def metrics_table(found: Sequence[Variant]) -> Table | None:
+    """Returns the means of all test metrics beside the one that selects; None if there are none."""
+    runs = [run for variant in found for run in variant.final.values()]
+    known = {"examples", "loss", *(run.metric for run in runs)}
+    names = [n for n in dict.fromkeys(n for run in runs for n in run.test or {}) if n not in known]
+    if not names:
+        return None
+    rows = []
+    for variant in found:
+        means = [mean_interval(list(variant.scores(name).values())).value for name in names]
+        scaled = (_HUNDRED * mean if variant.is_tested else None for mean in means)
+        rows.append((variant.task, variant.title, variant.setting, *scaled))
+    columns = (*map(Column, _ROW), *(Column(name, 2) for name in names))
+    return Table(columns, tuple(rows), "All test metrics (× 100): means over seeds.")
+
+
 def _ratio(variant: Variant, other: Variant | None, field: str) -> float | None:
     """Returns a cost over that of the reference, which is compared with itself."""
     other = other or variant
@@ -112,6 +129,7 @@ def _ratio(variant: Variant, other: Variant | None, field: str) -> float | None:
 def notes(found: Sequence[Variant]) -> list[str]:
     """Returns what a reader should know before trusting a row: edges, other choices, gaps."""
     lines = []
+    found = [variant for variant in found if variant.is_trained]
     for variant in found:
         name = _name(variant)
         if variant.at_edge:
@@ -184,8 +202,9 @@ def _section(found: Sequence[Variant], table: Table, reference: str, folder: Pat
         lines += [summary.markdown(), ""]
     plot_scores(found, folder / f"{experiment}_scores.png")
     lines += [f"![scores]({experiment}_scores.png)", ""]
-    scores, costs = halves(table)
-    lines += [scores.markdown(), "", costs.markdown(), ""]
+    more = metrics_table(found)
+    for part in (*halves(table), *([] if more is None else [more.without_empty_columns()])):
+        lines += [part.markdown(), ""]
     if any(len(variant.curve) > 1 for variant in found):
         plot_rates(found, folder / f"{experiment}_rates.png")
         lines += [f"![score by learning rate]({experiment}_rates.png)", ""]

@@ -60,13 +60,18 @@ class Variant:
     @property
     def title(self) -> str:
         """The method, and its rank if it has one."""
-        title = METHODS[self.method].title if self.method in METHODS else self.method
+        title = METHODS[self.method].title if self.is_trained else "not fine-tuned"
         return f"{title}, r {self.rank}" if self.rank else title
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is one of `METHODS`, and not the base as it is."""
+        return self.method in METHODS
 
     @property
     def setting(self) -> str:
         """The further settings as text."""
-        return ", ".join(f"{name} {value}" for name, value in self.settings)
+        return ", ".join(f"{name} {x}" for name, x in self.settings) if self.is_trained else ""
 
     @property
     def metric(self) -> str:

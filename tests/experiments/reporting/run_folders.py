@@ -18,6 +18,7 @@ BY_RATE = {
     "full": {1e-4: 0.80, 1e-3: 0.70, 1e-2: 0.50},
     "lora": {1e-4: 0.70, 1e-3: 0.82, 1e-2: 0.60},
     "dora": {1e-4: 0.71, 1e-3: 0.83, 1e-2: 0.84},
+    "base": {0.0: 0.5},
 }
 BEST = {"full": 1e-4, "lora": 1e-3, "dora": 1e-2}
 EXAMPLES = 200
@@ -40,7 +41,7 @@ def predictions(method: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def write_run(root: Path, task: str, method: str, rate: float, seed: int, **settings: Any) -> Path:
     """Writes a finished run without test scores; returns its folder."""
-    rank = 0 if method == "full" else 8
+    rank = 8 if method in ("lora", "dora") else 0
     more = "".join(f"_{name}-{value}" for name, value in settings.items())
     name = f"{method}_r{rank}_lr-{rate:g}_seed-{seed}{more}"
     folder = root / "glue" / task / name
@@ -57,10 +58,10 @@ def write_run(root: Path, task: str, method: str, rate: float, seed: int, **sett
     summary = {
         "validation": validation,
         "metric": TASKS[task],
-        "trainable_parameters": {"full": 1000, "lora": 100, "dora": 110}[method],
-        "seconds_per_step": {"full": 0.2, "lora": 0.1, "dora": 0.12}[method],
+        "trainable_parameters": {"full": 1000, "lora": 100, "dora": 110, "base": 0}[method],
+        "seconds_per_step": {"full": 0.2, "lora": 0.1, "dora": 0.12}.get(method),
         "members": 4,
-        "temporary_bytes": {"full": 300, "lora": 100, "dora": 105}[method],
+        "temporary_bytes": {"full": 300, "lora": 100, "dora": 105}.get(method),
         "forgetting": None if method == "full" else 0.01 * (seed + 1),
     }
     finish_run(folder, summary)

@@ -140,6 +140,20 @@ def test_test_scores_at_another_rate_than_the_best_are_told(tmp_path, capsys):
     assert "test scores are at the rate 0.001, but the validation split prefers 0.01" in text
 
 
+def test_the_base_as_it_is_and_further_metrics_have_a_place(tmp_path, capsys):
+    """The base has no rate; runs tested on several files have a metric for each."""
+    for method, rate in (("base", 0.0), ("lora", 1e-3)):
+        folder = write_run(tmp_path, "sst2", method, rate, seed=0)
+        (folder / "test.json").write_text(
+            json.dumps({"accuracy": 0.5, "piqa/accuracy": 0.625, "loss": 1.0, "examples": 8})
+        )
+    report.main([str(tmp_path), "--output", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert "| task | method | piqa/accuracy |" in text
+    assert "| sst2 | not fine-tuned | 62.50 |" in text
+    assert "| sst2 | LoRA, r 8 | 62.50 |" in text
+
+
 def test_settings_that_differ_are_variants_of_their_own(tmp_path):
     """And are compared with the reference that differs least from them."""
     write_run(tmp_path, "sst2", "full", 1e-3, seed=0, batch_size=8)

@@ -63,8 +63,11 @@ def test_the_bootstrap_over_examples_is_paired():
     def accuracy(predictions, labels):
         return float(np.mean(predictions == labels))
 
-    found = bootstrap_difference(accuracy, labels, [one, one], [other])
+    found = bootstrap_difference(accuracy, labels, [one], [other])
     assert found.value == pytest.approx(accuracy(one, labels) - accuracy(other, labels))
     assert abs(found.low) <= 5 / 400 and abs(found.high) <= 5 / 400
+    both = bootstrap_difference(accuracy, labels, [one, labels], [other])  # two seeds against one
+    mean = (accuracy(one, labels) + 1) / 2
+    assert both.value == pytest.approx(mean - accuracy(other, labels))
     with pytest.raises(ValueError, match="same examples"):
         bootstrap_difference(accuracy, labels, [one[:-1]], [other])
