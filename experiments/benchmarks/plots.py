@@ -6,48 +6,55 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from experiments.reporting import style
 
 
 def plot_ratios(cases: Mapping[str, Any], file: Path) -> None:
     """Draws the ratio of every method's step to that of LoRA, with a panel for each case."""
-    figure = Figure(figsize=(5.2 * len(cases), 4.2), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(cases)))
+    figure, panels = _panels(len(cases), height=2.9)
     for panel, case in zip(panels, cases.values(), strict=True):
-        rows = [row for row in case["rows"].values() if "over_lora" in row]
-        for i, row in enumerate(rows):
-            _error_bar(panel, i, row["over_lora"], color=f"C{i % 10}", vertical=False)
-        panel.set(title=case["title"], xlabel="step over LoRA's", yticks=range(len(rows)))
-        panel.set_yticklabels([row["title"] for row in rows], fontsize=8)
+        rows = {name: row for name, row in case["rows"].items() if "over_lora" in row}
+        for i, (name, row) in enumerate(rows.items()):
+            _error_bar(panel, i, row["over_lora"], color=style.colour(name), vertical=False)
+        title = case["title"].replace(", ", "\n", 1)
+        style.finish(panel, title=title, xlabel="step over LoRA's")
+        panel.set_yticks(range(len(rows)), [row["title"] for row in rows.values()], fontsize=7)
         panel.axvline(1.0, color="grey", linewidth=0.8)
         panel.invert_yaxis()
-        panel.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
+    style.save(figure, file)
 
 
 def plot_scaling(curves: Mapping[str, Any], file: Path) -> None:
     """Draws the measured overhead, the counted operations and their model, and compile times."""
-    figure = Figure(figsize=(5 * len(curves), 4), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(curves)))
+    figure, panels = _panels(len(curves), height=2.9)
     for panel, (name, curve) in zip(panels, curves.items(), strict=True):
         draw = _draw_compile_times if name == "compile" else _draw_overhead
         draw(panel, curve["points"])
         panel.set_xscale("log", base=2)
-        panel.set(xlabel=curve["axis"], title=f"against {curve['axis']}")
-        panel.set_xticks([point["x"] for point in curve["points"]])
-        panel.set_xticklabels([str(point["x"]) for point in curve["points"]], fontsize=8)
-        panel.grid(alpha=0.3)
+        style.finish(panel, xlabel=curve["axis"], title=f"against {curve['axis']}")
+        xs = [point["x"] for point in curve["points"]]
+        panel.set_xticks(xs, [str(x) for x in xs])
         panel.legend(fontsize=7)
-    figure.savefig(file, dpi=150)
+    style.save(figure, file)
+
+
+def _panels(count: int, *, height: float) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with two panels in a row."""
+    columns = min(2, count)
+    figure, axes = style.panels(-(-count // columns), columns, height=height)
+    for unused in axes.ravel()[count:]:
+        unused.set_axis_off()
+    return figure, list(axes.ravel()[:count])
 
 
 def _draw_overhead(panel: Axes, points: list[dict[str, Any]]) -> None:
     x = [point["x"] for point in points]
-    for i, (variant, title) in enumerate({"dora": "exact", "dora-detached": "detached"}.items()):
+    for variant, title in {"dora": "exact", "dora-detached": "detached"}.items():
         rows = [point[variant] for point in points]
-        color = f"C{i}"
+        color = style.colour(variant)
         for at, row in zip(x, rows, strict=True):
             _error_bar(panel, at, row["over_lora"], color=color)
         panel.plot([], [], "o", color=color, label=f"{title}: measured")
@@ -61,7 +68,9 @@ def _draw_overhead(panel: Axes, points: list[dict[str, Any]]) -> None:
 def _draw_compile_times(panel: Axes, points: list[dict[str, Any]]) -> None:
     x = [point["x"] for point in points]
     for name in [name for name in points[0] if name != "x"]:
-        panel.plot(x, [point[name] for point in points], "o-", label=name)
+        times = [point[name] for point in points]
+        line = "o--" if name.endswith("scan") else "o-"
+        panel.plot(x, times, line, color=style.colour(name), label=name)
     panel.set(ylabel="seconds to trace and compile")
 
 

@@ -14,6 +14,7 @@ from dora_jax.disk import ignore_late_threads
 from dora_jax.interrupts import InterruptError, raised
 from experiments import end_at_once
 from experiments.models.config_file import ModelConfigError
+from experiments.reporting.folders import ReportError
 from experiments.tasks.download import DownloadError
 from experiments.tasks.metrics import MetricsError
 from experiments.tasks.sarcasm import DatasetError
@@ -33,6 +34,7 @@ _EXPECTED = (
     MeshError,
     MetricsError,
     ModelConfigError,
+    ReportError,
     SettingsError,
 )
 

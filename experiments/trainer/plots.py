@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import dora_jax as dora
+from experiments.reporting import style
 
 LINEAR = dora.decomposition.KernelAxes((), (0,), (1,))
 
@@ -93,25 +94,30 @@ def plot_comparison(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         rows: Results by method, from `experiments.compare.run_method`.
         file: The PNG to write.
     """
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    test, validation = figure.subplots(1, 2)
-    for i, row in enumerate(rows.values()):
+    figure, axes = style.panels(1, 2, height=3.4)
+    test, validation = axes[0]
+    for i, (method, row) in enumerate(rows.items()):
+        colour, marker = style.colour(method), style.marker(method)
         accuracies = 100 * np.array(row["test_accuracies"])
         std = 100 * (row["test_accuracy_std"] or 0.0)
-        test.errorbar(i, accuracies.mean(), yerr=std, fmt="o", color=f"C{i}", capsize=5)
-        test.plot(np.full(len(accuracies), i + 0.15), accuracies, ".", color=f"C{i}", alpha=0.5)
+        test.errorbar(accuracies.mean(), i, xerr=std, fmt=marker, color=colour, capsize=4)
+        test.plot(accuracies, np.full(len(accuracies), i + 0.2), ".", color=colour, alpha=0.5)
         by_rate = row["validation_by_learning_rate"]
-        rates = [float(rate) for rate in by_rate]
+        # Side by side: curves of equal values would hide each other.
+        rates = [float(rate) * 1.05 ** (i - (len(rows) - 1) / 2) for rate in by_rate]
         values = [100 * accuracy for accuracy in by_rate.values()]
-        validation.semilogx(rates, values, "o-", color=f"C{i}", label=row["title"])
-    test.set(title="test accuracy (%): mean ± std, and seeds", xticks=range(len(rows)))
-    titles = [row["title"].replace(", ", ",\n").replace(" fine", "\nfine") for row in rows.values()]
-    test.set_xticklabels(titles, fontsize=8)
-    validation.set(title="validation accuracy (%), first seed", xlabel="peak learning rate")
-    validation.legend(fontsize=8)
-    for panel in (test, validation):
-        panel.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
+        validation.semilogx(rates, values, f"{marker}-", color=colour, ms=5, label=row["title"])
+    style.finish(test, title="test: mean ± standard deviation, and seeds", xlabel="accuracy (%)")
+    test.set_yticks(range(len(rows)), [row["title"] for row in rows.values()])
+    test.invert_yaxis()
+    style.finish(
+        validation,
+        title="validation, first seed",
+        xlabel="peak learning rate",
+        ylabel="accuracy (%)",
+    )
+    figure.legend(*validation.get_legend_handles_labels(), **style.LEGEND_BELOW)
+    style.save(figure, file)
 
 
 def _heat_map(panel: Axes, values: np.ndarray, rows: Sequence[str], title: str) -> None:
