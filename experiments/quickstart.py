@@ -32,6 +32,7 @@ from experiments.models.huggingface import save_bert
 from experiments.tasks.metrics import MetricsWriter, interval_95, read_metrics
 from experiments.tasks.probe import probe_accuracy
 from experiments.tasks.task import Examples, Task, load_task
+from experiments.trainer import distributed
 from experiments.trainer.classification import (
     Schedule,
     classifier_training,
@@ -40,7 +41,6 @@ from experiments.trainer.classification import (
     example_call,
     logits_of,
 )
-from experiments.trainer import distributed
 from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.loop import fit
 from experiments.trainer.memory import keep_freed_memory

@@ -19,8 +19,6 @@ it by name. The paths inside `Llama` are those of Hugging Face without `model.`:
     norm
     lm_head      hidden -> vocab (absent if the embeddings are tied)
 
-On a mesh of explicit axes a call runs with automatic ones.
-
 With `scan_layers=True` the layers are one module. Its parameters have a leading axis for the layer:
 `layers.self_attn.q_proj` has a kernel `(layer, in, out)`, and so on.
 
@@ -240,7 +238,7 @@ class Llama(nnx.Module):
         Raises:
             ValueError: The shapes differ.
         """
-        if explicit_axes():
+        if explicit_axes():  # then with automatic ones
             out = ("batch", "length", "vocab"), (*input_ids.shape, self.config.vocab_size)
             inputs = input_ids, attention_mask, position_ids
             return automatically(self, Llama.__call__, *inputs, out=out)
@@ -248,9 +246,8 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Hidden) -> Float[Array, "batch seq vocab"]:
         """Returns the logits that follow from `hidden_states` or `extend`."""
-        tied = self.config.tie_word_embeddings
-        logits = self.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
-        return constrain(logits, "batch", "length", "vocab")
+        head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
+        return constrain(head(hidden), "batch", "length", "vocab")
 
     def hidden_states(
         self, input_ids: Ids, attention_mask: Mask | None = None, position_ids: Ids | None = None
