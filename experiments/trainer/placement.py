@@ -108,7 +108,8 @@ def on_this_process(model: M) -> M:
     """
     if jax.process_count() == 1:
         return model
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    parts: Any = nnx.split(model, nnx.Param, ...)
+    graphdef, params, rest = parts
     whole = multihost_utils.process_allgather(params, tiled=True)
     return nnx.merge(graphdef, whole, rest, copy=True)
 
