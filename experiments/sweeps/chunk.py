@@ -15,7 +15,7 @@ from experiments.sweeps.members import Member
 from experiments.sweeps.program import Outcomes, Programs, Schedule, State
 from experiments.sweeps.saved import Checkpoint, save_arrays
 from experiments.sweeps.task import Batch
-from experiments.tasks.metrics import MetricsWriter
+from experiments.tasks.metrics import MetricsWriter, read_metrics
 from experiments.trainer.progress import Progress, Speed, tokens_in
 from experiments.trainer.run_folder import finish_run, start_run
 from experiments.trainer.signals import InterruptedStepError, deferred
@@ -108,7 +108,12 @@ class Chunk:
         folder = self.folder_of(member)
         folder.mkdir(parents=True, exist_ok=True)
         start_run(folder, self.runs.configs[member])
-        return MetricsWriter(folder, resume_step=first + 1)
+        writer = MetricsWriter(folder, resume_step=first + 1)
+        # A member that diverges has no losses from there on.
+        taken = sum(line["split"] == "train" for line in read_metrics(folder))
+        if taken < first:
+            self.diverged[member] = taken + 1
+        return writer
 
     def _step(
         self, state: State, batches: list[Batch], *, compiles: bool

@@ -13,6 +13,7 @@ from experiments.sweeps.members import Member
 from experiments.sweeps.runner import Sweep, SweepSettings
 from experiments.tasks.metrics import read_metrics
 from experiments.trainer.signals import InterruptedStepError
+from tests.checkpoint.runs import run_module
 from tests.experiments.sweeps.tiny_sweep import tiny_sweep_task
 
 TASK = tiny_sweep_task()
@@ -90,12 +91,17 @@ def test_an_interrupted_sweep_ends_with_the_bits_of_an_uninterrupted_one(sweep, 
         again.run(MEMBERS)
     again._programs[1].stack.task = again.task = TASK
     assert not list(tmp_path.glob("*/summary.json"))
+    (saved,) = tmp_path.glob(".checkpoints/*.npz")
+    with np.load(saved) as state:
+        assert state["step"] == 7
     again.run(MEMBERS)
     for member in MEMBERS:
         for name, x in arrays(again, member).items():
             np.testing.assert_array_equal(x, arrays(sweep, member)[name])
         metrics = [read_metrics(own.folder_of(member)) for own in (sweep, again)]
         assert metrics[0] == metrics[1]
+        at = [own.summary(member).get("diverged_at_step") for own in (sweep, again)]
+        assert at[0] == at[1]
 
 
 def test_finished_members_are_not_trained_again(sweep):
@@ -120,3 +126,10 @@ def test_groups_are_of_equal_size_so_that_one_program_serves_all(sweep):
     assert list(dict.fromkeys(m for chunk in chunks for m in chunk)) == own
     full = [dataclasses.replace(member, method="full") for member in own[:2]]
     assert [len(chunk) for chunk in sweep.chunks(full)] == [1, 1]
+
+
+@pytest.mark.full
+def test_members_are_spread_over_devices():
+    found = json.loads(run_module("tests.experiments.sweeps.on_devices", devices=2))
+    assert found["devices"] == 2 and found["arrays"] == [2]
+    assert found["loss"] <= 1e-6 and found["outputs"] <= 1e-5
