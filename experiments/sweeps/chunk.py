@@ -44,7 +44,7 @@ class Chunk:
     """The training of members that are trained at once.
 
     A member whose loss is not finite is no error. The others do not see it, and its summary has
-    `diverged_at_step`, and null in place of each metric.
+    `diverged_at_step`, and null in place of each metric. When all have diverged, training ends.
 
     Args:
         programs: Of their family.
@@ -102,6 +102,8 @@ class Chunk:
                     if number == self.steps or number % self.every == 0:
                         metrics = self._evaluate(number, state)
                     self._save(number, state, asked.number)
+                if len(self.diverged) == len(self.own):
+                    break
             self._finish(state, metrics)
 
     def _writer(self, member: Member, first: int) -> MetricsWriter:
@@ -184,7 +186,7 @@ class Chunk:
             folder = self.folder_of(member)
             save_arrays(folder / "trained.npz", zip(stack.names(), arrays, strict=True))
             summary = {
-                "validation": metrics.get(member, nothing),
+                "validation": nothing if member in self.diverged else metrics[member],
                 "metric": self.task.metric,
                 "trainable_parameters": sum(x.size for x in arrays),
                 "seconds_per_step": step,

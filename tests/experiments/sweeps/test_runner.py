@@ -1,5 +1,6 @@
 """A sweep leaves a folder for each member, continues where it stopped, tests what it is told to."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -26,19 +27,30 @@ STEPS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Signalled:
-    """The task, with a signal while a batch of the first member is made."""
+    """The task, with a signal while a batch of one member is made; it records the batches."""
 
     of: object
-    number: int
+    number: int = 0
+    drawn: list = dataclasses.field(default_factory=list)
 
     def __getattr__(self, name):
         return getattr(self.of, name)
 
     def batches(self, seed, batch_size):
         for number, batch in enumerate(self.of.batches(seed, batch_size), 1):
+            self.drawn.append(number)
             if number == self.number and seed == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
+
+
+@contextlib.contextmanager
+def of_task(sweep, task):
+    """The sweep and its programs have another task within the block."""
+    stack = sweep._programs[1].stack
+    before, stack.task, sweep.task = stack.task, task, task
+    yield
+    stack.task = sweep.task = before
 
 
 def in_folder(sweep, folder):
@@ -84,12 +96,19 @@ def test_a_member_that_diverges_disturbs_no_other(sweep):
     assert all(np.isfinite(x).all() for x in arrays(sweep, MEMBERS[0]).values())
 
 
+def test_members_that_all_diverge_are_not_trained_to_the_end(sweep, tmp_path):
+    own = [dataclasses.replace(MEMBERS[2], seed=seed) for seed in range(3)]
+    other, drawn = in_folder(sweep, tmp_path), []
+    with of_task(other, Signalled(TASK, drawn=drawn)):
+        summaries = other.run(own).values()
+    assert 0 < len(drawn) < len(own) * STEPS
+    assert all(summary["validation"]["loss"] is None for summary in summaries)
+
+
 def test_an_interrupted_sweep_ends_with_the_bits_of_an_uninterrupted_one(sweep, tmp_path):
     again = in_folder(sweep, tmp_path)
-    again._programs[1].stack.task = again.task = Signalled(TASK, 7)
-    with pytest.raises(InterruptedStepError, match="step 7"):
+    with of_task(again, Signalled(TASK, 7)), pytest.raises(InterruptedStepError, match="step 7"):
         again.run(MEMBERS)
-    again._programs[1].stack.task = again.task = TASK
     assert not list(tmp_path.glob("*/summary.json"))
     (saved,) = tmp_path.glob(".checkpoints/*.npz")
     with np.load(saved) as state:
