@@ -7,7 +7,7 @@ one chip of a TPU that need not be there, and the bytes that it reads and writes
 Examples:
     python -m experiments.sweeps.figures
     python -m experiments.sweeps.figures --members 4 --batch-size 32 --rounds 6
-    python -m experiments.sweeps.figures --target v5e:2x2
+    python -m experiments.sweeps.figures --target v5e:2x2 --rank 16
 """
 
 from __future__ import annotations
