@@ -18,6 +18,7 @@ from flax import nnx
 
 import dora_jax as dora
 from experiments.language.answers import AnswerBatches, Encoded, answer_loss
+from experiments.trainer.finite import DivergedError
 from experiments.trainer.loop import Training, fit
 from experiments.trainer.methods import METHODS
 from experiments.trainer.placement import own_rows
@@ -73,13 +74,10 @@ class Recipe:
         Raises:
             SystemExit: The method trains all parameters.
         """
-        switches = METHODS[method].switches
-        if switches is None:
+        if METHODS[method].switches is None:
             raise SystemExit(f"{method} has no adapters: choose another of {list(METHODS)}")
-        given = {"rank": self.rank, "alpha": self.alpha, **switches}
-        return dora.DoRAConfig(
-            dropout=self.dropout, target_modules=list(self.target_modules), **given
-        )
+        fields = {"dropout": self.dropout, "target_modules": list(self.target_modules)}
+        return METHODS[method].config(self.rank, self.alpha, fields)
 
     def adapt(self, base: Llama, method: str, seed: int) -> Llama:
         """Returns a base with new adapters."""
@@ -159,7 +157,8 @@ class LanguageRun:
         recipe = dataclasses.asdict(self.recipe)
         del recipe["checkpoint_every"]
         own = {"method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
-        return {**self.about, **own, **recipe, **self.trainer.changes_results}
+        settings = {**self.about, **own, **recipe, **self.trainer.changes_results}
+        return {**settings, "rank": self.recipe.adapters(self.method).rank}
 
     @property
     def title(self) -> str:
@@ -183,6 +182,8 @@ class LanguageRun:
         forgetting: Callable[[Any], float | None] = lambda _: None,
     ) -> dict[str, Any]:
         """Trains, from the newest checkpoint on if there is one, and returns the summary.
+
+        If the training diverges, the summary says so and has no figures.
 
         Args:
             base: The pretrained decoder. It stays as it is.
@@ -214,21 +215,27 @@ class LanguageRun:
             checkpoint_every=recipe.checkpoint_every,
             title=self.title,
         )
-        fitted = fit(training, self.folder, self.trainer)
-        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-            merged = dora.merge(model)
-            summary = {
-                "validation": dict(validate(merged)),
-                "metric": "accuracy",
-                "trainable_parameters": dora.adapters.count_parameters(dora.get_adapters(model))[
-                    "total"
-                ],
-                "seconds_per_step": fitted.seconds_per_step,
-                "members": 1,
-                "temporary_bytes": None,
-                "forgetting": forgetting(merged),
-            }
-        dora.save(self.folder / "adapter", model, config, overwrite=True)
+        summary: dict[str, Any] = {
+            "validation": {"accuracy": None, "loss": None},
+            "metric": "accuracy",
+            "trainable_parameters": dora.adapters.count_parameters(dora.get_adapters(model))[
+                "total"
+            ],
+            "seconds_per_step": None,
+            "members": 1,
+            "temporary_bytes": None,
+            "forgetting": None,
+        }
+        try:
+            summary["seconds_per_step"] = fit(training, self.folder, self.trainer).seconds_per_step
+        except DivergedError as error:
+            summary["diverged"] = str(error)
+        else:
+            with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+                merged = dora.merge(model)
+                summary["validation"] = dict(validate(merged))
+                summary["forgetting"] = forgetting(merged)
+            dora.save(self.folder / "adapter", model, config, overwrite=True)
         finish_run(self.folder, summary)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         return summary
