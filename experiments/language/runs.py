@@ -193,44 +193,25 @@ class LanguageRun:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         start_run(self.folder, self.config)
-        recipe = self.recipe
-        model = recipe.adapt(base, self.method, self.seed)
-        mesh = self.trainer.device_mesh()
-        batches = AnswerBatches(
-            rows,
-            recipe.batch_size,
-            seed=self.seed,
-            max_length=recipe.max_length,
-            train_on_prompt=recipe.train_on_prompt,
-            part=own_rows(mesh, recipe.batch_size),
-        )
-        config = recipe.adapters(self.method)
-        training = Training(
-            model=model,
-            optimizer=optimizer_of(model, recipe, self.learning_rate),
-            loss=answer_loss,
-            batches=batches,
-            steps=recipe.steps,
-            config=config,
-            checkpoint_every=recipe.checkpoint_every,
-            title=self.title,
-        )
+        model = self.recipe.adapt(base, self.method, self.seed)
+        config = self.recipe.adapters(self.method)
+        trained = dora.adapters.count_parameters(dora.get_adapters(model))
         summary: dict[str, Any] = {
             "validation": {"accuracy": None, "loss": None},
             "metric": "accuracy",
-            "trainable_parameters": dora.adapters.count_parameters(dora.get_adapters(model))[
-                "total"
-            ],
+            "trainable_parameters": trained["total"],
             "seconds_per_step": None,
             "members": 1,
             "temporary_bytes": None,
             "forgetting": None,
         }
         try:
-            summary["seconds_per_step"] = fit(training, self.folder, self.trainer).seconds_per_step
+            fitted = fit(self._training(model, rows), self.folder, self.trainer)
         except DivergedError as error:
             summary["diverged"] = str(error)
         else:
+            summary["seconds_per_step"] = fitted.seconds_per_step
+            mesh = self.trainer.device_mesh()
             with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
                 merged = dora.merge(model)
                 summary["validation"] = dict(validate(merged))
@@ -239,6 +220,27 @@ class LanguageRun:
         finish_run(self.folder, summary)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         return summary
+
+    def _training(self, model: Llama, rows: Sequence[Encoded]) -> Training:
+        recipe = self.recipe
+        batches = AnswerBatches(
+            rows,
+            recipe.batch_size,
+            seed=self.seed,
+            max_length=recipe.max_length,
+            train_on_prompt=recipe.train_on_prompt,
+            part=own_rows(self.trainer.device_mesh(), recipe.batch_size),
+        )
+        return Training(
+            model=model,
+            optimizer=optimizer_of(model, recipe, self.learning_rate),
+            loss=answer_loss,
+            batches=batches,
+            steps=recipe.steps,
+            config=recipe.adapters(self.method),
+            checkpoint_every=recipe.checkpoint_every,
+            title=self.title,
+        )
 
     def trained(self, base: Llama) -> Llama:
         """Returns the decoder of the finished run, merged."""
