@@ -1,4 +1,4 @@
-"""Compares LoRA and DoRA on the commonsense tasks of the DoRA paper, with a decoder.
+r"""Compares LoRA and DoRA on the commonsense tasks of the DoRA paper, with a decoder.
 
 The preset small fine-tunes SmolLM2-135M on the train files of BoolQ, ARC and OBQA, and tests on
 the paper's test files of seven tasks. A model of this size cannot follow the paper's format, in

@@ -1,4 +1,4 @@
-"""Compares LoRA and DoRA on mathematical word problems: MetaMathQA, tested on GSM8K and MATH.
+r"""Compares LoRA and DoRA on mathematical word problems: MetaMathQA, tested on GSM8K and MATH.
 
 The preset peft has the protocol of PEFT's comparison of methods: Llama-3.2-3B, 5,000 steps of four
 rows, learning rate 1e-4, weight decay 0.1, adapters of rank 32 on queries and values, solutions of

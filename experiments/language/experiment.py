@@ -13,6 +13,8 @@ import numpy as np
 
 from experiments.language.answers import Encoded
 from experiments.language.runs import LanguageRun, Recipe
+from experiments.sweeps.choice import choose
+from experiments.sweeps.members import Member
 from experiments.trainer.run_folder import finish_run, finished_run, start_run, write_whole
 from experiments.trainer.settings import TrainerSettings
 
@@ -133,15 +135,16 @@ class Experiment:
         for seed in range(design.seeds):
             for method in design.methods:
                 run = self.run_of(method, self.chosen(method), seed)
-                self._train(run, unrelated)
-                if not (run.folder / "test.json").exists():
+                diverged = "diverged" in self._train(run, unrelated)
+                if not diverged and not (run.folder / "test.json").exists():
                     self._test(run.folder, run.trained(self.base))
             after_a_seed()
 
     def run_of(self, method: str, rate: float, seed: int) -> LanguageRun:
         """Returns a run of the comparison."""
         design = self.design
-        name = f"{method}_r{design.recipe.rank}_lr-{rate:g}_seed-{seed}"
+        rank = design.recipe.adapters(method).rank
+        name = f"{method}_r{rank}_lr-{rate:g}_seed-{seed}"
         return LanguageRun(
             folder=design.folder / name,
             method=method,
@@ -153,23 +156,23 @@ class Experiment:
         )
 
     def chosen(self, method: str) -> float:
-        """Returns the rate with the best mean validation accuracy; of equal ones the lower loss."""
+        """Returns the learning rate that the choosing seeds select on the validation rows."""
         rates = self.design.rates
         if len(rates) == 1:
             return rates[0]
+        found = {}
+        for rate in rates:
+            for seed in range(self.design.choosing_seeds):
+                summary = self.run_of(method, rate, seed).summary()
+                assert summary is not None  # trained before
+                # Generated answers have no loss.
+                figures = {"validation": {"loss": 0.0, **summary["validation"]}}
+                found[Member(method=method, learning_rate=rate, seed=seed)] = figures
+        return choose(found, "accuracy")[0]
 
-        def quality(rate: float) -> tuple[float, float]:
-            seeds = range(self.design.choosing_seeds)
-            found = [self.run_of(method, rate, seed).summary() for seed in seeds]
-            values = [one["validation"] for one in found if one is not None]
-            loss = statistics.fmean(value.get("loss", 0.0) for value in values)
-            return statistics.fmean(value["accuracy"] for value in values), -loss
-
-        return max(rates, key=quality)
-
-    def _train(self, run: LanguageRun, unrelated: float | None) -> None:
-        if run.summary() is not None:
-            return
+    def _train(self, run: LanguageRun, unrelated: float | None) -> dict[str, Any]:
+        if (summary := run.summary()) is not None:
+            return summary
         material = self.material
 
         def forgetting(model: Llama) -> float | None:
@@ -182,10 +185,9 @@ class Experiment:
             validate=lambda model: material.evaluate(model, "validation").metrics,
             forgetting=forgetting,
         )
-        figures = ", ".join(
-            f"{k} {v:.4f}" for k, v in summary["validation"].items() if "/" not in k
-        )
-        print(f"{run.title}: validation {figures}", flush=True)
+        figures = {k: v for k, v in summary["validation"].items() if "/" not in k}
+        print(f"{run.title}: {summary.get('diverged', figures)}", flush=True)
+        return summary
 
     def _evaluate_base(self) -> float | None:
         """Evaluates the decoder untrained; returns its loss on the unrelated texts."""

@@ -18,6 +18,7 @@ from flax import nnx
 
 import dora_jax as dora
 from experiments.language.answers import AnswerBatches, Encoded, answer_loss
+from experiments.trainer.finite import DivergedError
 from experiments.trainer.loop import Training, fit
 from experiments.trainer.methods import METHODS
 from experiments.trainer.placement import own_rows
@@ -73,13 +74,10 @@ class Recipe:
         Raises:
             SystemExit: The method trains all parameters.
         """
-        switches = METHODS[method].switches
-        if switches is None:
+        if METHODS[method].switches is None:
             raise SystemExit(f"{method} has no adapters: choose another of {list(METHODS)}")
-        given = {"rank": self.rank, "alpha": self.alpha, **switches}
-        return dora.DoRAConfig(
-            dropout=self.dropout, target_modules=list(self.target_modules), **given
-        )
+        fields = {"dropout": self.dropout, "target_modules": list(self.target_modules)}
+        return METHODS[method].config(self.rank, self.alpha, fields)
 
     def adapt(self, base: Llama, method: str, seed: int) -> Llama:
         """Returns a base with new adapters."""
@@ -159,7 +157,8 @@ class LanguageRun:
         recipe = dataclasses.asdict(self.recipe)
         del recipe["checkpoint_every"]
         own = {"method": self.method, "learning_rate": self.learning_rate, "seed": self.seed}
-        return {**self.about, **own, **recipe, **self.trainer.changes_results}
+        settings = {**self.about, **own, **recipe, **self.trainer.changes_results}
+        return {**settings, "rank": self.recipe.adapters(self.method).rank}
 
     @property
     def title(self) -> str:
@@ -184,6 +183,8 @@ class LanguageRun:
     ) -> dict[str, Any]:
         """Trains, from the newest checkpoint on if there is one, and returns the summary.
 
+        If the training diverges, the summary says so and has no figures.
+
         Args:
             base: The pretrained decoder. It stays as it is.
             rows: To train on.
@@ -192,46 +193,54 @@ class LanguageRun:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         start_run(self.folder, self.config)
+        model = self.recipe.adapt(base, self.method, self.seed)
+        config = self.recipe.adapters(self.method)
+        trained = dora.adapters.count_parameters(dora.get_adapters(model))
+        summary: dict[str, Any] = {
+            "validation": {"accuracy": None, "loss": None},
+            "metric": "accuracy",
+            "trainable_parameters": trained["total"],
+            "seconds_per_step": None,
+            "members": 1,
+            "temporary_bytes": None,
+            "forgetting": None,
+        }
+        try:
+            fitted = fit(self._training(model, rows), self.folder, self.trainer)
+        except DivergedError as error:
+            summary["diverged"] = str(error)
+        else:
+            summary["seconds_per_step"] = fitted.seconds_per_step
+            mesh = self.trainer.device_mesh()
+            with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+                merged = dora.merge(model)
+                summary["validation"] = dict(validate(merged))
+                summary["forgetting"] = forgetting(merged)
+            dora.save(self.folder / "adapter", model, config, overwrite=True)
+        finish_run(self.folder, summary)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        return summary
+
+    def _training(self, model: Llama, rows: Sequence[Encoded]) -> Training:
         recipe = self.recipe
-        model = recipe.adapt(base, self.method, self.seed)
-        mesh = self.trainer.device_mesh()
         batches = AnswerBatches(
             rows,
             recipe.batch_size,
             seed=self.seed,
             max_length=recipe.max_length,
             train_on_prompt=recipe.train_on_prompt,
-            part=own_rows(mesh, recipe.batch_size),
+            part=own_rows(self.trainer.device_mesh(), recipe.batch_size),
         )
-        config = recipe.adapters(self.method)
-        training = Training(
+        return Training(
             model=model,
             optimizer=optimizer_of(model, recipe, self.learning_rate),
             loss=answer_loss,
             batches=batches,
             steps=recipe.steps,
-            config=config,
+            config=recipe.adapters(self.method),
             checkpoint_every=recipe.checkpoint_every,
             title=self.title,
         )
-        fitted = fit(training, self.folder, self.trainer)
-        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-            merged = dora.merge(model)
-            summary = {
-                "validation": dict(validate(merged)),
-                "metric": "accuracy",
-                "trainable_parameters": dora.adapters.count_parameters(dora.get_adapters(model))[
-                    "total"
-                ],
-                "seconds_per_step": fitted.seconds_per_step,
-                "members": 1,
-                "temporary_bytes": None,
-                "forgetting": forgetting(merged),
-            }
-        dora.save(self.folder / "adapter", model, config, overwrite=True)
-        finish_run(self.folder, summary)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        return summary
 
     def trained(self, base: Llama) -> Llama:
         """Returns the decoder of the finished run, merged."""

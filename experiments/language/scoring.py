@@ -7,6 +7,7 @@ and every option goes on from them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -115,9 +116,10 @@ def score(
     width = max(len(question.options) for question in questions)
     sums = np.full((len(questions), width), -np.inf)
     lengths = np.zeros((len(questions), width), int)
-    evaluated = nnx.view(model, deterministic=True, raise_if_not_found=False)
+    # Not `nnx.jit`, which returns all parameters from every call: copies of 0.5 GB for SmolLM2.
+    split = nnx.split(nnx.view(model, deterministic=True, raise_if_not_found=False))
     for batch, places in _batches(questions):
-        found = np.asarray(option_sums(evaluated, *batch))
+        found = np.asarray(_option_sums(*split, *batch))
         for row, (question, option) in enumerate(places):
             sums[question, option] = found[row]
             lengths[question, option] = len(questions[question].options[option])
@@ -128,7 +130,7 @@ def score(
 def _batches(
     questions: Sequence[Options],
 ) -> Iterator[tuple[tuple[Any, ...], list[tuple[int, int]]]]:
-    """Yields arrays for `option_sums`, and the question and option of each row."""
+    """Yields arrays for `_option_sums`, and the question and option of each row."""
     shapes: dict[tuple[int, int, int], list[int]] = {}
     for number in range(len(questions)):
         shapes.setdefault(questions[number].shape, []).append(number)
@@ -160,26 +162,26 @@ def _arrays(
         of_prompt[row] = group.index(number)
         options[row, : len(tokens)] = tokens
         real[row, : len(tokens)] = 1
-    return (ids, mask, of_prompt, options, real), places
+    return ((ids, mask), of_prompt, (options, real)), places
 
 
-@nnx.jit
-def option_sums(
-    model: Any,
-    prompts: Int[Array, "prompt token"],
-    mask: Int[Array, "prompt token"],
+@functools.partial(jax.jit, static_argnums=0)
+def _option_sums(
+    graphdef: Any,
+    state: Any,
+    prompts: tuple[Int[Array, "prompt token"], Int[Array, "prompt token"]],
     of_prompt: Int[Array, " row"],
-    options: Int[Array, "row token"],
-    real: Int[Array, "row token"],
+    options: tuple[Int[Array, "row token"], Int[Array, "row token"]],
 ) -> Float[Array, " row"]:
-    """Returns the log-likelihood of each option after its prompt."""
-    slots = prompts.shape[1] + options.shape[1]
-    dtype = jax.eval_shape(lambda: model.embed_tokens(prompts)).dtype
-    hidden, cache = model.extend(
-        prompts, empty_cache(model.config, len(prompts), slots, dtype), mask
-    )
+    """Returns the log-likelihood of each option after its prompt; ids come with their masks."""
+    model = nnx.merge(graphdef, state, copy=True)
+    (asked, mask), (answered, real) = prompts, options
+    slots = asked.shape[1] + answered.shape[1]
+    dtype = jax.eval_shape(lambda: model.embed_tokens(asked)).dtype
+    cache = empty_cache(model.config, len(asked), slots, dtype)
+    hidden, cache = model.extend(asked, cache, mask)
     # What predicts the first token of an option is the last state of its prompt.
     first = jnp.take(hidden[:, -1:], of_prompt, axis=0)
-    rest, _ = model.extend(options[:, :-1], cache.take(of_prompt), real[:, :-1])
-    losses = token_losses(model, jnp.concatenate([first, rest], axis=1), options)
+    rest, _ = model.extend(answered[:, :-1], cache.take(of_prompt), real[:, :-1])
+    losses = token_losses(model, jnp.concatenate([first, rest], axis=1), answered)
     return -jnp.sum(losses * real, axis=1)

@@ -154,21 +154,27 @@ def generate(
             raise ValueError("sampling needs a key, such as jax.random.key(0)")
         key = jax.random.key(0)
     graphdef, state = nnx.split(nnx.view(model, deterministic=True, raise_if_not_found=False))
-    ends = tuple(int(i) for i in end_ids)
-    return _generate(graphdef, state, input_ids, mask, key, max_new_tokens, ends, sampling)
+    limits = _Limits(max_new_tokens, tuple(int(i) for i in end_ids))
+    return _generate(graphdef, state, (input_ids, mask), key, limits, sampling)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
+class _Limits(NamedTuple):
+    """When a row ends: after so many tokens, or after one of these."""
+
+    new: int
+    ends: tuple[int, ...]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _generate(
     graphdef: Any,
     state: Any,
-    input_ids: Array,
-    mask: Array,
+    prompts: tuple[Array, Array],
     key: Array,
-    new: int,
-    ends: tuple[int, ...],
+    limits: _Limits,
     sampling: Sampling,
 ) -> Generated:
+    (input_ids, mask), new = prompts, limits.new
     model = nnx.merge(graphdef, state, copy=True)
     batch, length = input_ids.shape
     dtype = jax.eval_shape(lambda: model.embed_tokens(input_ids)).dtype
@@ -192,7 +198,7 @@ def _generate(
         drawn = jnp.where(ended, 0, drawn)
         tokens = jax.lax.dynamic_update_slice(tokens, drawn[:, None], (0, number))
         lengths = lengths + ~ended
-        ended = ended | jnp.isin(drawn, jnp.array(ends, jnp.int32))
+        ended = ended | jnp.isin(drawn, jnp.array(limits.ends, jnp.int32))
         model = nnx.merge(graphdef, state, copy=True)
         hidden, cache = model.extend(drawn[:, None], cache)
         return number + 1, tokens, model.logits(hidden)[:, 0], cache, ended, lengths

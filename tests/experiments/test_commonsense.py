@@ -66,6 +66,7 @@ def printed(config):
     return (config.design().folder / "commonsense.md").read_text()
 
 
+@pytest.mark.full
 def test_runs_are_chosen_on_validation_rows_and_only_chosen_ones_are_tested(config, printed):
     folders = {
         path.parent.name: path.parent for path in config.design().folder.glob("*/summary.json")
@@ -86,6 +87,7 @@ def test_runs_are_chosen_on_validation_rows_and_only_chosen_ones_are_tested(conf
     assert len(folders) == 4 and "base_r0_lr-0_seed-0" in folders
 
 
+@pytest.mark.full
 def test_the_table_is_the_mean_of_the_predictions_that_were_kept(config, printed):
     names = [*TASKS, *OTHERS]
     for path in config.design().folder.glob("*/test.json"):
@@ -101,6 +103,7 @@ def test_the_table_is_the_mean_of_the_predictions_that_were_kept(config, printed
     assert len(lines) == 2  # by token, and in the sum
 
 
+@pytest.mark.full
 def test_a_run_says_how_it_was_made_and_what_it_forgot(config, printed):
     for path in config.design().folder.glob("dora_*/summary.json"):
         summary = json.loads(path.read_text())
@@ -111,6 +114,7 @@ def test_a_run_says_how_it_was_made_and_what_it_forgot(config, printed):
         assert not path.with_name("checkpoints").exists()
 
 
+@pytest.mark.full
 def test_finished_runs_are_kept_and_those_of_other_settings_refused(config, printed):
     before = {file: file.stat().st_mtime_ns for file in config.design().folder.glob("*/*.json")}
     commonsense.run(config)

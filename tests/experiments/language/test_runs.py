@@ -12,6 +12,7 @@ import dora_jax as dora
 from experiments.language.runs import Recipe, optimizer_of
 
 
+@pytest.mark.rows(1)
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 def test_updates_are_those_of_adamw_at_the_rate_of_each_step(decay):
     options = {"warmup": 2, "decay": decay, "weight_decay": 0.1, "magnitude_lr_ratio": 3.0}

@@ -66,7 +66,7 @@ def by_steps(model, prompts, mask, rest):
     return jnp.concatenate([model.logits(hidden[:, -1:]), found.swapaxes(0, 1)], axis=1)
 
 
-@pytest.mark.rows(3)
+@pytest.mark.rows(2)
 @pytest.mark.parametrize(
     ("config", "scan_layers", "form"),
     [
@@ -144,6 +144,7 @@ def test_draws_have_the_probabilities_of_the_kept_tokens():
     np.testing.assert_allclose(sampled, kept(p, 2), **near)
 
 
+@pytest.mark.full
 def test_the_same_key_draws_the_same_tokens_and_dropout_does_not_act():
     config = dataclasses.replace(ADAPTED, dropout=0.5)
     base = filled(lambda: Llama(LLAMA, scan_layers=True, rngs=nnx.Rngs(0)))
