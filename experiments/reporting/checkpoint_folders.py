@@ -211,7 +211,7 @@ def compare_folders(before: Path, after: Path, output: Path) -> str:
         f"{len(found.changes)} tensors compared, {unchanged} of them are equal. "
         + _correlation(kernels),
         "",
-        table_of(found.changes).markdown(),
+        table_of(change for change in found.changes if change.relative_norm != 0).markdown(),
         "",
     ]
     if kernels:

@@ -70,7 +70,7 @@ def plot_rates(variants: Sequence[Variant], file: Path) -> None:
             xlabel="peak learning rate",
             ylabel="validation score (× 100)",
         )
-        panel.set_xticks(rates, list(map(_power, rates)), rotation=45)
+        panel.set_xticks(rates, list(map(_power, rates)), rotation=60, fontsize=7)
         panel.minorticks_off()
     _legend(figure, panels.values())
     style.save(figure, file)

@@ -101,6 +101,9 @@ def test_a_folder_deleted_in_part_is_named_and_nothing_is_invented(tmp_path, cap
     (damaged / "summary.json").write_text('{"validation": ')
     bare = root / "glue" / "sst2" / "lora_r8_lr-0.01_seed-0"
     (bare / "config.json").unlink()
+    adapter = root / "glue" / "sst2" / "lora_r8_lr-0.001_seed-0" / "best"
+    adapter.mkdir()
+    (adapter / "config.json").write_text("{}")  # of an adapter: a part of the run, no run itself
     for file in root.rglob("full_*/test_predictions.npz"):
         file.unlink()
     report.main([str(root), "--output", str(tmp_path / "out")])
@@ -114,6 +117,7 @@ def test_a_folder_deleted_in_part_is_named_and_nothing_is_invented(tmp_path, cap
         "sst2 LoRA, r 8: no run at the rate 0.0001, 0.01",
     ):
         assert line in text
+    assert str(adapter) not in text
     rows = {row["method"]: row for row in rows_of(tmp_path / "out" / "glue_results.csv")}
     dora = 100 * np.mean([score_of("sst2", "dora", seed) for seed in (0, 2)])
     assert float(rows["DoRA, r 8"]["score (× 100)"]) == pytest.approx(dora)
