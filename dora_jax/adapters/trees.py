@@ -12,6 +12,7 @@ from flax.core import meta
 
 from dora_jax.adapters.placement import host_value
 from dora_jax.errors import AdapterError, Path, listing
+from dora_jax.layers.quantized_box import QuantizedBox
 from dora_jax.processes import spans_processes
 
 Tree = Mapping[str, Any]
@@ -76,11 +77,13 @@ def overlay(tree: Tree, over: Tree, path: Path = ()) -> dict[str, Any]:
 def unboxed(tree: Any) -> Any:
     """Returns a tree without Flax's boxes around its arrays, such as `nn.Partitioned`.
 
-    Unlike `flax.core.meta.unbox` it constrains no sharding, so that arrays may be abstract.
+    Unlike `flax.core.meta.unbox` it constrains no sharding, so that arrays may be abstract, and
+    dequantises nothing.
     """
 
     def inner(box: Any) -> Any:
-        return unboxed(box.value if isinstance(box, meta.Partitioned) else box.unbox())
+        kept = isinstance(box, meta.Partitioned | QuantizedBox)
+        return unboxed(box.value if kept else box.unbox())
 
     return meta.map_axis_meta(inner, tree)
 

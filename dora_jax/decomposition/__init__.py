@@ -23,12 +23,8 @@ from dora_jax.decomposition.direction import relative_square
 from dora_jax.decomposition.initializers import init_layer
 from dora_jax.decomposition.merge import materialize, merge_kernel
 from dora_jax.decomposition.product import Factors, KernelProduct
-from dora_jax.decomposition.quantized import (
-    Kernel,
-    QuantizedKernel,
-    dense,
-    quantize_kernel,
-)
+from dora_jax.decomposition.quantize import Quantization, quantize_kernel
+from dora_jax.decomposition.quantized import Kernel, QuantizedKernel, dense
 from dora_jax.decomposition.scale import (
     direction_norm,
     effective_factors,
@@ -42,6 +38,7 @@ __all__ = [
     "Kernel",
     "KernelAxes",
     "KernelProduct",
+    "Quantization",
     "QuantizedKernel",
     "base_changed",
     "dense",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.quantized import Kernel, dense
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -54,7 +55,7 @@ class Columns(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, product: KernelProduct, scaling: float, kernel: Array, lora_b: Array) -> Columns:
+    def of(cls, product: KernelProduct, scaling: float, kernel: Kernel, lora_b: Array) -> Columns:
         """Returns blocks of about 32 columns, or as many as the rank; there are at least 8."""
         sizes = [kernel.shape[i] for i in product.axes.outputs]
         axis = sizes.index(max(sizes))
@@ -118,11 +119,11 @@ class Columns(NamedTuple):
         return (own.reshape(-1, 1) == everywhere).astype(self.product.wide).reshape(-1, *shape)
 
     def direction(
-        self, block: Block, kernel: Array, lora_a: Array, lora_b: Array
+        self, block: Block, kernel: Kernel, lora_a: Array, lora_b: Array
     ) -> Float[Array, "*stack *in *columns"]:
         """Returns a block of `V`, in float32 or wider."""
         product, (stack, inputs, outputs) = self.product, self.product.axes
-        w = self.take_along(kernel, block, outputs[self.axis])
+        w = self.take_along(dense(kernel), block, outputs[self.axis])
         w = jnp.transpose(w, stack + inputs + outputs)
         b = self.take(lora_b, block, 1)
         return product.rounded(w) + self.scaling * product.contract(

@@ -14,6 +14,7 @@ from dora_jax.decomposition.axes import Adapter, KernelAxes, expand_trailing
 from dora_jax.decomposition.base import FrozenBase, same_base
 from dora_jax.decomposition.direction import SMALL_SQUARE, relative_square
 from dora_jax.decomposition.product import Factors, KernelProduct
+from dora_jax.decomposition.quantized import Kernel
 from dora_jax.decomposition.sharding import explicit_shardings
 from dora_jax.ops.mesh_types import automatically
 
@@ -55,7 +56,7 @@ def effective_factors(adapter: Adapter, base: FrozenBase, axes: KernelAxes) -> F
 
 def norm_of_layer(
     settings: LayerSettings,
-    kernel: Float[Array, "..."],
+    kernel: Kernel,
     adapter: Adapter,
     base: FrozenBase,
     product: KernelProduct,
@@ -81,7 +82,7 @@ def is_short(norm: Float[Array, "*stack *out"], base: FrozenBase) -> Bool[Array,
 
 def stored_scale(
     settings: LayerSettings,
-    kernel: Float[Array, "..."],
+    kernel: Kernel,
     adapter: Adapter,
     base: FrozenBase,
     product: KernelProduct,
@@ -89,7 +90,7 @@ def stored_scale(
     """Returns `magnitude_over_norm` of a stored kernel, also where its mesh axes are explicit."""
     out = explicit_shardings(kernel, product.axes).get("scale")
 
-    def run(kernel: Array, adapter: Adapter, base: FrozenBase) -> Array:
+    def run(kernel: Kernel, adapter: Adapter, base: FrozenBase) -> Array:
         return magnitude_over_norm(settings, kernel, adapter, base, product)
 
     return cast("Array", automatically(run, out, kernel, dict(adapter), base))
@@ -97,7 +98,7 @@ def stored_scale(
 
 def magnitude_over_norm(
     settings: LayerSettings,
-    kernel: Float[Array, "..."],
+    kernel: Kernel,
     adapter: Adapter,
     base: FrozenBase,
     product: KernelProduct,

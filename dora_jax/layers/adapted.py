@@ -15,6 +15,7 @@ from dora_jax.decomposition.axes import Adapter, KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.decomposition.columns import Columns
 from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.quantized import Kernel
 from dora_jax.decomposition.scale import (
     effective_factors,
     is_short,
@@ -53,7 +54,7 @@ class AdaptedLayer:
     inputs: tuple[int, ...] = ()
 
     def product(
-        self, layer: Any, kernel: Array, axes: KernelAxes, dtype: DTypeLike, base: FrozenBase
+        self, layer: Any, kernel: Kernel, axes: KernelAxes, dtype: DTypeLike, base: FrozenBase
     ) -> KernelProduct:
         """Returns how the norm multiplies a kernel of these axes.
 
@@ -80,13 +81,13 @@ class AttendCall:
     Attributes:
       layer: the Linen or NNX layer, for its attributes.
       query: `(*batch, features)`.
-      kernel: the frozen table `(vocab, features)`.
+      kernel: the frozen table `(vocab, features)`, quantised or not.
       attend: the layer's own method on the frozen table.
     """
 
     layer: Any
     query: Float[Array, "*batch features"]
-    kernel: Float[Array, "vocab features"]
+    kernel: Kernel
     attend: Callable[[Array], Array]
 
 
@@ -174,7 +175,7 @@ def adapted_attend(
     query = call.query.astype(dtype)
     product = adapted.product(call.layer, call.kernel, axes, dtype, base)
 
-    def scaled(query: Array, kernel: Array, adapter: Adapter, base: FrozenBase) -> Any:
+    def scaled(query: Array, kernel: Kernel, adapter: Adapter, base: FrozenBase) -> Any:
         factors = effective_factors(adapter, base, axes) if settings.rank else None
         norm = norm_of_layer(settings, kernel, adapter, base, product, factors)
         if settings.decompose:
@@ -223,7 +224,7 @@ def _explicit_attend(
     return logits + automatically(low_rank, jax.typeof(logits).sharding, query, *operands[1:])
 
 
-def compute_dtype(layer: Any, inputs: Array, kernel: Array) -> DTypeLike:
+def compute_dtype(layer: Any, inputs: Array | Kernel, kernel: Kernel) -> DTypeLike:
     """Returns the dtype in which a layer multiplies: its own, or what its arguments promote to."""
     own = getattr(layer, "dtype", None)
     if own is not None:

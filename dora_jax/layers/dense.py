@@ -80,6 +80,10 @@ class EmbedLayout(DenseLayout):
     attend: bool = True
     all_linear: bool = False
 
+    def shared_axes(self, axes: KernelAxes) -> KernelAxes:
+        """Returns the axes with in and out exchanged: a row has scales of its own."""
+        return axes._replace(inputs=axes.outputs, outputs=axes.inputs)
+
     def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
         """Returns `s A[ids] B`."""
         ids = call.arguments[self.inputs]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from flax.core import meta
 
 from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.trees import Tree, check_finite, get_in, overlay, set_in, unboxed
 from dora_jax.decomposition.merge import check_rounding, merge_kernel
 from dora_jax.errors import AdapterError
 from dora_jax.linen.model import DoRAModel, check_adapters, check_base, saved_modules
+from dora_jax.linen.quantized import boxed
 
 
 def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
         new, rounding_losses[path] = merge_kernel(
             settings, kernel, get_in(adapters, path), model.base[path], layer.axes
         )
-        merged = set_in(merged, path, {**own, name: meta.replace_boxed(own[name], new)})
+        merged = set_in(merged, path, {**own, name: boxed(own[name], new)})
     check_rounding(rounding_losses)
     saved = jax.tree.map(own_array, saved_modules(model.layers, adapters))
     return overlay(merged, saved)

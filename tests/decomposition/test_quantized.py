@@ -10,7 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dora_jax.decomposition import KernelAxes, dense, first_row, quantize_kernel
+from dora_jax.decomposition import (
+    KernelAxes,
+    Quantization,
+    dense,
+    first_row,
+    quantize_kernel,
+)
 from dora_jax.decomposition.quantized import NF4
 from dora_jax.errors import ConfigError
 
@@ -23,9 +29,9 @@ SHAPES = [
 ]
 
 
-def quantized(shape, format, axes=DENSE, seed=0, **settings):
-    kernel = 0.02 * jax.random.normal(jax.random.key(seed), shape)
-    return np.asarray(kernel), quantize_kernel(kernel, format, axes, **settings)
+def quantized(shape, format, axes=DENSE, **settings):
+    kernel = 0.02 * jax.random.normal(jax.random.key(0), shape)
+    return np.asarray(kernel), quantize_kernel(kernel, Quantization(format, **settings), axes)
 
 
 def by_numpy(kernel, format, axis, block):
@@ -83,7 +89,7 @@ def test_a_zero_column_stays_zero_and_a_part_is_that_of_the_whole():
     kernel = 0.02 * jax.random.normal(jax.random.key(1), (2, 70, 6))
     kernel = kernel.at[1, :, 3].set(0)
     axes = KernelAxes((0,), (1,), (2,))
-    found = quantize_kernel(kernel, "nf4", axes, double=True)
+    found = quantize_kernel(kernel, Quantization("nf4", double=True), axes)
     whole = dense(found)
     assert not np.any(whole[1, :, 3]) and np.all(np.any(whole[0] != 0, 0))
     np.testing.assert_array_equal(dense(jax.tree.map(lambda x: x[1], found)), whole[1])
@@ -100,4 +106,4 @@ def test_a_dequantised_kernel_has_the_kernels_dtype_and_is_the_same_in_every_pro
 @pytest.mark.parametrize("format, block", [("nf5", None), ("uint4", None), ("nf4", 0)])
 def test_an_unknown_format_is_named(format, block):
     with pytest.raises(ConfigError, match="nf4, int4, int8, fp8" if block is None else "block"):
-        quantize_kernel(jnp.ones((2, 2)), format, DENSE, block=block)
+        Quantization(format, block)
