@@ -82,7 +82,7 @@ def _square_and_rows(
     square = 1 + change / base_square
     return choose(
         square < SMALL_SQUARE,
-        functools.partial(_square_and_rows_of_columns, product, scaling),
+        functools.partial(square_and_rows_of_columns, product, scaling),
         lambda found, *_: found,
         (square, from_kernel + from_factors),
         kernel,
@@ -128,7 +128,7 @@ def _tangent_or_none(tangent: Any) -> Array | None:
 _square_and_rows.defjvp(_square_and_rows_jvp, symbolic_zeros=True)
 
 
-def _square_and_rows_of_columns(
+def square_and_rows_of_columns(
     product: KernelProduct,
     scaling: float,
     found: tuple[Array, Array],
@@ -166,7 +166,7 @@ def _rows_of_factors(
     return product.tangent_with_kernel(x, kernel) + scaling * added
 
 
-def _rows_of_columns(
+def rows_of_columns(
     x: Array,
     kernel: Kernel,
     lora_a: Array,
@@ -186,7 +186,7 @@ def _rows_of_columns(
     return columns.each(step, jnp.zeros_like(lora_b, product.wide))
 
 
-def _transpose_of_columns(
+def transpose_of_columns(
     rows: Array,
     kernel: Kernel,
     lora_a: Array,
@@ -209,7 +209,7 @@ def _transpose_of_columns(
 _with_direction = define_linear_map(
     "dora_rows_of_direction",
     _rows_of_factors,
-    _rows_of_columns,
-    _transpose_of_columns,
+    rows_of_columns,
+    transpose_of_columns,
     on_gpu=(rows_on_gpu, transpose_on_gpu),
 )

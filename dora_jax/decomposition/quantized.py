@@ -168,6 +168,20 @@ def dense(kernel: Kernel) -> Array:
     return kernel.dequantize() if isinstance(kernel, QuantizedKernel) else kernel
 
 
+def with_whole_scales(kernel: QuantizedKernel, axis: int) -> QuantizedKernel:
+    """Returns the same kernel with a scale for each index of an axis, or one for all; float32."""
+    scales = whole_scales(kernel.scales, kernel.scale_scales, kernel.scale_mean)
+    shape = [n if i == axis else scales.shape[i] for i, n in enumerate(kernel.shape)]
+
+    def whole(x: Array) -> Array:
+        return x if x.shape[axis] == 1 else expanded(x, shape, kernel.block)
+
+    offsets = None if kernel.offsets is None else whole(kernel.offsets)
+    return dataclasses.replace(
+        kernel, scales=whole(scales), offsets=offsets, scale_scales=None, scale_mean=None
+    )
+
+
 def is_abstract(kernel: Any) -> bool:
     """Returns whether a kernel is only the shape of one."""
     return isinstance(jax.tree.leaves(kernel)[0], jax.ShapeDtypeStruct)

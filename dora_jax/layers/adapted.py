@@ -25,6 +25,7 @@ from dora_jax.decomposition.scale import (
 from dora_jax.decomposition.sharding import axes_that_cut
 from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.exact_output import can_cancel, exact_attend, exact_output, multiplies_wide
+from dora_jax.layers.joined_output import plain_output_and_rows
 from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes, low_rank_dtype
 from dora_jax.ops.mesh_types import automatically, explicit_mesh
 from dora_jax.ops.output_scale import apply_scale, apply_scale_to_sum
@@ -140,9 +141,9 @@ def _adapted_output(
     output_axes = layout.output_axes(layer, call.arguments, axes)
     dtype = compute_dtype(layer, call.arguments[layout.inputs], call.kernel)
     product = adapted.product(layer, call.kernel, axes, dtype, base)
-    h, exact = call.plain_output, None
-    factors = effective_factors(adapter, base, axes) if settings.rank else None
-    norm = norm_of_layer(settings, call.kernel, adapter, base, product, factors)
+    exact, factors = None, effective_factors(adapter, base, axes) if settings.rank else None
+    h, rows = plain_output_and_rows(settings, layout, call, adapter, factors, product)
+    norm = norm_of_layer(settings, call.kernel, adapter, base, product, factors, rows)
     if factors is not None:
         branch, dropped = LowRank(*factors, settings.scaling, dtype), _with_dropout(layout, call)
         added = layout.low_rank(dropped, branch).astype(h.dtype)

@@ -166,6 +166,10 @@ class Layout:
         """Returns the axes as the scales of a quantised kernel see them: shared along `inputs`."""
         return axes
 
+    def is_matrix_product(self, layer: Any) -> bool:
+        """Returns whether a layer computes `inputs @ kernel`, in the dtype of both, and no more."""
+        return False
+
     @property
     def read_elsewhere(self) -> str:
         """Why a layer cannot be adapted whose kernel the model uses outside of it, with the fix."""
