@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.decomposition.axes import KernelAxes, canonical_transpose
-from dora_jax.decomposition.quantized import Kernel, dense
+from dora_jax.decomposition.quantized import Kernel, QuantizedKernel, dense, leading_part
 from dora_jax.decomposition.sharding import explicit_shardings
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.ops.mesh_types import automatically
@@ -81,8 +81,9 @@ def kernel_norm(
 def first_row(kernel: Kernel, axes: KernelAxes) -> Float[Array, "*stack *out"]:
     """Returns the kernel at index 0 of every in axis: a cheap fingerprint of it."""
     index = tuple(0 if i in axes.inputs else slice(None) for i in range(axes.ndim))
-    row = jax.tree.map(lambda x: x[index], kernel)  # codes and scales of a quantised one
-    return canonical_transpose(dense(row), axes)
+    if isinstance(kernel, QuantizedKernel):
+        kernel = dense(leading_part(kernel, axes.inputs))
+    return canonical_transpose(kernel[index], axes)
 
 
 def base_changed(kernel: Kernel, base: FrozenBase, axes: KernelAxes) -> Bool[Array, "*stack *out"]:

@@ -182,6 +182,26 @@ def with_whole_scales(kernel: QuantizedKernel, axis: int) -> QuantizedKernel:
     )
 
 
+def leading_part(kernel: QuantizedKernel, axes: Sequence[int]) -> QuantizedKernel:
+    """Returns the kernel at the first block of some axes, to take index 0 of it.
+
+    A row of 4-bit codes is no whole number of a TPU's tiles: to take it XLA copies all codes first,
+    17 MB of reading and writing for a kernel of 4096 x 4096. A block is one.
+    """
+    shape = kernel.shape
+    number = {axis: min(shape[axis], kernel.block, BLOCK) for axis in axes}
+
+    def part(x: Array) -> Array:
+        is_code = x.shape == shape
+        index = [
+            slice(number[i] if is_code else 1) if i in number else slice(None)
+            for i in range(x.ndim)
+        ]
+        return x[tuple(index)]
+
+    return jax.tree.map(part, kernel)
+
+
 def is_abstract(kernel: Any) -> bool:
     """Returns whether a kernel is only the shape of one."""
     return isinstance(jax.tree.leaves(kernel)[0], jax.ShapeDtypeStruct)

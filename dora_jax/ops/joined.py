@@ -104,7 +104,9 @@ def multiply(
         y, below = both[: len(flat)], both[len(flat) :].astype(dense.wide)
         return [y.reshape(*x.shape[:-1], -1), below.T if transpose else below]
     results = [] if x is None else [product(x, dtype=None)]
-    if rows is not None and transpose:
+    if rows is not None and join and transpose:
+        results.append(product(rows.astype(dense.dtype), dtype=None).astype(dense.wide).T)
+    elif rows is not None and transpose:
         results.append(product(rows, dtype=dense.wide).T)
     elif rows is not None:
         results.append(
