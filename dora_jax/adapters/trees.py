@@ -120,7 +120,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Pat
 
     for path, node in _with_paths(tree, ends):
         # A box may hold no array, as in an optimiser's state that masks it.
-        inner = flatten(unboxed(node)) if meta.is_axis_metadata(node) else {(): node}
+        inner = flatten(unboxed(node), is_leaf) if meta.is_axis_metadata(node) else {(): node}
         for tail, leaf in inner.items():
             if (*path, *tail) in flat:
                 raise AdapterError(

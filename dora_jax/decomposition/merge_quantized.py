@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from dora_jax.decomposition.axes import Adapter, KernelAxes
 from dora_jax.decomposition.base import FrozenBase, describe_base
 from dora_jax.decomposition.merge import materialize
-from dora_jax.decomposition.quantize import Quantization, quantize_kernel
+from dora_jax.decomposition.quantize import quantize_like
 from dora_jax.decomposition.quantized import Kernel, QuantizedKernel, dense
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.ops.output_scale import wide_dtype
@@ -27,30 +27,17 @@ if TYPE_CHECKING:
 DEQUANTIZED, REQUANTIZED = "dequantized", "requantized"
 
 
-class MergedAxes(NamedTuple):
-    """The axes of a kernel; hashable.
-
-    Attributes:
-      kernel: its axes.
-      shared: as the scales of a quantised kernel see them.
-    """
-
-    kernel: KernelAxes
-    shared: KernelAxes
-
-
 @functools.partial(jax.jit, static_argnames=("settings", "axes"))
 def merge_requantized(
     settings: LayerSettings,
     kernel: QuantizedKernel,
     adapter: Adapter,
     base: FrozenBase,
-    axes: MergedAxes,
+    axes: KernelAxes,
 ) -> tuple[QuantizedKernel, Float[Array, ""]]:
     """Returns the merged kernel in the format of its base, and the share of the change it loses."""
-    merged = materialize(settings, kernel, adapter, base, axes.kernel, dtype=jnp.float32)
-    how = Quantization(kernel.format, kernel.block, kernel.scale_scales is not None)
-    new = quantize_kernel(merged.astype(kernel.dtype), how, axes.shared)
+    merged = materialize(settings, kernel, adapter, base, axes, dtype=jnp.float32)
+    new = quantize_like(merged.astype(kernel.dtype), kernel)
     return new, _lost(new.astype(jnp.float32), merged, kernel)
 
 
@@ -60,18 +47,18 @@ def merge_into_original(
     kernel: Kernel,
     adapter: Adapter,
     base: FrozenBase,
-    axes: MergedAxes,
+    axes: KernelAxes,
     original: Float[Array, "..."],
 ) -> tuple[Float[Array, "..."], Float[Array, ""]]:
     """Returns `m (W + s A B) / ||W + s A B||` of the original kernel `W`, and a difference.
 
     The difference is that from the model that was trained, as a share of the change it learnt.
     """
-    trained = materialize(settings, kernel, adapter, base, axes.kernel, dtype=jnp.float32)
-    own = describe_base(original, axes.kernel, settings.eps)
+    trained = materialize(settings, kernel, adapter, base, axes, dtype=jnp.float32)
+    own = describe_base(original, axes, settings.eps)
     own = dataclasses.replace(base, norm=own.norm, first_row=own.first_row)
     wide = wide_dtype(original.dtype)
-    merged = materialize(settings, original, adapter, own, axes.kernel, dtype=wide)
+    merged = materialize(settings, original, adapter, own, axes, dtype=wide)
     return merged.astype(original.dtype), _lost(merged.astype(jnp.float32), trained, kernel)
 
 

@@ -86,6 +86,24 @@ def quantize_kernel(
     return _quantize(kernel, quantization, axes)
 
 
+def quantize_like(kernel: Float[Array, "..."], like: QuantizedKernel) -> QuantizedKernel:
+    """Returns a kernel quantised as another one of the same shape was, which may be abstract.
+
+    Which axes share a scale is seen from the shapes.
+    """
+    axes: dict[str, list[int]] = {"stack": [], "inputs": [], "outputs": []}
+    for i, size in enumerate(like.shape):
+        if like.scales.shape[i] != size:
+            axes["inputs"].append(i)
+        elif like.scale_mean is not None and like.scale_mean.shape[i] == size > 1:
+            axes["stack"].append(i)
+        else:
+            axes["outputs"].append(i)
+    double = like.scale_scales is not None
+    how = Quantization(like.format, like.block, double)
+    return quantize_kernel(kernel, how, KernelAxes(**{k: tuple(v) for k, v in axes.items()}))
+
+
 @functools.partial(jax.jit, static_argnames=("quantization", "axes"))
 def _quantize(kernel: Array, quantization: Quantization, axes: KernelAxes) -> QuantizedKernel:
     format, double = quantization.format, quantization.double

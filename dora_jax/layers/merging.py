@@ -12,7 +12,6 @@ from dora_jax.decomposition.merge import check_rounding, merge_kernel
 from dora_jax.decomposition.merge_quantized import (
     DEQUANTIZED,
     REQUANTIZED,
-    MergedAxes,
     check_original,
     merge_into_original,
     merge_requantized,
@@ -20,18 +19,16 @@ from dora_jax.decomposition.merge_quantized import (
 )
 from dora_jax.decomposition.quantized import Kernel, QuantizedKernel
 from dora_jax.errors import AdapterError, Path
-from dora_jax.layers.layout import Layout
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
 
 class LayerMerge(NamedTuple):
-    """A layer to be merged: its path, settings, layout, and the axes of its stored kernel."""
+    """A layer to be merged: its path, settings, and the axes of its stored kernel."""
 
     path: Path
     settings: LayerSettings
-    layout: Layout
     axes: KernelAxes
 
 
@@ -65,18 +62,17 @@ class Losses:
         original: Array | None,
     ) -> Kernel:
         """Returns the merged kernel of a layer."""
-        path, settings, layout, axes = layer
+        path, settings, axes = layer
         if self.into == DEQUANTIZED or not isinstance(kernel, QuantizedKernel):
             new, self.rounding[path] = merge_kernel(settings, kernel, adapter, base, axes)
             return new
-        both = MergedAxes(axes, layout.shared_axes(axes))
         if self.into == REQUANTIZED:
-            result, self.base[path] = merge_requantized(settings, kernel, adapter, base, both)
+            result, self.base[path] = merge_requantized(settings, kernel, adapter, base, axes)
             return result
         if original is None:
             raise AdapterError(f"into= has no layer {'.'.join(path)}: give what was quantised")
         check_original(path, kernel, original)
-        new, self.base[path] = merge_into_original(settings, kernel, adapter, base, both, original)
+        new, self.base[path] = merge_into_original(settings, kernel, adapter, base, axes, original)
         return new
 
     def report(self) -> None:

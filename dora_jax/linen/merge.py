@@ -59,11 +59,11 @@ def merge(
     for path, layer in model.layers.items():
         settings, name = layer.adapted.settings, layer.adapted.layout.kernel
         own, kernel = get_in(params, path), layer.kernel(params)
-        layout, original = layer.adapted.layout, None
+        original = None
         if not isinstance(into, str):
             original = unboxed(get_in(into, (*path, name), "into="))
         new = losses.merged(
-            LayerMerge(path, settings, layout, layer.axes),
+            LayerMerge(path, settings, layer.axes),
             kernel,
             get_in(adapters, path),
             model.base[path],

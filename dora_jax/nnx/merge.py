@@ -48,13 +48,13 @@ def merge(model: M, into: Any = DEQUANTIZED) -> M:
     originals = dict(named_modules(into)) if isinstance(into, nnx.Module) else {}
     for path, layer in adapted_layers(model).items():
         kernel, axes = kernel_and_axes(layer)
-        layout, original = layer.adapted.layout, originals.get(path)
+        original, name = originals.get(path), layer.adapted.layout.kernel
         merged = losses.merged(
-            LayerMerge(path, layer.adapted.settings, layout, axes),
+            LayerMerge(path, layer.adapted.settings, axes),
             kernel.get_value(),
             adapter_of(layer),
             base_of(layer),
-            None if original is None else getattr(original, layout.kernel).get_value(),
+            None if original is None else getattr(original, name).get_value(),
         )
         kernel.set_value(merged)
         detach(layer)
