@@ -39,10 +39,12 @@ from dora_jax.api import (
 )
 from dora_jax.checkpoint import Checkpoints, load, save
 from dora_jax.config import DoRAConfig
+from dora_jax.decomposition import Quantization
 from dora_jax.errors import DoRAError
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
 from dora_jax.ops import save_scaled
+from dora_jax.quantization import quantize
 from dora_jax.training import dora_optimizer, optimizer_shardings
 from dora_jax.version import __version__
 
@@ -52,6 +54,7 @@ __all__ = [
     "DoRAError",
     "DoRAModel",
     "DoRAParam",
+    "Quantization",
     "__version__",
     "apply_dora",
     "apply_mixed",
@@ -63,6 +66,7 @@ __all__ = [
     "merge",
     "optimizer_shardings",
     "precompute_scales",
+    "quantize",
     "save",
     "save_scaled",
     "set_adapters",

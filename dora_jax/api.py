@@ -85,14 +85,18 @@ def apply_dora(
 
 
 @overload
-def merge(model: M) -> M: ...
+def merge(model: M, *, into: str | M = "dequantized") -> M: ...
 
 
 @overload
-def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]: ...
+def merge(
+    model: DoRAModel, params: Tree, adapters: Tree, *, into: str | Tree = "dequantized"
+) -> dict[str, Any]: ...
 
 
-def merge(model: Any, params: Any = None, adapters: Any = None) -> Any:
+def merge(
+    model: Any, params: Any = None, adapters: Any = None, *, into: Any = "dequantized"
+) -> Any:
     """Folds the adapters into the kernels.
 
     Args:
@@ -100,6 +104,9 @@ def merge(model: Any, params: Any = None, adapters: Any = None) -> Any:
         `dora_jax.linen.merge`.
       params: Linen: the base's parameters.
       adapters: Linen: the adapter tree.
+      into: of a quantised base: "dequantized" merges into the dequantised kernels, which is what
+        was trained; "requantized" quantises the result again; the model or the parameters that were
+        quantised have their kernels merged. A warning says what the latter two lose.
 
     Returns:
       NNX: a model with plain layers. Linen: parameters for the plain module.
@@ -116,8 +123,8 @@ def merge(model: Any, params: Any = None, adapters: Any = None) -> Any:
       True
     """
     if _is_nnx(model, params=params, adapters=adapters):
-        return dora_nnx.merge(model)
-    return dora_linen.merge(model, params, adapters)
+        return dora_nnx.merge(model, into)
+    return dora_linen.merge(model, params, adapters, into)
 
 
 @overload

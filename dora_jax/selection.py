@@ -206,9 +206,14 @@ def _names_any(patterns: str | Sequence[str], names: Sequence[str]) -> bool:
     return False
 
 
-def match_modules(patterns: Sequence[str], modules: Iterable[str], field: str) -> set[str]:
-    """Returns the dotted names that equal a pattern or end in it; each pattern must match one."""
-    return _match(tuple(patterns), modules, field, modules)
+def match_modules(patterns: str | Sequence[str], modules: Iterable[str], field: str) -> set[str]:
+    """Returns the dotted names that equal a pattern or end in it; each pattern must match one.
+
+    One string is a regular expression that matches the whole name.
+    """
+    modules = set(modules)
+    patterns = patterns if isinstance(patterns, str) else tuple(patterns)
+    return _match(patterns, modules, field, modules)
 
 
 def _match(

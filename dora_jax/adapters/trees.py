@@ -12,6 +12,7 @@ from flax.core import meta
 
 from dora_jax.adapters.placement import host_value
 from dora_jax.errors import AdapterError, Path, listing
+from dora_jax.layers.quantized_box import QuantizedBox
 from dora_jax.processes import spans_processes
 
 Tree = Mapping[str, Any]
@@ -76,11 +77,13 @@ def overlay(tree: Tree, over: Tree, path: Path = ()) -> dict[str, Any]:
 def unboxed(tree: Any) -> Any:
     """Returns a tree without Flax's boxes around its arrays, such as `nn.Partitioned`.
 
-    Unlike `flax.core.meta.unbox` it constrains no sharding, so that arrays may be abstract.
+    Unlike `flax.core.meta.unbox` it constrains no sharding, so that arrays may be abstract, and
+    dequantises nothing.
     """
 
     def inner(box: Any) -> Any:
-        return unboxed(box.value if isinstance(box, meta.Partitioned) else box.unbox())
+        kept = isinstance(box, meta.Partitioned | QuantizedBox)
+        return unboxed(box.value if kept else box.unbox())
 
     return meta.map_axis_meta(inner, tree)
 
@@ -117,7 +120,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[Pat
 
     for path, node in _with_paths(tree, ends):
         # A box may hold no array, as in an optimiser's state that masks it.
-        inner = flatten(unboxed(node)) if meta.is_axis_metadata(node) else {(): node}
+        inner = flatten(unboxed(node), is_leaf) if meta.is_axis_metadata(node) else {(): node}
         for tail, leaf in inner.items():
             if (*path, *tail) in flat:
                 raise AdapterError(

@@ -23,6 +23,8 @@ from dora_jax.decomposition.direction import relative_square
 from dora_jax.decomposition.initializers import init_layer
 from dora_jax.decomposition.merge import materialize, merge_kernel
 from dora_jax.decomposition.product import Factors, KernelProduct
+from dora_jax.decomposition.quantize import Quantization, quantize_kernel
+from dora_jax.decomposition.quantized import Kernel, QuantizedKernel, dense
 from dora_jax.decomposition.scale import (
     direction_norm,
     effective_factors,
@@ -33,9 +35,13 @@ from dora_jax.decomposition.sharding import layer_entries, layer_shardings
 __all__ = [
     "Factors",
     "FrozenBase",
+    "Kernel",
     "KernelAxes",
     "KernelProduct",
+    "Quantization",
+    "QuantizedKernel",
     "base_changed",
+    "dense",
     "describe_base",
     "direction_norm",
     "effective_factors",
@@ -47,5 +53,6 @@ __all__ = [
     "magnitude_over_norm",
     "materialize",
     "merge_kernel",
+    "quantize_kernel",
     "relative_square",
 ]

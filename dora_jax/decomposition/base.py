@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.decomposition.axes import KernelAxes, canonical_transpose
+from dora_jax.decomposition.quantized import Kernel, QuantizedKernel, dense, leading_part
 from dora_jax.decomposition.sharding import explicit_shardings
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.ops.mesh_types import automatically
@@ -54,8 +55,9 @@ class FrozenBase:
         return {name: value for name, value in fields if value is not None}
 
 
-def describe_base(kernel: Float[Array, "..."], axes: KernelAxes, eps: float = 1e-8) -> FrozenBase:
+def describe_base(kernel: Kernel, axes: KernelAxes, eps: float = 1e-8) -> FrozenBase:
     """Returns what an adapted layer keeps of a kernel that all its slices adapt."""
+    kernel = dense(kernel)
     return FrozenBase(norm=kernel_norm(kernel, axes, eps), first_row=first_row(kernel, axes))
 
 
@@ -76,15 +78,15 @@ def kernel_norm(
     return jnp.where(nonzero, jnp.maximum(jnp.sqrt(square), eps), 0.0)
 
 
-def first_row(kernel: Float[Array, "..."], axes: KernelAxes) -> Float[Array, "*stack *out"]:
+def first_row(kernel: Kernel, axes: KernelAxes) -> Float[Array, "*stack *out"]:
     """Returns the kernel at index 0 of every in axis: a cheap fingerprint of it."""
     index = tuple(0 if i in axes.inputs else slice(None) for i in range(axes.ndim))
+    if isinstance(kernel, QuantizedKernel):
+        kernel = dense(leading_part(kernel, axes.inputs))
     return canonical_transpose(kernel[index], axes)
 
 
-def base_changed(
-    kernel: Float[Array, "..."], base: FrozenBase, axes: KernelAxes
-) -> Bool[Array, "*stack *out"]:
+def base_changed(kernel: Kernel, base: FrozenBase, axes: KernelAxes) -> Bool[Array, "*stack *out"]:
     """Returns True for each output feature whose kernel is not the one `base` describes."""
     shardings = explicit_shardings(kernel, axes)
     same = functools.partial(same_base, axes=axes)
@@ -92,7 +94,7 @@ def base_changed(
 
 
 def same_base(
-    kernel: Float[Array, "..."], base: FrozenBase, axes: KernelAxes, cut: tuple[str, ...] = ()
+    kernel: Kernel, base: FrozenBase, axes: KernelAxes, cut: tuple[str, ...] = ()
 ) -> Bool[Array, "*stack *out"]:
     """Returns True for each output feature whose first weight is the one that `base` holds.
 
@@ -107,9 +109,7 @@ def same_base(
     return jnp.abs(now - kept) <= _CAST_TOLERANCE * jnp.abs(kept) + 1e-7
 
 
-def check_kernel(
-    path: Path, kernel: Shaped[Array, "..."], base: FrozenBase, axes: KernelAxes
-) -> None:
+def check_kernel(path: Path, kernel: Kernel, base: FrozenBase, axes: KernelAxes) -> None:
     """Raises `AdapterError` if the kernel of a layer is not the one its adapter was made for.
 
     Under a transformation such as `jax.jit`, where values are not known, only shapes are checked.

@@ -6,10 +6,17 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.quantized import (
+    Kernel,
+    QuantizedKernel,
+    dense,
+    with_whole_scales,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -54,7 +61,7 @@ class Columns(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, product: KernelProduct, scaling: float, kernel: Array, lora_b: Array) -> Columns:
+    def of(cls, product: KernelProduct, scaling: float, kernel: Kernel, lora_b: Array) -> Columns:
         """Returns blocks of about 32 columns, or as many as the rank; there are at least 8."""
         sizes = [kernel.shape[i] for i in product.axes.outputs]
         axis = sizes.index(max(sizes))
@@ -94,6 +101,17 @@ class Columns(NamedTuple):
             taken = jnp.where(is_new.reshape(-1, *(1,) * len(after)), taken, 0)
         return taken.reshape(*before, self.length, *after)
 
+    def _columns_of(self, kernel: Kernel, block: Block, axis: int) -> Array:
+        """Returns a block of a kernel; of a quantised one no more than that is dequantised."""
+        if not isinstance(kernel, QuantizedKernel):
+            return self.take_along(kernel, block, axis)
+        own = with_whole_scales(kernel, axis)
+        return dense(
+            jax.tree.map(
+                lambda x: x if x.shape[axis] == 1 else self.take_along(x, block, axis), own
+            )
+        )
+
     def put_along(self, x: Array, values: Array, block: Block, axis: int) -> Array:
         """Returns the array with a block replaced along one of its axes."""
         before, after = x.shape[:axis], x.shape[axis + 1 :]
@@ -118,11 +136,11 @@ class Columns(NamedTuple):
         return (own.reshape(-1, 1) == everywhere).astype(self.product.wide).reshape(-1, *shape)
 
     def direction(
-        self, block: Block, kernel: Array, lora_a: Array, lora_b: Array
+        self, block: Block, kernel: Kernel, lora_a: Array, lora_b: Array
     ) -> Float[Array, "*stack *in *columns"]:
         """Returns a block of `V`, in float32 or wider."""
         product, (stack, inputs, outputs) = self.product, self.product.axes
-        w = self.take_along(kernel, block, outputs[self.axis])
+        w = self._columns_of(kernel, block, outputs[self.axis])
         w = jnp.transpose(w, stack + inputs + outputs)
         b = self.take(lora_b, block, 1)
         return product.rounded(w) + self.scaling * product.contract(

@@ -22,6 +22,7 @@ from dora_jax.decomposition.direction_on_gpu import (
     transpose_on_gpu,
 )
 from dora_jax.decomposition.product import Factors, KernelProduct
+from dora_jax.decomposition.quantized import Kernel, dense
 from dora_jax.ops.choice import choose
 from dora_jax.ops.rarely import define_linear_map
 
@@ -33,7 +34,7 @@ SMALL_SQUARE = 0.1
 
 
 def relative_square(
-    kernel: Float[Array, "..."],
+    kernel: Kernel,
     factors: Factors,
     base_norm: Float[Array, "*stack *out"],
     scaling: float,
@@ -54,7 +55,9 @@ def relative_square(
     if not product.axes.outputs:  # one column: give it an axis
         product = product._replace(axes=product.axes._replace(outputs=(kernel.ndim,)))
         wide = Factors(factors.a, factors.b[..., None])
-        square = relative_square(kernel[..., None], wide, base_norm[..., None], scaling, product)
+        square = relative_square(
+            dense(kernel)[..., None], wide, base_norm[..., None], scaling, product
+        )
         return square[..., 0]
     base_square = jnp.square(jnp.where(base_norm == 0, 1, base_norm))
     return _square_and_rows(product, scaling, kernel, *factors, base_square)[0]
@@ -66,7 +69,7 @@ def relative_square(
 def _square_and_rows(
     product: KernelProduct,
     scaling: float,
-    kernel: Array,
+    kernel: Kernel,
     lora_a: Array,
     lora_b: Array,
     base_square: Array,
@@ -79,14 +82,14 @@ def _square_and_rows(
     square = 1 + change / base_square
     return choose(
         square < SMALL_SQUARE,
-        functools.partial(_square_and_rows_of_columns, product, scaling),
+        functools.partial(square_and_rows_of_columns, product, scaling),
         lambda found, *_: found,
         (square, from_kernel + from_factors),
         kernel,
         lora_a,
         lora_b,
         base_square,
-        on_gpu=square_and_rows_on_gpu(product, scaling),
+        on_gpu=square_and_rows_on_gpu(product, scaling, kernel),
     )
 
 
@@ -94,9 +97,7 @@ def _square_and_rows_jvp(
     product: KernelProduct, scaling: float, primals: tuple[Array, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     kernel, lora_a, lora_b, base_square = primals
-    kernel_dot, a_dot, b_dot, base_dot = (
-        None if isinstance(t, SymbolicZero) else t for t in tangents
-    )
+    kernel_dot, a_dot, b_dot, base_dot = map(_tangent_or_none, tangents)
     a, b = product.rounded(lora_a), product.rounded(lora_b)
     square, rows = _square_and_rows(product, scaling, *primals)
     half, rows_dot = jnp.zeros_like(rows), jnp.zeros_like(rows)
@@ -119,14 +120,19 @@ def _square_and_rows_jvp(
     return (square, rows), (square_dot, rows_dot)
 
 
+def _tangent_or_none(tangent: Any) -> Array | None:
+    """Returns a tangent if there is one: codes and scales, as integers, have none."""
+    return None if isinstance(jax.tree.leaves(tangent)[0], SymbolicZero) else tangent
+
+
 _square_and_rows.defjvp(_square_and_rows_jvp, symbolic_zeros=True)
 
 
-def _square_and_rows_of_columns(
+def square_and_rows_of_columns(
     product: KernelProduct,
     scaling: float,
     found: tuple[Array, Array],
-    kernel: Array,
+    kernel: Kernel,
     lora_a: Array,
     lora_b: Array,
     base_square: Array,
@@ -146,7 +152,13 @@ def _square_and_rows_of_columns(
 
 
 def _rows_of_factors(
-    x: Array, kernel: Array, lora_a: Array, lora_b: Array, *, product: KernelProduct, scaling: float
+    x: Array,
+    kernel: Kernel,
+    lora_a: Array,
+    lora_b: Array,
+    *,
+    product: KernelProduct,
+    scaling: float,
 ) -> Float[Array, "*stack r *out"]:
     """Returns `X^T V = X^T W0 + s (X^T A) B` for `X (*stack, *in, r)`."""
     a, b = product.rounded(lora_a), product.rounded(lora_b)
@@ -154,8 +166,14 @@ def _rows_of_factors(
     return product.tangent_with_kernel(x, kernel) + scaling * added
 
 
-def _rows_of_columns(
-    x: Array, kernel: Array, lora_a: Array, lora_b: Array, *, product: KernelProduct, scaling: float
+def rows_of_columns(
+    x: Array,
+    kernel: Kernel,
+    lora_a: Array,
+    lora_b: Array,
+    *,
+    product: KernelProduct,
+    scaling: float,
 ) -> Float[Array, "*stack r *out"]:
     """Returns the same from `V`."""
     columns = Columns.of(product, scaling, kernel, lora_b)
@@ -168,9 +186,9 @@ def _rows_of_columns(
     return columns.each(step, jnp.zeros_like(lora_b, product.wide))
 
 
-def _transpose_of_columns(
+def transpose_of_columns(
     rows: Array,
-    kernel: Array,
+    kernel: Kernel,
     lora_a: Array,
     lora_b: Array,
     *,
@@ -191,7 +209,7 @@ def _transpose_of_columns(
 _with_direction = define_linear_map(
     "dora_rows_of_direction",
     _rows_of_factors,
-    _rows_of_columns,
-    _transpose_of_columns,
+    rows_of_columns,
+    transpose_of_columns,
     on_gpu=(rows_on_gpu, transpose_on_gpu),
 )

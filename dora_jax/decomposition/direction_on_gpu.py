@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.quantized import Kernel, QuantizedKernel
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     Function = Callable[..., Any]
 
 
-def square_and_rows_on_gpu(product: KernelProduct, scaling: float) -> Function | None:
+def square_and_rows_on_gpu(
+    product: KernelProduct, scaling: float, kernel: Kernel
+) -> Function | None:
     """Returns `(is_short, (square, A^T V), W0, A, B, ||W0||^2) -> (square, A^T V)`."""
-    if not _is_matrix(product):
+    if not _is_matrix(product, kernel):
         return None
 
     def run(is_short: Array, found: Any, kernel: Array, a: Array, b: Array, base: Array) -> Any:
@@ -41,9 +44,11 @@ def square_and_rows_on_gpu(product: KernelProduct, scaling: float) -> Function |
     return run
 
 
-def rows_on_gpu(*_: Array, product: KernelProduct, scaling: float) -> Function | None:
+def rows_on_gpu(
+    _: Array, kernel: Kernel, *__: Array, product: KernelProduct, scaling: float
+) -> Function | None:
     """Returns `(is_short, X^T V, X, W0, A, B) -> X^T V`."""
-    if not _is_matrix(product):
+    if not _is_matrix(product, kernel):
         return None
 
     def run(is_short: Array, found: Array, x: Array, kernel: Array, a: Array, b: Array) -> Array:
@@ -57,9 +62,11 @@ def rows_on_gpu(*_: Array, product: KernelProduct, scaling: float) -> Function |
     return run
 
 
-def transpose_on_gpu(*_: Array, product: KernelProduct, scaling: float) -> Function | None:
+def transpose_on_gpu(
+    _: Array, kernel: Kernel, *__: Array, product: KernelProduct, scaling: float
+) -> Function | None:
     """Returns `(is_short, V Y^T, Y, W0, A, B) -> V Y^T`."""
-    if not _is_matrix(product):
+    if not _is_matrix(product, kernel):
         return None
 
     def run(is_short: Array, found: Array, y: Array, kernel: Array, a: Array, b: Array) -> Array:
@@ -83,8 +90,10 @@ def _module() -> Any:
     return short_columns
 
 
-def _is_matrix(product: KernelProduct) -> bool:
-    """Whether a kernel is `(*stack, *in, *out)`, and its norm is computed in float32."""
+def _is_matrix(product: KernelProduct, kernel: Kernel) -> bool:
+    """Whether a kernel is an array `(*stack, *in, *out)`, and its norm is computed in float32."""
+    if isinstance(kernel, QuantizedKernel):
+        return False
     in_order = sum(product.axes, ()) == tuple(range(product.axes.ndim))
     return in_order and product.wide == jnp.float32
 

@@ -17,6 +17,7 @@ import numpy as np
 from dora_jax.config import DoRAConfig, LayerSettings
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase, describe_base
+from dora_jax.decomposition.quantized import Kernel, dense, is_abstract
 from dora_jax.decomposition.sharding import layer_shardings
 from dora_jax.errors import ConfigError, Path, layer_name
 from dora_jax.ops.mesh_types import automatically
@@ -44,7 +45,7 @@ def init_layer(
     settings: LayerSettings,
     path: Path,
     key: Array,
-    kernel: Float[Array, "..."] | jax.ShapeDtypeStruct,
+    kernel: Kernel | jax.ShapeDtypeStruct,
     axes: KernelAxes,
 ) -> tuple[ArrayDict, FrozenBase]:
     """Returns the adapter of one layer and what it keeps of its base.
@@ -72,7 +73,7 @@ def init_layer(
     settings = _only_of_the_start(settings, config)
     start = functools.partial(_build, settings, config.init, config.adapter_dtype, axes)
     shardings = layer_shardings(kernel, axes)
-    if isinstance(kernel, jax.ShapeDtypeStruct):
+    if is_abstract(kernel):
         return _shapes(start, key, kernel, shardings)
     key = jax.random.fold_in(key, zlib.crc32(".".join(path).encode()))
     if shardings is None:
@@ -120,14 +121,14 @@ def _only_of_the_start(settings: LayerSettings, config: DoRAConfig) -> LayerSett
 
 
 def _build(
-    settings: LayerSettings, init: str, dtype: str, axes: KernelAxes, key: Array, kernel: Array
+    settings: LayerSettings, init: str, dtype: str, axes: KernelAxes, key: Array, kernel: Kernel
 ) -> tuple[ArrayDict, FrozenBase]:
     base = describe_base(kernel, axes, settings.eps)
     shapes = axes.shapes(kernel.shape, settings.rank)
     adapter, kept = {}, {}
     if settings.rank and init in ("pissa", "olora"):
         factors = (_singular_vectors if init == "pissa" else _orthogonal_basis)(
-            _as_matrices(kernel, axes), settings.rank
+            _as_matrices(dense(kernel), axes), settings.rank
         )
         for name, factor in zip("ab", _with_rank(factors, settings.rank, key), strict=True):
             # Divide each factor by sqrt(s), so that s*A*B is the product.

@@ -20,6 +20,7 @@ from dora_jax.decomposition.axes import (
 )
 from dora_jax.decomposition.base import FrozenBase, kernel_norm
 from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.quantized import Kernel
 from dora_jax.decomposition.scale import effective_factors, magnitude_over_norm
 from dora_jax.errors import AdapterError, Path, layer_name, listing
 from dora_jax.ops.mesh_types import automatically, explicit_mesh
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 def materialize(
     settings: LayerSettings,
-    kernel: Float[Array, "..."],
+    kernel: Kernel,
     adapter: Adapter,
     base: FrozenBase,
     axes: KernelAxes,
@@ -69,7 +70,7 @@ def materialize(
 @functools.partial(jax.jit, static_argnames=("settings", "axes"))
 def merge_kernel(
     settings: LayerSettings,
-    kernel: Float[Array, "..."],
+    kernel: Kernel,
     adapter: Adapter,
     base: FrozenBase,
     axes: KernelAxes,
@@ -89,7 +90,7 @@ def merge_kernel(
 
 
 def _merge(
-    settings: LayerSettings, axes: KernelAxes, kernel: Array, adapter: Adapter, base: FrozenBase
+    settings: LayerSettings, axes: KernelAxes, kernel: Kernel, adapter: Adapter, base: FrozenBase
 ) -> tuple[Array, Array]:
     exact = materialize(settings, kernel, adapter, base, axes, dtype=wide_dtype(kernel.dtype))
     rounded = exact.astype(kernel.dtype)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.quantized import Kernel
 from dora_jax.ops.output_scale import wide_dtype
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class KernelProduct(NamedTuple):
         """Returns a factor rounded to the layer's dtype, as the layer multiplies it, then wide."""
         return factor.astype(self.dtype).astype(self.wide)
 
-    def with_kernel(self, a: Array, kernel: Array) -> Float[Array, "*stack r *out"]:
+    def with_kernel(self, a: Array, kernel: Kernel) -> Float[Array, "*stack r *out"]:
         """Returns `A^T W`."""
         letters, stack, inputs, outputs = self.axes.letters()
         y = jnp.einsum(
@@ -70,7 +71,7 @@ class KernelProduct(NamedTuple):
         """
         return factor.astype(self.wide) if self.dtype == jnp.float16 else self.rounded(factor)
 
-    def tangent_with_kernel(self, a: Array, kernel: Array) -> Float[Array, "*stack r *out"]:
+    def tangent_with_kernel(self, a: Array, kernel: Kernel) -> Float[Array, "*stack r *out"]:
         """Returns `A^T W` for a tangent of `A`, in float16 without rounding it, as `tangent`."""
         if self.dtype != jnp.float16:
             return self.with_kernel(a, kernel)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from dora_jax.decomposition.axes import Adapter, KernelAxes, expand_trailing
 from dora_jax.decomposition.base import FrozenBase, same_base
 from dora_jax.decomposition.direction import SMALL_SQUARE, relative_square
+from dora_jax.decomposition.direction_from_rows import relative_square_from_rows
 from dora_jax.decomposition.product import Factors, KernelProduct
+from dora_jax.decomposition.quantized import Kernel
 from dora_jax.decomposition.sharding import explicit_shardings
 from dora_jax.ops.mesh_types import automatically
 
@@ -53,23 +55,37 @@ def effective_factors(adapter: Adapter, base: FrozenBase, axes: KernelAxes) -> F
     return Factors(a, b)
 
 
+def divides_by_norm(settings: LayerSettings, adapter: Adapter) -> bool:
+    """Returns whether a layer divides by `n` now, which changes as its factors do."""
+    return (
+        settings.decompose and settings.normalize and settings.rank > 0 and "scale" not in adapter
+    )
+
+
 def norm_of_layer(
     settings: LayerSettings,
-    kernel: Float[Array, "..."],
+    kernel: Kernel,
     adapter: Adapter,
     base: FrozenBase,
     product: KernelProduct,
     factors: Factors | None = None,
+    rows: Float[Array, "r out"] | None = None,
 ) -> Float[Array, "*stack *out"] | None:
     """Returns the norm `n` of `W0 + s A B`; None if the layer does not divide by it now.
 
-    Arguments as in `magnitude_over_norm`; `factors` are `effective_factors`, if at hand already.
+    Arguments as in `magnitude_over_norm`; `factors` are `effective_factors`, and `rows`
+    is `A^T W0`, if at hand already.
     """
-    if not (settings.decompose and settings.normalize and settings.rank) or "scale" in adapter:
+    if not divides_by_norm(settings, adapter):
         return None
     factors = factors or effective_factors(adapter, base, product.axes)
     if settings.norm_gradient == "detached":
-        factors = jax.lax.stop_gradient(factors)
+        factors, rows = jax.lax.stop_gradient((factors, rows))
+    if rows is not None:
+        square = relative_square_from_rows(
+            rows, kernel, factors, base.norm, settings.scaling, product
+        )
+        return direction_norm(square, base.norm, settings.eps)
     square = relative_square(kernel, factors, base.norm, settings.scaling, product)
     return direction_norm(square, base.norm, settings.eps)
 
@@ -81,7 +97,7 @@ def is_short(norm: Float[Array, "*stack *out"], base: FrozenBase) -> Bool[Array,
 
 def stored_scale(
     settings: LayerSettings,
-    kernel: Float[Array, "..."],
+    kernel: Kernel,
     adapter: Adapter,
     base: FrozenBase,
     product: KernelProduct,
@@ -89,7 +105,7 @@ def stored_scale(
     """Returns `magnitude_over_norm` of a stored kernel, also where its mesh axes are explicit."""
     out = explicit_shardings(kernel, product.axes).get("norm")
 
-    def run(kernel: Array, adapter: Adapter, base: FrozenBase) -> Array:
+    def run(kernel: Kernel, adapter: Adapter, base: FrozenBase) -> Array:
         return magnitude_over_norm(settings, kernel, adapter, base, product)
 
     return cast("Array", automatically(run, out, kernel, dict(adapter), base))
@@ -97,7 +113,7 @@ def stored_scale(
 
 def magnitude_over_norm(
     settings: LayerSettings,
-    kernel: Float[Array, "..."],
+    kernel: Kernel,
     adapter: Adapter,
     base: FrozenBase,
     product: KernelProduct,

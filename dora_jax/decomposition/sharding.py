@@ -10,6 +10,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.quantized import Kernel
 from dora_jax.ops.mesh_types import explicit_mesh, varying_axes
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def kernel_sharding(kernel: Any) -> NamedSharding | None:
     if isinstance(kernel, jax.core.Tracer):
         own = jax.typeof(kernel).sharding
         return own if AxisType.Explicit in own.mesh.axis_types else None
-    own = getattr(kernel, "sharding", None)
+    own = getattr(kernel, "sharding", None)  # of a quantised one, that of its codes
     return own if isinstance(own, NamedSharding) else None
 
 
@@ -94,7 +95,7 @@ def explicit_shardings(kernel: Any, axes: KernelAxes) -> Mapping[str, NamedShard
 
 
 def axes_that_cut(
-    kernel: Array, inputs: Sequence[int], whole: Sequence[int], norm: Array
+    kernel: Kernel, inputs: Sequence[int], whole: Sequence[int], norm: Array
 ) -> tuple[str, ...] | None:
     """Returns the mesh axes that cut a kernel's in axes inside `jax.shard_map`.
 
@@ -113,7 +114,8 @@ def axes_that_cut(
     if not whole or own == list(whole):
         return ()
     along = varying_axes(norm)
-    names = {name: size for name, size in varying_axes(kernel).items() if name not in along}
+    codes = jax.tree.leaves(kernel)[0]  # the kernel itself, if it is not quantised
+    names = {name: size for name, size in varying_axes(codes).items() if name not in along}
     if math.prod(names.values()) * math.prod(own) != math.prod(whole):
         return None
     return tuple(names)

@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import jax
 import numpy as np
 
+from dora_jax.decomposition.quantized import QuantizedKernel
 from dora_jax.disk import given_folder, read_in_one_piece
 from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.files import Folder, assign, open_folder
 from dora_jax.huggingface.parameters import Parameter, Slice, parameters_of, replace_parameters
+from dora_jax.huggingface.quantized import fill_quantized, not_finite
 from dora_jax.huggingface.safetensors import FLOATS, StoredTensor
 from dora_jax.names.name_map import NameMap
 
@@ -74,7 +75,8 @@ def load_checkpoint(
         float dtype.
       model: an NNX model that is not adapted (its `nnx.Param` and `nnx.BatchStat` are filled), or
         the parameters of a Linen one. Each parameter keeps its dtype, and the sharding of its array
-        or `jax.ShapeDtypeStruct`.
+        or `jax.ShapeDtypeStruct`. Kernels that are quantised in it (`dora.quantize` of an abstract
+        model) are quantised as they are read, one tensor at a time.
       names: which tensor each parameter is.
       rules: how the folder's tensors differ from those of `names`.
       shardings: one `jax.sharding.Sharding` for all parameters, or a tree of them in the structure
@@ -186,13 +188,15 @@ def _fill(
     found: Mapping[str, StoredTensor],
     problems: list[str],
     advance: Callable[[int], None],
-) -> jax.Array | None:
+) -> Any:
     """Reads a parameter. Returns None if there is a problem, which is added to `problems`."""
     slices = list(parameter.slices(names))
     wrong = [line for one in slices if (line := _difference(one, found)) is not None]
     if wrong:  # nothing is allocated for a size that the file does not have
         problems += [line for line in wrong if line]
         return None
+    if isinstance(parameter.value, QuantizedKernel):
+        return fill_quantized(parameter, slices, names, found, problems, advance)
     regions = parameter.regions()
     buffers = {key: aligned_empty(region.shape, parameter.dtype) for key, region in regions.items()}
     for one in slices:
@@ -202,10 +206,7 @@ def _fill(
             value = one.from_tensor(names, tensor.read())
             for key, place in places.items():
                 if place is not None and not _assign(buffers[key], place[0], value[place[1]]):
-                    wrong.append(
-                        f"{one.tensor}: NaN or infinity as {np.dtype(parameter.dtype)}. Fetch the "
-                        "file again, or take a wider param_dtype."
-                    )
+                    wrong.append(not_finite(one, parameter))
                     break
             advance(tensor.nbytes)
     problems += wrong

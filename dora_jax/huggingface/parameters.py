@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 from flax.core import meta
 
-from dora_jax.adapters.trees import flatten
+from dora_jax.adapters.trees import flatten, unboxed
 from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.quantized import QuantizedKernel
 from dora_jax.errors import CheckpointError, LayoutError
 from dora_jax.layers.conv import ConvLayout
 from dora_jax.layers.dense import EmbedLayout
@@ -155,7 +156,12 @@ class Parameter:
         return jax.block_until_ready(array)  # so that the host's buffers can be freed
 
     def check_concrete(self) -> None:
-        """Raises `CheckpointError` if the value is abstract."""
+        """Raises `CheckpointError` if the value is abstract, or quantised."""
+        if isinstance(self.value, QuantizedKernel):
+            raise CheckpointError(
+                f"{self.path} is quantised, and a folder holds floats: merge into the dequantised "
+                "kernels first"
+            )
         if isinstance(self.value, jax.ShapeDtypeStruct):
             raise CheckpointError(f"{self.path} is a shape without a value: nothing to write")
 
@@ -200,13 +206,13 @@ def replace_parameters(model: Any, values: Sequence[Any]) -> Any:
 
 
 def _is_leaf(x: Any) -> bool:
-    return isinstance(x, nnx.Variable | meta.AxisMetadata | jax.sharding.Sharding)
+    return isinstance(x, nnx.Variable | meta.AxisMetadata | QuantizedKernel | jax.sharding.Sharding)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
     """Returns the values of a tree's leaves by dotted path, out of their boxes."""
     return {
-        ".".join(path): meta.unbox(leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf)
+        ".".join(path): unboxed(leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf)
         for path, leaf in flatten(tree, _is_leaf).items()
     }
 

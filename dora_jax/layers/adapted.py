@@ -15,6 +15,7 @@ from dora_jax.decomposition.axes import Adapter, KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.decomposition.columns import Columns
 from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.quantized import Kernel
 from dora_jax.decomposition.scale import (
     effective_factors,
     is_short,
@@ -24,6 +25,7 @@ from dora_jax.decomposition.scale import (
 from dora_jax.decomposition.sharding import axes_that_cut
 from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.exact_output import can_cancel, exact_attend, exact_output, multiplies_wide
+from dora_jax.layers.joined_output import plain_output_and_rows
 from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes, low_rank_dtype
 from dora_jax.ops.mesh_types import automatically, explicit_mesh
 from dora_jax.ops.output_scale import apply_scale, apply_scale_to_sum
@@ -53,7 +55,7 @@ class AdaptedLayer:
     inputs: tuple[int, ...] = ()
 
     def product(
-        self, layer: Any, kernel: Array, axes: KernelAxes, dtype: DTypeLike, base: FrozenBase
+        self, layer: Any, kernel: Kernel, axes: KernelAxes, dtype: DTypeLike, base: FrozenBase
     ) -> KernelProduct:
         """Returns how the norm multiplies a kernel of these axes.
 
@@ -80,13 +82,13 @@ class AttendCall:
     Attributes:
       layer: the Linen or NNX layer, for its attributes.
       query: `(*batch, features)`.
-      kernel: the frozen table `(vocab, features)`.
+      kernel: the frozen table `(vocab, features)`, quantised or not.
       attend: the layer's own method on the frozen table.
     """
 
     layer: Any
     query: Float[Array, "*batch features"]
-    kernel: Float[Array, "vocab features"]
+    kernel: Kernel
     attend: Callable[[Array], Array]
 
 
@@ -139,9 +141,9 @@ def _adapted_output(
     output_axes = layout.output_axes(layer, call.arguments, axes)
     dtype = compute_dtype(layer, call.arguments[layout.inputs], call.kernel)
     product = adapted.product(layer, call.kernel, axes, dtype, base)
-    h, exact = call.plain_output, None
-    factors = effective_factors(adapter, base, axes) if settings.rank else None
-    norm = norm_of_layer(settings, call.kernel, adapter, base, product, factors)
+    exact, factors = None, effective_factors(adapter, base, axes) if settings.rank else None
+    h, rows = plain_output_and_rows(settings, layout, call, adapter, factors, product)
+    norm = norm_of_layer(settings, call.kernel, adapter, base, product, factors, rows)
     if factors is not None:
         branch, dropped = LowRank(*factors, settings.scaling, dtype), _with_dropout(layout, call)
         added = layout.low_rank(dropped, branch).astype(h.dtype)
@@ -174,7 +176,7 @@ def adapted_attend(
     query = call.query.astype(dtype)
     product = adapted.product(call.layer, call.kernel, axes, dtype, base)
 
-    def scaled(query: Array, kernel: Array, adapter: Adapter, base: FrozenBase) -> Any:
+    def scaled(query: Array, kernel: Kernel, adapter: Adapter, base: FrozenBase) -> Any:
         factors = effective_factors(adapter, base, axes) if settings.rank else None
         norm = norm_of_layer(settings, kernel, adapter, base, product, factors)
         if settings.decompose:
@@ -223,7 +225,7 @@ def _explicit_attend(
     return logits + automatically(low_rank, jax.typeof(logits).sharding, query, *operands[1:])
 
 
-def compute_dtype(layer: Any, inputs: Array, kernel: Array) -> DTypeLike:
+def compute_dtype(layer: Any, inputs: Array | Kernel, kernel: Kernel) -> DTypeLike:
     """Returns the dtype in which a layer multiplies: its own, or what its arguments promote to."""
     own = getattr(layer, "dtype", None)
     if own is not None:

@@ -33,6 +33,12 @@ class DenseLayout(Layout):
         refuse_stateful_product(layer)
         return KernelAxes((), (0,), (1,))
 
+    def is_matrix_product(self, layer: Any) -> bool:
+        """Returns whether the layer's product is XLA's own."""
+        return (
+            not _has_own_product(layer) and getattr(layer, "preferred_element_type", None) is None
+        )
+
     def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
         """Returns `s (x A) B`."""
         a, b = branch.factors()
@@ -77,6 +83,14 @@ class EmbedLayout(DenseLayout):
     dropout: bool = False
     attend: bool = True
     all_linear: bool = False
+
+    def is_matrix_product(self, layer: Any) -> bool:
+        """Returns False: the kernel is looked up."""
+        return False
+
+    def shared_axes(self, axes: KernelAxes) -> KernelAxes:
+        """Returns the axes with in and out exchanged: a row has scales of its own."""
+        return axes._replace(inputs=axes.outputs, outputs=axes.inputs)
 
     def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
         """Returns `s A[ids] B`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import lax
 
 from dora_jax.decomposition.columns import Block, Columns
 from dora_jax.decomposition.product import KernelProduct
+from dora_jax.decomposition.quantized import Kernel
 from dora_jax.layers.layout import LayerCall, Layout, LowRank
 from dora_jax.ops.fork import fork, sum_of_terms
 from dora_jax.ops.output_scale import Exact, wide_dtype
@@ -64,7 +65,7 @@ def exact_output(
     like = jax.ShapeDtypeStruct(call.plain_output.shape, call.plain_output.dtype)
     outputs = tuple(call.kernel.shape[i] for i in product.axes.outputs)
 
-    def output(kernel: Array, a: Array, b: Array, *arrays: Array) -> Array:
+    def output(kernel: Kernel, a: Array, b: Array, *arrays: Array) -> Array:
         own = dataclasses.replace(call, arguments=arguments_of(arrays), kernel=kernel, bias=None)
         columns = Columns.of(product, branch.scaling, kernel, b)
         leading = a.shape[:-1]
@@ -87,7 +88,7 @@ def exact_attend(
     attend: Callable[[Array], Array],
     added: Callable[[Array, Array, Array], Array],
     query: Float[Array, "*batch features"],
-    operands: tuple[Array, ...],
+    operands: tuple[Any, ...],
 ) -> Float[Array, "*batch vocab"]:
     """Returns `attend(query) + added(query)`, or `query V^T` where a column of `V` is short.
 
@@ -104,7 +105,7 @@ def exact_attend(
     is_short, kernel, _, _ = operands
     vocab = kernel.shape[columns.product.axes.inputs[0]]
 
-    def logits(query: Array, kernel: Array, a: Array, b: Array) -> Array:
+    def logits(query: Array, kernel: Kernel, a: Array, b: Array) -> Array:
         def step(at: Block, total: Array) -> Array:
             v = columns.direction(at, kernel, a, b)
             part = columns.take_along(query, at, query.ndim - 1, new=True)
@@ -112,7 +113,7 @@ def exact_attend(
 
         return columns.each(step, jnp.zeros((*query.shape[:-1], vocab), query.dtype))
 
-    def by_query(g: Array, kernel: Array, a: Array, b: Array) -> Array:
+    def by_query(g: Array, kernel: Kernel, a: Array, b: Array) -> Array:
         def step(at: Block, total: Array) -> Array:
             v = columns.direction(at, kernel, a, b)
             part = jnp.einsum("...v,vc->...c", g, v, precision="highest")

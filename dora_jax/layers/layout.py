@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.quantized import Kernel, QuantizedKernel
 from dora_jax.errors import LayoutError, Path
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class LayerCall:
       layer: the Linen or NNX layer, for its attributes.
       arguments: of the call, by name.
       plain_output: `x W0` from the layer's own method, without the bias.
-      kernel: the frozen kernel `W0`.
+      kernel: the frozen kernel `W0`, quantised or not.
       bias: the layer's bias; None if it has none.
       dropout: acts on the input of the low-rank branch. A `jax.tree_util.Partial` of its key where
         it draws, so that the key is known apart.
@@ -59,7 +60,7 @@ class LayerCall:
     layer: Any
     arguments: Arguments
     plain_output: Float[Array, "..."]
-    kernel: Float[Array, "..."]
+    kernel: Kernel
     bias: Float[Array, "..."] | None
     dropout: Callable[[Array], Array]
     run: Callable[[Arguments, Array, int], Array]
@@ -165,6 +166,14 @@ class Layout:
         """
         return (*axes.stack, ..., *axes.outputs)
 
+    def shared_axes(self, axes: KernelAxes) -> KernelAxes:
+        """Returns the axes as the scales of a quantised kernel see them: shared along `inputs`."""
+        return axes
+
+    def is_matrix_product(self, layer: Any) -> bool:
+        """Returns whether a layer computes `inputs @ kernel`, in the dtype of both, and no more."""
+        return False
+
     @property
     def read_elsewhere(self) -> str:
         """Why a layer cannot be adapted whose kernel the model uses outside of it, with the fix."""
@@ -179,6 +188,11 @@ class Layout:
 def is_array(value: Any) -> bool:
     """Returns whether a parameter is an array, or the shape of one; a quantised one is a record."""
     return hasattr(value, "dtype") and jax.tree_util.all_leaves([value])
+
+
+def is_kernel(value: Any) -> bool:
+    """Returns whether a parameter can be adapted: an array, or one that is quantised."""
+    return isinstance(value, QuantizedKernel) or is_array(value)
 
 
 def quantised(value: Any) -> str:
@@ -208,7 +222,8 @@ def further_kernels(layout: Layout, params: Mapping[Path, Any], stack: int = 0) 
     others = [
         ".".join(path)
         for path, value in params.items()
-        if path not in ((layout.kernel,), (layout.bias,))
+        if path[0] != layout.kernel
+        and path != (layout.bias,)
         and is_array(value)
         and len(value.shape) - stack >= 2
         and jnp.issubdtype(value.dtype, jnp.inexact)

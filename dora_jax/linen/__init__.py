@@ -8,6 +8,7 @@ from dora_jax.linen.adapt import apply_dora
 from dora_jax.linen.inference import apply_mixed, disabled_adapters, precompute_scales
 from dora_jax.linen.merge import merge
 from dora_jax.linen.model import DoRAModel, check_adapters, check_base, remembered
+from dora_jax.linen.quantized import quantize
 from dora_jax.linen.sharding import shardings
 from dora_jax.linen.tracing import ExampleCall
 
@@ -21,6 +22,7 @@ __all__ = [
     "disabled_adapters",
     "merge",
     "precompute_scales",
+    "quantize",
     "remembered",
     "shardings",
 ]

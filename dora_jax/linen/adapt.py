@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.core import meta
 
 from dora_jax.adapters.placement import own_array
-from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, tree_shapes, unboxed
+from dora_jax.adapters.trees import Tree, flatten, get_in, set_in, tree_shapes
 from dora_jax.config import DoRAConfig, LayerSettings, TrainedConfig
 from dora_jax.errors import AdapterError, ConfigError, Path
 from dora_jax.layers.adapted import AdaptedLayer
@@ -21,9 +21,10 @@ from dora_jax.layers.plan import (
     start_layers,
     warn_of_high_ranks,
 )
+from dora_jax.layers.quantized_box import has_quantized
+from dora_jax.layers.quantizing import refuse_training_in_full
 from dora_jax.linen.model import DoRAModel, StoredLayer, check_byte_order, remembered
-from dora_jax.linen.stack_axes import is_in_front
-from dora_jax.linen.tracing import ExampleCall, Trace, stored_kernel_axes, trace_layers
+from dora_jax.linen.tracing import ExampleCall, Trace, stored_traces, trace_layers
 from dora_jax.selection import check_reached, saved_paths
 
 
@@ -133,6 +134,8 @@ def _adapter_tree(
     for path, adapter in layers.items():
         adapters = set_in(adapters, path, adapter)
     for path in saved:
+        if has_quantized(get_in(params, path)):
+            raise refuse_training_in_full(path)
         own = jax.tree.map(own_array, get_in(params, path))
         adapters = set_in(adapters, path, own)
     return adapters
@@ -155,24 +158,14 @@ def _stored_layers(
     trace: Trace,
     settings: dict[Path, LayerSettings],
 ) -> dict[Path, StoredLayer]:
-    """Returns the selected layers with the axes of their stored kernels.
-
-    Where shapes do not tell which axes are stack axes, a second trace finds them.
-    """
-    kernels = {p: (*p, trace.layers[p].layout.kernel) for p in settings}
-    shapes = {p: unboxed(get_in(params, kernel)).shape for p, kernel in kernels.items()}
-    ambiguous = [p for p in settings if not is_in_front(shapes[p], trace.layers[p].kernel_shape)]
-    layers = trace.layers
-    if ambiguous:
-        layers = trace_layers(module, params, call, [kernels[p] for p in ambiguous]).layers
+    """Returns the selected layers with the axes of their stored kernels."""
     stored = {}
-    for path, own in settings.items():
-        traced = layers[path]
-        positions, axes = stored_kernel_axes(path, traced, shapes[path])
-        whole = tuple(shapes[path][i] for i in axes.inputs)
-        adapted = AdaptedLayer(own, traced.layout, traced.axes, path, whole)
-        box = get_in(params, kernels[path])
+    for path, (traced, positions, axes, shape) in stored_traces(
+        module, params, call, trace, settings
+    ).items():
+        whole = tuple(shape[i] for i in axes.inputs)
+        adapted = AdaptedLayer(settings[path], traced.layout, traced.axes, path, whole)
+        box = get_in(params, (*path, traced.layout.kernel))
         box = box.replace(value=None) if isinstance(box, meta.Partitioned) else None
-        module = traced.module
-        stored[path] = StoredLayer(adapted, axes, positions, traced.dtype, module, box)
+        stored[path] = StoredLayer(adapted, axes, positions, traced.dtype, traced.module, box)
     return stored

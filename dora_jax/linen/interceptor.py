@@ -17,6 +17,7 @@ from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.adapted import AdaptedLayer, AttendCall, adapted_attend, adapted_output
 from dora_jax.layers.layout import Arguments, LayerCall, bind_call
 from dora_jax.layers.registry import find_layout
+from dora_jax.linen.quantized import frozen_kernel
 
 # The name under which the adapter of a layer, and what is kept of its kernel, stand among the
 # layer's parameters while the model runs.
@@ -82,7 +83,7 @@ def _layer_call(
         layer=module,
         arguments=bind_call(type(module).__call__, (module, *args), kwargs),
         plain_output=call_plain(module, _with_zero_bias(params, bias), *args, **kwargs),
-        kernel=meta.unbox(params[layout.kernel]),
+        kernel=frozen_kernel(params[layout.kernel]),
         bias=meta.unbox(params[bias]) if bias in params else None,
         dropout=lambda x: x,
         run=functools.partial(_run, module, layout.kernel),
@@ -99,7 +100,7 @@ def _attend_call(
     """Returns the record of a call of `attend`."""
     (query,) = bind_call(type(module).attend, (module, *args), kwargs).values()
     plain = functools.partial(call_plain, module, params, method="attend")
-    return AttendCall(module, query, meta.unbox(params[adapted.layout.kernel]), plain)
+    return AttendCall(module, query, frozen_kernel(params[adapted.layout.kernel]), plain)
 
 
 def _with_zero_bias(params: Tree, name: str) -> Tree:

@@ -5,22 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from flax.core import meta
 
 from dora_jax.adapters.placement import own_array
 from dora_jax.adapters.trees import Tree, check_finite, get_in, overlay, set_in, unboxed
-from dora_jax.decomposition.merge import check_rounding, merge_kernel
+from dora_jax.decomposition.merge_quantized import DEQUANTIZED
 from dora_jax.errors import AdapterError
+from dora_jax.layers.merging import LayerMerge, Losses
 from dora_jax.linen.model import DoRAModel, check_adapters, check_base, saved_modules
+from dora_jax.linen.quantized import boxed
 
 
-def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
+def merge(
+    model: DoRAModel, params: Tree, adapters: Tree, into: str | Tree = DEQUANTIZED
+) -> dict[str, Any]:
     """Returns plain parameters with the merged kernels, of the structure of `params`.
 
     Args:
       model: the adapted model.
       params: the base's `params` collection.
       adapters: the adapter tree.
+      into: of quantised kernels: "dequantized" merges into the dequantised kernels, which is what
+        was trained; "requantized" quantises the result again; parameters, those that were
+        quantised, have their kernels merged.
 
     Raises:
       AdapterError: an adapter array is missing or does not fit, or a kernel is not the one that its
@@ -28,7 +34,8 @@ def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
         above the largest number of their dtype; names them.
 
     Warns:
-      UserWarning: kernels of a narrow dtype round some of the change away; says how much.
+      UserWarning: kernels of a narrow dtype round some of the change away, or the result is not
+        the model that was trained, as `into` asks; says how much.
 
     Example:
       >>> import dora_jax as dora, jax, jax.numpy as jnp
@@ -48,14 +55,21 @@ def merge(model: DoRAModel, params: Tree, adapters: Tree) -> dict[str, Any]:
     check_finite(adapters)
     adapters = unboxed(adapters)
     merged: Tree = params
-    rounding_losses = {}
+    losses = Losses(into)
     for path, layer in model.layers.items():
         settings, name = layer.adapted.settings, layer.adapted.layout.kernel
         own, kernel = get_in(params, path), layer.kernel(params)
-        new, rounding_losses[path] = merge_kernel(
-            settings, kernel, get_in(adapters, path), model.base[path], layer.axes
+        original = None
+        if not isinstance(into, str):
+            original = unboxed(get_in(into, (*path, name), "into="))
+        new = losses.merged(
+            LayerMerge(path, settings, layer.axes),
+            kernel,
+            get_in(adapters, path),
+            model.base[path],
+            original,
         )
-        merged = set_in(merged, path, {**own, name: meta.replace_boxed(own[name], new)})
-    check_rounding(rounding_losses)
+        merged = set_in(merged, path, {**own, name: boxed(own[name], new)})
+    losses.report()
     saved = jax.tree.map(own_array, saved_modules(model.layers, adapters))
     return overlay(merged, saved)

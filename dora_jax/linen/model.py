@@ -31,7 +31,7 @@ from dora_jax.decomposition.product import KernelProduct
 from dora_jax.decomposition.sharding import layer_entries
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.adapted import AdaptedLayer
-from dora_jax.layers.layout import is_array, quantised_since
+from dora_jax.layers.layout import is_kernel, quantised_since
 from dora_jax.linen.interceptor import ADAPTER_KEY, intercept
 from dora_jax.linen.stack_axes import stack_at
 from dora_jax.processes import spans_processes
@@ -72,11 +72,11 @@ class StoredLayer:
         """Returns the layer's kernel out of the model's parameters, without its box.
 
         Raises:
-          AdapterError: it is no array, because the parameters were quantised.
+          AdapterError: it is none any more, because another library quantised the parameters.
         """
         path = self.adapted.path
         kernel = unboxed(get_in(params, (*path, self.adapted.layout.kernel)))
-        if not is_array(kernel):
+        if not is_kernel(kernel):
             raise AdapterError(f"{layer_name(path)}: {quantised_since(kernel)}")
         return kernel
 

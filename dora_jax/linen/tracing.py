@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +23,9 @@ from dora_jax.layers.layout import (
     is_array,
     quantised,
 )
+from dora_jax.layers.quantized_box import abstract_boxes
 from dora_jax.layers.registry import check_not_intercepted, find_layout, unsupported_reason
-from dora_jax.linen.stack_axes import PositionBox, axes_of_stack
+from dora_jax.linen.stack_axes import PositionBox, axes_of_stack, is_in_front
 from dora_jax.ops.kernel_uses import kernel_uses, tag_kernel, trace_call
 
 _COMPUTED = (
@@ -71,6 +72,22 @@ class TracedLayer(NamedTuple):
     positions: tuple[int, ...] | None = None
 
 
+class StoredTrace(NamedTuple):
+    """A traced layer, with what is known of its stored kernel.
+
+    Attributes:
+      traced: the layer as a call sees it.
+      positions: where lifted transforms take the stack axes, the outermost transform's first.
+      axes: of the stored kernel.
+      shape: of the stored kernel.
+    """
+
+    traced: TracedLayer
+    positions: tuple[int, ...]
+    axes: KernelAxes
+    shape: tuple[int, ...]
+
+
 class Trace(NamedTuple):
     """What one traced call of a module shows.
 
@@ -103,6 +120,7 @@ def trace_layers(
         axes; for these the trace finds it.
     """
     _check_arrays(params)
+    params = abstract_boxes(params)
     trace, checked = Trace({}, {}, set()), set[Path]()
 
     def run(params: Tree, given: tuple[Any, ...]) -> Any:
@@ -148,7 +166,26 @@ def _check_arrays(params: Tree, path: Path = ()) -> None:
             raise LayoutError(f"{layer_name(path)} cannot be adapted: {quantised(inner)}")
 
 
-def stored_kernel_axes(
+def stored_traces(
+    module: nn.Module, params: Tree, call: ExampleCall, trace: Trace, paths: Iterable[Path]
+) -> dict[Path, StoredTrace]:
+    """Returns traced layers with the axes of their stored kernels.
+
+    Where shapes do not tell which axes are stack axes, a second trace finds them.
+    """
+    kernels = {p: (*p, trace.layers[p].layout.kernel) for p in paths}
+    shapes = {p: unboxed(get_in(params, kernel)).shape for p, kernel in kernels.items()}
+    ambiguous = [p for p in kernels if not is_in_front(shapes[p], trace.layers[p].kernel_shape)]
+    layers = trace.layers
+    if ambiguous:
+        layers = trace_layers(module, params, call, [kernels[p] for p in ambiguous]).layers
+    return {
+        path: StoredTrace(layers[path], *_stored_axes(path, layers[path], shape), shape)
+        for path, shape in shapes.items()
+    }
+
+
+def _stored_axes(
     path: Path, traced: TracedLayer, stored_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], KernelAxes]:
     """Returns where transforms take the stack axes of a stored kernel, and its axes.

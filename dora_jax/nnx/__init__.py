@@ -14,6 +14,7 @@ from dora_jax.nnx.model import (
     get_adapters,
     set_adapters,
 )
+from dora_jax.nnx.quantized import quantize
 from dora_jax.nnx.sharding import shardings
 from dora_jax.nnx.variables import BaseParam, DoRAParam, SavedParam
 
@@ -31,6 +32,7 @@ __all__ = [
     "kernel_and_axes",
     "merge",
     "precompute_scales",
+    "quantize",
     "set_adapters",
     "shardings",
 ]

@@ -111,7 +111,7 @@ def _adapt(model: M, config: DoRAConfig, rngs: nnx.Rngs, inputs: Sequence[Any] |
         if start.settings.dropout:
             layer.lora_dropout.rngs = _dropout_stream(rngs, kernels[path])
     for path in saved_paths(config, modules | bare):
-        train_parameters((modules | bare)[path])
+        train_parameters(path, (modules | bare)[path])
     return model
 
 

@@ -47,7 +47,7 @@ def precompute_scales(model: M) -> M:
         if not settings.decompose or settings.precomputed:
             continue
         kernel, axes = kernel_and_axes(layer)
-        value = kernel[...]
+        value = kernel.get_value()
         base, dtype = base_of(layer), compute_dtype(layer, value, value)
         product = layer.adapted.product(layer, value, axes, dtype, base)
         scale = stored_scale(settings, value, adapter_of(layer), base, product)

@@ -20,7 +20,7 @@ from dora_jax.layers.layout import (
     Arguments,
     LayerCall,
     bind_call,
-    is_array,
+    is_kernel,
     quantised_since,
     stored_axes,
 )
@@ -70,7 +70,7 @@ class DoRALinear(DoRALayer, nnx.Linear):
 def _attend(self: Any, query: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """Attends over the adapted table, as the layer's own `attend` over the plain one."""
     layer_class: Any = plain_class(type(self))
-    kernel = kernel_of(self)[...]
+    kernel = kernel_of(self).get_value()
     call = AttendCall(
         self, query, kernel, lambda query: layer_class.attend(self, query, *args, **kwargs)
     )
@@ -141,10 +141,10 @@ def kernel_of(layer: Any) -> nnx.Variable:
     """Returns the variable of a layer's frozen kernel.
 
     Raises:
-      AdapterError: it is none any more, because the model was quantised.
+      AdapterError: it is none any more, because another library quantised the model.
     """
     kernel = getattr(layer, layer.adapted.layout.kernel)
-    if isinstance(kernel, nnx.Variable) and is_array(kernel.get_value()):
+    if isinstance(kernel, nnx.Variable) and is_kernel(kernel.get_value()):
         return kernel
     value = kernel.get_value() if isinstance(kernel, nnx.Variable) else kernel
     raise AdapterError(f"{layer_name(layer.adapted.path)}: {quantised_since(value)}")
@@ -210,7 +210,7 @@ def _layer_call(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> La
         layer=layer,
         arguments=bind_call(layer_class.__call__, (layer, *args), kwargs),
         plain_output=layer_class.__call__(_with_zero_bias(layer, layout.bias), *args, **kwargs),
-        kernel=kernel[...],
+        kernel=kernel.get_value(),
         bias=None if bias is None else bias[...],
         dropout=_dropout(layer),
         run=functools.partial(_run, layer, layer_class),

@@ -44,7 +44,7 @@ def check_base(model: nnx.Module) -> None:
     """
     for path, layer in checked_layers(model).items():
         kernel, axes = kernel_and_axes(layer)
-        check_kernel(path, kernel[...], base_of(layer), axes)
+        check_kernel(path, kernel.get_value(), base_of(layer), axes)
 
 
 def get_adapters(model: nnx.Module) -> dict[str, Any]:

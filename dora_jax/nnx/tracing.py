@@ -10,13 +10,14 @@ import jax
 from flax import nnx
 
 from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.quantized import Kernel, abstract_dense
 from dora_jax.errors import LayoutError, Path, layer_name
 from dora_jax.layers.layout import (
     Arguments,
     Layout,
     Unsupported,
     bind_call,
-    is_array,
+    is_kernel,
     quantised,
 )
 from dora_jax.layers.registry import unsupported_reason
@@ -48,7 +49,7 @@ def find_unsupported(
         reason = ""
         if not isinstance(kernel, nnx.Variable):
             reason = quantised(kernel)
-        elif not is_array(kernel.get_value()):
+        elif not is_kernel(kernel.get_value()):
             reason = quantised(kernel.get_value())
         elif id(layer) in wrapped:
             reason = f"{wrapped[id(layer)]} overwrites its kernel in each call: exclude_modules"
@@ -62,7 +63,7 @@ def find_unsupported(
     return refused
 
 
-def check_stored_shape(path: Path, layer: Any, kernel: jax.Array) -> None:
+def check_stored_shape(path: Path, layer: Any, kernel: Kernel) -> None:
     """Checks that stack axes stand in front, as far as the layer knows the shape of one kernel."""
     shapes = {
         nnx.Linear: ("in_features", "out_features"),
@@ -132,7 +133,7 @@ def trace_axes(
     try:
         graphdef, state = nnx.split(model)
         kernels = {
-            path: getattr(layer, layout.kernel).get_value()
+            path: abstract_dense(getattr(layer, layout.kernel).get_value())
             for path, (layer, layout) in sorted(layers.items())
         }
         program = trace_call(run, (kernels, state), inputs)

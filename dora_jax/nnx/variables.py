@@ -12,7 +12,9 @@ from flax import nnx
 
 from dora_jax.adapters.placement import device_put_like, native, own_array
 from dora_jax.adapters.trees import flatten
+from dora_jax.decomposition.quantized import QuantizedKernel
 from dora_jax.errors import Path
+from dora_jax.layers.quantizing import refuse_training_in_full
 
 
 class DoRAParam(nnx.Variable):
@@ -94,12 +96,17 @@ def _new_saved(plain: type[nnx.Param]) -> SavedParam:
     return object.__new__(saved_class(plain))
 
 
-def train_parameters(node: Any) -> None:
+def train_parameters(path: Path, node: Any) -> None:
     """Makes every parameter of a module, or one parameter, trained in full, in place.
 
     Its array becomes a copy, so that the base it came from is left whole.
+
+    Raises:
+      AdapterError: it is quantised; names `path`.
     """
     for parameter in _parameters(node):
+        if isinstance(parameter.get_value(), QuantizedKernel):
+            raise refuse_training_in_full(path)
         if not isinstance(parameter, SavedParam):
             object.__setattr__(parameter, "__class__", saved_class(type(parameter)))
             parameter.set_value(jax.tree.map(own_array, parameter.get_value()))

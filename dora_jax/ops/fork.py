@@ -30,9 +30,14 @@ def fork(x: Array, shape: tuple[int, ...], exact: Exact) -> tuple[Array, Array, 
     Use the first for one term of `h`, the second for the other, and add the third. Then the
     gradient of `x` is that of the two terms, or else `exact.output(cotangent of h, *operands)`.
     """
-    if has_mesh_in_type(x, exact.is_short, *exact.operands):
+    leaves, structure = jax.tree.flatten(exact.operands)
+
+    def of_leaves(g: Array, *leaves: Array) -> Array:
+        return exact.output(g, *jax.tree.unflatten(structure, leaves))
+
+    if has_mesh_in_type(x, exact.is_short, *leaves):
         return x, x, jnp.zeros(shape, x.dtype)
-    return _fork.bind(x, exact.is_short, *exact.operands, of=exact.output, shape=shape)
+    return _fork.bind(x, exact.is_short, *leaves, of=of_leaves, shape=shape)
 
 
 def sum_of_terms(one: Array, other: Array, zeros: Array, exact: Exact) -> Array:

@@ -42,7 +42,7 @@ def down_projection(
       (4, 7, 2)
     """
     x, a = (v.astype(jnp.result_type(x, a)) for v in (x, a))
-    return _down_projection(x, a, stack=0, precision=_current_precision(precision))
+    return _down_projection(x, a, stack=0, precision=current_precision(precision))
 
 
 def up_projection(
@@ -65,10 +65,10 @@ def up_projection(
       (4, 7, 3)
     """
     x, b = (v.astype(jnp.result_type(x, b)) for v in (x, b))
-    return _up_projection(x, b, stack=stack, precision=_current_precision(precision))
+    return _up_projection(x, b, stack=stack, precision=current_precision(precision))
 
 
-def _current_precision(precision: Any) -> Any:
+def current_precision(precision: Any) -> Any:
     """Returns the precision that `dot_general` would use if it were called now.
 
     A primitive calls `dot_general` later, when the default precision may be another one.

@@ -84,12 +84,12 @@ class Exact(NamedTuple):
     Attributes:
       is_short: where it cancels, as booleans of any shape.
       output: `(*operands) -> result`. It closes over no traced array.
-      operands: arrays, constants in every derivative.
+      operands: arrays, or trees of them, constants in every derivative.
     """
 
     is_short: Bool[Array, "..."]
     output: Callable[..., Array]
-    operands: tuple[Array, ...]
+    operands: tuple[Any, ...]
 
 
 def apply_scale_to_sum(

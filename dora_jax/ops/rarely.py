@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,8 @@ def define_linear_map(
 ) -> Function:
     """Returns `(is_rare, x, *others, **params) -> y`, a map linear in `x`, as a JAX primitive.
 
+    The other operands are arrays, or trees of them.
+
     It is computed as `cheap(x, *others)`, and as `exact` where any of `is_rare` is true; its
     transpose in `x` likewise. Its derivatives in the other operands are those of `cheap`.
 
@@ -70,22 +72,51 @@ def define_linear_map(
         return result
 
     def without_shape(function: Function) -> Function:
-        return lambda *operands, like, **params: function(*operands, **params)
+        return _of_leaves(lambda *operands, like, **params: function(*operands, **params))
 
-    by_kernels = [without_shape(way) for way in on_gpu]
+    by_kernels = [_on_gpu_of_leaves(way) for way in on_gpu]
     forward = _define(name, without_shape(cheap), without_shape(exact), by_kernels[0])
     backward = _define(
-        f"{name}_transpose", cheap_transpose, without_shape(exact_transpose), by_kernels[1]
+        f"{name}_transpose",
+        _of_leaves(cheap_transpose),
+        without_shape(exact_transpose),
+        by_kernels[1],
     )
     forward.transpose, backward.transpose = backward, forward
 
-    def call(is_rare: Array, x: Array, *others: Array, **params: Any) -> Array:
-        if has_mesh_in_type(is_rare, x, *others):
+    def call(is_rare: Array, x: Array, *others: Any, **params: Any) -> Array:
+        leaves, structure = jax.tree.flatten(others)
+        if has_mesh_in_type(is_rare, x, *leaves):
             return cheap(x, *others, **params)
-        like = (x.shape, x.dtype)
-        return forward.bind(is_rare, x, *others, levels=(), like=like, **params)
+        own = {"structure": structure, "like": (x.shape, x.dtype), "levels": ()}
+        return forward.bind(is_rare, x, *leaves, **own, **params)
 
     return call
+
+
+def _of_leaves(function: Function) -> Function:
+    """Returns a function of `x` and the leaves of the others, as a primitive's operands are."""
+
+    def run(x: Array, *leaves: Array, structure: Any, **params: Any) -> Any:
+        return function(x, *jax.tree.unflatten(structure, leaves), **params)
+
+    return run
+
+
+def _on_gpu_of_leaves(way: Function) -> Function:
+    """Returns the same of an entry of `on_gpu`."""
+
+    def run(x: Array, *leaves: Array, structure: Any, like: Any, **params: Any) -> Any:
+        found = way(x, *jax.tree.unflatten(structure, leaves), **params)
+        if found is None:
+            return None
+
+        def anew(is_rare: Array, result: Array, x: Array, *leaves: Array) -> Array:
+            return cast("Array", found(is_rare, result, x, *jax.tree.unflatten(structure, leaves)))
+
+        return anew
+
+    return run
 
 
 class _LinearMap:

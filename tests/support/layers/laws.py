@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,10 +14,14 @@ from tests.support.layers.rows import Row
 PLAIN = ("plain",)
 
 
-def numbers(row: Row, dtype: Any) -> tuple[Any, Any, Any]:
-    """Returns parameters, random adapters and inputs of a row's model, run plainly."""
+def numbers(row: Row, dtype: Any, transforms: Sequence[str] = PLAIN) -> tuple[Any, Any, Any]:
+    """Returns parameters, random adapters and inputs of a row's model."""
     data = draw_data(row, dtype)
-    return tree(data.params, PLAIN), tree(data.adapters, PLAIN), copies(data.x, PLAIN)
+    return (
+        tree(data.params, transforms),
+        tree(data.adapters, transforms),
+        copies(data.x, transforms),
+    )
 
 
 def close(value: Any, expected: Any, bound: float = 5e-6) -> bool:

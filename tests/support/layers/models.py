@@ -26,10 +26,12 @@ class Model(NamedTuple):
     Attributes:
       base: `(params, xs) -> ys`, of the model before `apply_dora`.
       adapt: `(config, params, xs) -> Adapted`; without `params`, of abstract arrays.
+      quantize: `(quantization, params, xs) -> params`, with quantised kernels.
     """
 
     base: Callable[..., Tree]
     adapt: Callable[..., Adapted]
+    quantize: Callable[..., Tree]
 
 
 class Adapted(NamedTuple):
@@ -92,7 +94,10 @@ def _linen_model(row: Row, dtypes: Tree, transforms: tuple[str, ...]) -> Model:
     def base(params, xs):
         return module.apply({"params": params}, xs)
 
-    return Model(base, adapt)
+    def quantize(quantization, params, xs):
+        return dora.quantize(module, quantization, params=params, inputs=(xs,))
+
+    return Model(base, adapt, quantize)
 
 
 def _nnx_model(row: Row, dtypes: Tree, transforms: tuple[str, ...]) -> Model:
@@ -143,4 +148,9 @@ def _nnx_model(row: Row, dtypes: Tree, transforms: tuple[str, ...]) -> Model:
 
         return Adapted(dora.get_adapters(adapted), lambda adapters, xs: load(adapters)(xs), merge)
 
-    return Model(lambda params, xs: plain(params)(xs), adapt)
+    def quantize(quantization, params, xs):
+        inputs = (xs,) if row.traced else None
+        quantized = dora.quantize(plain(params), quantization, inputs=inputs)
+        return nnx.to_pure_dict(nnx.state(quantized, nnx.Param))
+
+    return Model(lambda params, xs: plain(params)(xs), adapt, quantize)
