@@ -5,10 +5,11 @@ validation rows is trained with more seeds, and only these runs see the test. Th
 share a program are trained at once. Finished runs are kept in the run folder, settings that two
 studies have in common are trained once, and the same command goes on where it stopped.
 
-Studies: components (parts of DoRA), ranks (LoRA and DoRA from 1 to 64), half-ranks (DoRA at half
-the rank of LoRA), magnitude (its learning rate and decay), eps, layers (attention, MLP or all),
-batch, initialisations. The task is sarcasm in headlines, which is downloaded, or one of GLUE, whose
-published files are given with --data.
+Studies: methods (full fine-tuning, LoRA, DoRA, the magnitude alone), components (parts of DoRA),
+ranks (LoRA and DoRA from 1 to 64), half-ranks (DoRA at half the rank of LoRA), magnitude (its
+learning rate and decay), eps, layers (attention, MLP or all), batch, initialisations. The task is
+sarcasm in headlines, which is downloaded, or one of GLUE, whose published files are given with
+--data.
 
 Examples:
     python -m experiments.ablation --studies components --dry-run
@@ -49,8 +50,8 @@ from experiments.trainer.settings import SettingsError, TrainerSettings
 class Config:
     """Compare settings of DoRA on one task."""
 
-    # Any of components, ranks, half-ranks, magnitude, eps, layers, batch, initialisations; own is
-    # that of --sweep.
+    # Any of methods, components, ranks, half-ranks, magnitude, eps, layers, batch, initialisations;
+    # own is that of --sweep.
     studies: tuple[str, ...] = ("components",)
     # Values to try, as FIELD=VALUES: of learning_rate for all studies, of others for own. A range
     # is LOW..HIGH:COUNT.

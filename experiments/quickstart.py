@@ -256,7 +256,7 @@ def _report(summary: dict[str, Any], folder: Path) -> None:
         _say(f"  {name:<16} {what}")
     _say(
         "\nNext: python -m experiments.quickstart --rank 4\n"
-        "      python -m experiments.compare --methods full lora dora --seeds 3\n"
+        "      python -m experiments.ablation --studies methods\n"
         "      notebooks/01_first_steps.ipynb"
     )
 

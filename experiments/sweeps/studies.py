@@ -31,6 +31,10 @@ _BOTH = ("lora", "dora")
 _ATTENTION = ("query", "key", "value", "attention.output")
 
 STUDIES = {
+    "methods": Study(
+        "Full fine-tuning, LoRA, DoRA, and the magnitude alone",
+        ({"method": ("full", "lora", "dora", "magnitude")},),
+    ),
     "components": Study(
         "Parts of DoRA",
         (

@@ -1,4 +1,4 @@
-"""The task of quickstart and compare: sarcasm in headlines, with a pretrained MiniLM."""
+"""The task of quickstart and ablation: sarcasm in headlines, with a pretrained MiniLM."""
 
 from __future__ import annotations
 

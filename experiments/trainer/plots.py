@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import dora_jax as dora
-from experiments.reporting import style
 
 LINEAR = dora.decomposition.KernelAxes((), (0,), (1,))
 
@@ -85,39 +84,6 @@ def plot_layer_changes(changes: Mapping[str, dora.analysis.WeightChange], file: 
             values[kinds.index(kind), int(layer)] = getattr(change, field)
         _heat_map(panel, values, kinds, title)
     figure.savefig(file, dpi=150)
-
-
-def plot_comparison(rows: Mapping[str, Mapping[str, Any]], file: Path) -> None:
-    """Draws test accuracy by method, and validation accuracy by learning rate.
-
-    Args:
-        rows: Results by method, from `experiments.compare.run_method`.
-        file: The PNG to write.
-    """
-    figure, axes = style.panels(1, 2, height=3.4)
-    test, validation = axes[0]
-    for i, (method, row) in enumerate(rows.items()):
-        colour, marker = style.colour(method), style.marker(method)
-        accuracies = 100 * np.array(row["test_accuracies"])
-        std = 100 * (row["test_accuracy_std"] or 0.0)
-        test.errorbar(accuracies.mean(), i, xerr=std, fmt=marker, color=colour, capsize=4)
-        test.plot(accuracies, np.full(len(accuracies), i + 0.2), ".", color=colour, alpha=0.5)
-        by_rate = row["validation_by_learning_rate"]
-        # Side by side: curves of equal values would hide each other.
-        rates = [float(rate) * 1.05 ** (i - (len(rows) - 1) / 2) for rate in by_rate]
-        values = [100 * accuracy for accuracy in by_rate.values()]
-        validation.semilogx(rates, values, f"{marker}-", color=colour, ms=5, label=row["title"])
-    style.finish(test, title="test: mean ± standard deviation, and seeds", xlabel="accuracy (%)")
-    test.set_yticks(range(len(rows)), [row["title"] for row in rows.values()])
-    test.invert_yaxis()
-    style.finish(
-        validation,
-        title="validation, first seed",
-        xlabel="peak learning rate",
-        ylabel="accuracy (%)",
-    )
-    figure.legend(*validation.get_legend_handles_labels(), **style.LEGEND_BELOW)
-    style.save(figure, file)
 
 
 def _heat_map(panel: Axes, values: np.ndarray, rows: Sequence[str], title: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import compare, efficiency, quickstart
+from experiments import ablation, efficiency, quickstart
 from experiments.tasks.download import DownloadError
 from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.finite import DivergedError
@@ -37,7 +37,7 @@ def test_a_signal_ends_the_block_with_its_status_and_a_second_one_is_not_needed(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("name", ["quickstart", "compare", "efficiency"])
+@pytest.mark.parametrize("name", ["quickstart", "ablation", "efficiency"])
 def test_a_signal_during_the_imports_ends_in_a_line(number, name, tmp_path):
     """The process interrupts itself when it starts to import JAX."""
     (tmp_path / "jax.py").write_text(f"import os; os.kill(os.getpid(), {int(number)})")
@@ -61,7 +61,7 @@ def test_what_a_user_can_mend_is_said_without_a_traceback(error):
     assert raised.value.code == str(error)
 
 
-@pytest.mark.parametrize("module", [quickstart, compare, efficiency])
+@pytest.mark.parametrize("module", [quickstart, ablation, efficiency])
 def test_the_empty_path_of_an_unset_variable_is_refused(module, capsys):
     paths = [f.name for f in dataclasses.fields(module.Config) if "Path" in str(f.type)]
     assert paths

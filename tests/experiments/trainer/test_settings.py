@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import compare, quickstart
+from experiments import decomposition, quickstart
 from experiments.models.llama import Llama
 from experiments.trainer.command_line import settings
 from experiments.trainer.compile_cache import use_compile_cache
 from experiments.trainer.settings import SettingsError, TrainerSettings
 
 
-@pytest.mark.parametrize("module", [quickstart, compare])
+@pytest.mark.parametrize("module", [quickstart, decomposition])
 def test_an_experiment_has_the_options_of_the_trainer(module, capsys):
     given = ["--mesh", "fsdp=8", "--microbatches", "4", "--dtype", "bfloat16", "--remat", "dots"]
     given += ["--profile", "trace", "--compile-cache", "off"]
