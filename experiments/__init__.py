@@ -1,11 +1,11 @@
 """Experiments with DoRA, run from a checkout of the repository.
 
 Every module in this folder is one experiment: `python -m experiments.quickstart`, `glue`,
-`commonsense`, `math`, `ablation`, `decomposition`, `report`, `efficiency` and `plan`. They are built
-from eight packages: `tasks` (data and metrics), `models`, `trainer` (methods and the training loop),
-`sweeps` (many runs in one program), `language` (decoders that are tuned on answers), `reporting`
-(tables and figures from run folders), `benchmarks` (speed and memory) and `planning` (steps for
-devices that are not there).
+`commonsense`, `math`, `ablation`, `decomposition`, `report`, `efficiency` and `plan`. They are
+built from eight packages: `tasks` (data and metrics), `models`, `trainer` (methods and the training
+loop), `sweeps` (many runs in one program), `language` (decoders that are tuned on answers),
+`reporting` (tables and figures from run folders), `benchmarks` (speed and memory) and `planning`
+(steps for devices that are not there).
 Results that are kept lie in `results/`. The experiments use the public names of `dora_jax` and
 nothing else of it.
 """
