@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -246,6 +247,7 @@ def dry_run(config: Config) -> str:
             sweep.settings.schedule(first, preset.batch_size),
         )
         parts = config.trainer.microbatches
+        print(f"compiling {method}, and taking two steps", file=sys.stderr, flush=True)
         costs[method] = measure(first, member, schedule, batch, microbatches=parts)
     for i, (key, task) in enumerate(tasks.items()):
         rates = preset.rates_of(key, dict.fromkeys(preset.tasks[:i], middle))
