@@ -25,13 +25,14 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import tyro
 
 from experiments import glue
 from experiments.sweeps.choice import Chosen, tune
 from experiments.sweeps.estimate import Planned, measure, table
 from experiments.sweeps.grid import members, parse_axis
-from experiments.sweeps.members import Member
+from experiments.sweeps.members import Member, build
 from experiments.sweeps.runner import Sweep, SweepSettings, check_trainer
 from experiments.sweeps.studies import STUDIES, Study, title_of
 from experiments.sweeps.task import SweepTask
@@ -204,22 +205,27 @@ def table_of(study: Study, found: dict[Member, Chosen], metric: str) -> str:
 
 
 def dry_run(config: Config) -> str:
-    """Returns what the studies would take. Takes two steps of one run of each setting for that."""
+    """Returns what the studies would take. Takes two steps of one run of each program for that."""
+    config.trainer.set_up()
     task = task_of(config)
-    sweep, rows, seen = sweep_of(config, task), [], set()
+    sweep, costs, rows = sweep_of(config, task), {}, {}
     runs = len(config.rates) * config.choosing_seeds
     runs += max(0, config.seeds - config.choosing_seeds)
     for name in config.studies:
         for member in config.settings_of(name):
-            if member in seen:
+            if member in rows:
                 continue
-            seen.add(member)
-            schedule = sweep.settings.schedule(task, member.batch_size)
             batch = next(task.batches(0, member.batch_size))
-            cost = measure(task, member, schedule, batch, microbatches=config.trainer.microbatches)
+            schedule, family = sweep.settings.schedule(task, member.batch_size), member.family(task)
+            if family not in costs:
+                parts = config.trainer.microbatches
+                costs[family] = measure(task, member, schedule, batch, microbatches=parts)
+            own = sum(x.size for x in jax.tree.leaves(build(task, member).trained))
+            cost = dataclasses.replace(costs[family], parameters=own)
             title, tokens = title_of(member, config.study(name)), float(tokens_in(batch))
-            rows.append(Planned(name, title, runs, schedule.steps, tokens, config.members, cost))
-    return table(rows)
+            planned = Planned(name, title, runs, schedule.steps, tokens, config.members, cost)
+            rows[member] = planned
+    return table(list(rows.values()))
 
 
 def run(config: Config) -> str:

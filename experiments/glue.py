@@ -31,7 +31,7 @@ import tyro
 from experiments.sweeps.choice import tune
 from experiments.sweeps.estimate import Planned, measure, table
 from experiments.sweeps.members import Member
-from experiments.sweeps.runner import Sweep, SweepSettings
+from experiments.sweeps.runner import Sweep, SweepSettings, check_trainer
 from experiments.tasks.download import minilm_folder
 from experiments.tasks.glue.presets import EPOCHS, PRESETS, Preset
 from experiments.tasks.glue.splits import load_splits
@@ -109,9 +109,6 @@ class Config:
             raise SystemExit("give at least one task, one seed and one learning rate")
         if self.preset == "paper" and self.checkpoint is None:
             raise SystemExit("--preset paper needs --checkpoint, the folder of RoBERTa-base")
-        if self.trainer.mesh or self.trainer.profile:
-            given = "mesh" if self.trainer.mesh else "profile"
-            raise SystemExit(f"--{given}: a sweep has none; it gives its runs to all devices")
 
     def resolved(self) -> Preset:
         """Returns the preset with the options that were given in its place."""
@@ -235,6 +232,7 @@ def dry_run(config: Config) -> str:
     They are taken on the longest batches of the first task. Rates next to those chosen before are
     counted as if the middle of the grid had been chosen.
     """
+    check_trainer(config.trainer)
     config.trainer.set_up()
     preset, rows = config.resolved(), []
     tasks = {key: load_task(config, key) for key in preset.tasks}
@@ -268,6 +266,7 @@ HEADER = (
 
 def run(config: Config) -> str:
     """Trains the unfinished runs, and returns the table as Markdown."""
+    check_trainer(config.trainer)
     config.trainer.set_up()
     preset = config.resolved()
     with alone_in(config.run_folder):

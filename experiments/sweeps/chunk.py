@@ -132,7 +132,8 @@ class Chunk:
         now = time.perf_counter()
         self.seconds.append(now - self.clock)
         self.clock = now
-        self.speed.add(self.seconds[-1])
+        if len(self.seconds) > 1:  # the first one compiled
+            self.speed.add(self.seconds[-1])
         for i, member in enumerate(self.own):
             if not (np.isfinite(loss[i]) and np.isfinite(square[i])):
                 self.diverged.setdefault(member, number)

@@ -1,5 +1,6 @@
 """The ablation on a tiny budget: settings of studies, one table, and what is refused."""
 
+import dataclasses
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from experiments.sweeps.studies import STUDIES
 from experiments.trainer.settings import TrainerSettings
 from tests.experiments.sweeps.tiny_sweep import tiny_sweep_task
 from tests.experiments.tiny_models import BERT
+from tests.experiments.tiny_task import FEATURES
 
 TASK = tiny_sweep_task()
 
@@ -47,6 +49,16 @@ def test_each_setting_is_trained_at_each_rate_and_with_all_seeds_at_the_best(con
         tested = config.run_folder.glob(f"ablation/*/dora_r{rank}_*/test.json")
         scores = [json.loads(file.read_text())["accuracy"] for file in tested]
         assert f"| DoRA, rank {rank} | {100 * sum(scores) / 2:.2f} ± " in printed
+
+
+@pytest.mark.full
+def test_a_dry_run_trains_nothing(config, printed, tmp_path):
+    text = ablation.dry_run(dataclasses.replace(config, run_folder=tmp_path))
+    rows = [line for line in text.splitlines() if line.startswith("| own | DoRA, rank")]
+    assert [row.split("|")[3].strip() for row in rows] == ["3", "3"]  # two rates, one more seed
+    sizes = [int(row.split("|")[5].replace(",", "")) for row in rows]
+    assert sizes[1] - sizes[0] == 2 * FEATURES  # one more column of A and row of B
+    assert "Nothing was trained" in text and not list(tmp_path.iterdir())
 
 
 def test_the_settings_of_a_study_differ_in_what_it_varies_alone():

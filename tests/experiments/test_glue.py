@@ -11,7 +11,7 @@ import pytest
 
 from experiments import glue
 from experiments.tasks.glue.presets import PRESETS, RATES
-from experiments.trainer.settings import TrainerSettings
+from experiments.trainer.settings import SettingsError, TrainerSettings
 from tests.experiments.tasks.glue_files import rows_of_words, write_encoder
 
 
@@ -158,12 +158,18 @@ def test_options_replace_those_of_the_preset(tmp_path):
         ({"methods": ("dora:0",)}, "unknown method 'dora:0'"),
         ({"seeds": 0}, "at least one task, one seed"),
         ({"preset": "paper"}, "needs --checkpoint"),
-        ({"trainer": TrainerSettings(mesh="data=2")}, "--mesh: a sweep has none"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         glue.Config(data=tmp_path, **options)
+
+
+@pytest.mark.parametrize("function", [glue.run, glue.dry_run])
+def test_options_that_a_sweep_does_not_have_are_refused(tmp_path, function):
+    config = glue.Config(data=tmp_path, trainer=TrainerSettings(mesh="data=2"))
+    with pytest.raises(SettingsError, match="--mesh: runs are spread over all devices"):
+        function(config)
 
 
 def test_help_has_examples_and_every_option(capsys):

@@ -29,8 +29,9 @@ MEMBERS = [
 def alone(member):
     """The losses of a member in the trainer that all other experiments use."""
     method = METHODS[member.method]
-    sizes = {"rank": member.rank, "alpha": member.alpha}
-    model = method.adapt(TASK.model(member.seed), **sizes, seed=1000 + member.seed)
+    sizes = {"rank": member.rank, "alpha": member.alpha or 1.0}
+    fields = {**TASK.fields, **dict(member.switches)}
+    model = method.adapt(TASK.model(member.seed), **sizes, seed=1000 + member.seed, fields=fields)
     rates = Schedule(steps=STEPS).over_peak()
     tx = method.optimizer(
         lambda step: member.learning_rate * rates(step),
@@ -69,6 +70,32 @@ def test_members_have_the_losses_and_arrays_of_separate_runs(trained):
             programs.stack.arrays_of(member, state.trained, i), arrays, strict=True
         ):
             np.testing.assert_allclose(found, array, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("method", "switches"),
+    [
+        ("full", ()),
+        ("magnitude", ()),
+        ("lora", (("use_rslora", True),)),
+        ("dora", (("init", "pissa"),)),
+        ("dora-detached", (("eps", 1e-4),)),
+    ],
+)
+def test_so_have_members_of_every_method(method, switches):
+    own = [
+        Member(method=method, rank=2, alpha=4.0, batch_size=4, seed=seed, switches=switches)
+        for seed in (0, 1)
+    ]
+    programs, state, losses = together(own)
+    for i, member in enumerate(own):
+        expected, arrays = alone(member)
+        np.testing.assert_allclose(losses[i], expected, rtol=1e-6)
+        for found, x in zip(
+            programs.stack.arrays_of(member, state.trained, i), arrays, strict=True
+        ):
+            np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
 
 
 def test_ranks_that_were_padded_stay_exactly_zero(trained):

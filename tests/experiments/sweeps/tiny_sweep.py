@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +17,13 @@ from tests.experiments.tiny_task import FEATURES, BagOfWords, TinyTask, tiny_tas
 @dataclasses.dataclass(frozen=True)
 class OneBase(TinyTask):
     def model(self, seed):
-        model = nnx.clone(_base())
+        model = filled(lambda: BagOfWords(rngs=nnx.Rngs(0)), seed=0)
         # Under vmap this kind of key draws what it draws alone; unsafe_rbg does not.
         key = jax.random.key(seed, impl="threefry2x32")
         model.dropout.rngs.key.set_value(key)
         head = np.random.default_rng(seed).standard_normal((FEATURES, 2))
         model.classifier.kernel[...] = jnp.asarray(head, jnp.float32)
         return model
-
-
-@functools.cache
-def _base() -> BagOfWords:
-    return filled(lambda: BagOfWords(rngs=nnx.Rngs(0)), seed=0)
 
 
 def tiny_sweep_task(train: int = 32) -> TextTask:
