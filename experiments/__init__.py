@@ -1,9 +1,10 @@
 """Experiments with DoRA, run from a checkout of the repository.
 
 Every module in this folder is one experiment: `python -m experiments.quickstart`, `compare`,
-`glue`, `efficiency` and `plan`. They are built from six packages: `tasks` (data
-and metrics), `models`, `trainer` (methods and the training loop), `sweeps` (many runs in one
-program), `benchmarks` (speed and memory) and `planning` (steps for devices that are not there).
+`glue`, `commonsense`, `math`, `efficiency` and `plan`. They are built from seven packages: `tasks`
+(data and metrics), `models`, `trainer` (methods and the training loop), `sweeps` (many runs in one
+program), `language` (decoders that are tuned on answers), `benchmarks` (speed and memory) and
+`planning` (steps for devices that are not there).
 Results that are kept lie in `results/`. The experiments use the public names of `dora_jax` and
 nothing else of it.
 """

@@ -104,8 +104,8 @@ class Config:
             raise SystemExit(f"unknown tasks {unknown}: choose from {', '.join(TASKS)}")
         for method in chosen.methods:
             member_of(self, method)
-        if chosen.choosing_seeds < 1 or chosen.seeds < 1 or not chosen.rates:
-            raise SystemExit("give at least one seed and one learning rate")
+        if min(chosen.choosing_seeds, chosen.seeds, len(chosen.rates), len(chosen.tasks)) < 1:
+            raise SystemExit("give at least one task, one seed and one learning rate")
         if self.preset == "paper" and self.checkpoint is None:
             raise SystemExit("--preset paper needs --checkpoint, the folder of RoBERTa-base")
         if self.trainer.mesh or self.trainer.profile:
@@ -134,9 +134,9 @@ def member_of(config: Config, method: str) -> Member:
         SystemExit: The method is not known, or has no rank where it needs one.
     """
     name, _, rank = method.partition(":")
-    if name not in METHODS or not (rank.isdecimal() or not rank):
+    size = int(rank) if rank.isdecimal() else 0 if rank else 8
+    if name not in METHODS or not size:
         raise SystemExit(f"unknown method {method!r}: give one of {', '.join(METHODS)}, as dora:8")
-    size = int(rank or 8)
     return Member(
         method=name,
         rank=size,

@@ -30,12 +30,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from experiments.models.activations import ACTIVATIONS
 from experiments.models.attention import causal_attention
 from experiments.models.inputs import check_shapes
+from experiments.models.kv_cache import LayerCache
 from experiments.models.layers import LayerFactory
 from experiments.models.partitioning import constrain
 from experiments.models.rotary import rotary_frequencies, rotate
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
     from experiments.models.attention import Setting
     from experiments.models.inputs import Ids, Mask
+    from experiments.models.kv_cache import Cache
     from experiments.models.llama_config import LlamaConfig
     from experiments.models.rotary import Angles
 
@@ -83,8 +86,18 @@ class LlamaAttention(nnx.Module):
             self.q_norm = make.norm(config.head_size)
             self.k_norm = make.norm(config.head_size)
 
-    def __call__(self, x_BxTxD: Hidden, angles_BxTxF: Angles, mask: Mask | None) -> Hidden:
-        """Attends from every position to itself and to earlier ones where `mask` is not zero."""
+    def __call__(
+        self,
+        x_BxTxD: Hidden,
+        angles_BxTxF: Angles,
+        mask: Mask | None,
+        past: LayerCache | None = None,
+    ) -> tuple[Hidden, LayerCache | None]:
+        """Attends from every position to itself and to earlier ones where `mask` is not zero.
+
+        With a cache, which knows what is padding, earlier ones are also those in the cache. Returns
+        it with the positions added.
+        """
 
         def heads(x: Array) -> Array:
             x = x.reshape(*x.shape[:2], -1, self.config.head_size)
@@ -94,15 +107,15 @@ class LlamaAttention(nnx.Module):
         v_BxTxKxH = heads(self.v_proj(x_BxTxD))
         if self.config.qk_norm:
             q_BxTxNxH, k_BxTxKxH = self.q_norm(q_BxTxNxH), self.k_norm(k_BxTxKxH)
-        y_BxTxNxH = causal_attention(
-            rotate(q_BxTxNxH, angles_BxTxF),
-            rotate(k_BxTxKxH, angles_BxTxF),
-            v_BxTxKxH,
-            mask=mask,
-            window=self.config.sliding_window,
-            setting=self.attention,
-        )
-        return self.o_proj(y_BxTxNxH.reshape(*x_BxTxD.shape[:2], -1))
+        q_BxTxNxH, k_BxTxKxH = (rotate(x, angles_BxTxF) for x in (q_BxTxNxH, k_BxTxKxH))
+        window = self.config.sliding_window
+        if past is None:
+            y_BxTxNxH = causal_attention(
+                q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, mask=mask, window=window, setting=self.attention
+            )
+        else:
+            y_BxTxNxH, past = past.attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH, window)
+        return self.o_proj(y_BxTxNxH.reshape(*x_BxTxD.shape[:2], -1)), past
 
 
 class LlamaMLP(nnx.Module):
@@ -132,11 +145,14 @@ class LlamaLayer(nnx.Module):
         self.post_attention_layernorm = make.norm(hidden)
         self.mlp = LlamaMLP(make)
 
-    def __call__(self, x: Hidden, angles_BxTxF: Angles, mask: Mask | None) -> Hidden:
-        """Transforms hidden states. `mask` is zero at padding."""
+    def __call__(
+        self, x: Hidden, angles_BxTxF: Angles, mask: Mask | None, past: LayerCache | None = None
+    ) -> tuple[Hidden, LayerCache | None]:
+        """Transforms hidden states. `mask` is zero at padding. A cache gets the positions too."""
         x = between_layers(x)
-        x = between_layers(x + self.self_attn(self.input_layernorm(x), angles_BxTxF, mask))
-        return between_layers(x + self.mlp(self.post_attention_layernorm(x)))
+        y, past = self.self_attn(self.input_layernorm(x), angles_BxTxF, mask, past)
+        x = between_layers(x + y)
+        return between_layers(x + self.mlp(self.post_attention_layernorm(x))), past
 
 
 def between_layers(x: Hidden) -> Hidden:
@@ -222,7 +238,10 @@ class Llama(nnx.Module):
         Raises:
             ValueError: The shapes differ.
         """
-        hidden = self.hidden_states(input_ids, attention_mask, position_ids)
+        return self.logits(self.hidden_states(input_ids, attention_mask, position_ids))
+
+    def logits(self, hidden: Hidden) -> Float[Array, "batch seq vocab"]:
+        """Returns the logits that follow from `hidden_states` or `extend`."""
         tied = self.config.tie_word_embeddings
         logits = self.embed_tokens.attend(hidden) if tied else self.lm_head(hidden)
         return constrain(logits, "batch", "length", "vocab")
@@ -236,17 +255,43 @@ class Llama(nnx.Module):
         angles_BxTxF = jnp.asarray(positions)[..., None] * rotary_frequencies(self.config)
         x = self.embed_tokens(jnp.asarray(input_ids))
         mask = None if attention_mask is None else jnp.asarray(attention_mask)
-        return self.norm(self._run_layers(x, angles_BxTxF, mask))
+        return self.norm(self._run_layers(x, angles_BxTxF, mask, None)[0])
 
-    def _run_layers(self, x: Hidden, angles: Angles, mask: Array | None) -> Hidden:
-        def run(x: Hidden, layer: LlamaLayer, angles: Angles, mask: Array | None) -> Hidden:
-            return layer(x, angles, mask)
+    def extend(
+        self, input_ids: Ids, cache: Cache, attention_mask: Mask | None = None
+    ) -> tuple[Hidden, Cache]:
+        """Goes on from the tokens in a cache: `hidden_states` of further tokens, and the cache.
+
+        Args:
+            input_ids: The next token ids of each row. The cache must have that many free slots.
+            cache: See `kv_cache.empty_cache`.
+            attention_mask: Zero at padding, which takes a slot but no position of the text.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        check_shapes(input_ids, attention_mask=attention_mask)
+        mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
+        before = jnp.sum(cache.real, axis=1, keepdims=True)
+        positions = before + jnp.cumsum(mask, axis=1) - 1
+        real = jax.lax.dynamic_update_slice(cache.real, jnp.asarray(mask), (0, cache.used))
+        past = LayerCache(cache._replace(real=real), jnp.zeros((), jnp.int32))
+        angles_BxTxF = positions[..., None] * rotary_frequencies(self.config)
+        x = self.embed_tokens(jnp.asarray(input_ids))
+        x, past = self._run_layers(x, angles_BxTxF, None, past)
+        return self.norm(x), past.cache._replace(used=cache.used + input_ids.shape[1])
+
+    def _run_layers(self, x: Hidden, angles: Angles, mask: Array | None, past: Any) -> Any:
+        def run(carry: Any, layer: LlamaLayer, angles: Angles, mask: Array | None) -> Any:
+            x, past = carry
+            return layer(x, angles, mask, past)
 
         if self.remat:
             run = nnx.remat(run, policy=self.remat if callable(self.remat) else None)
+        carry = x, past
         if self.scan_layers:
             axes = (nnx.Carry, 0, None, None)
-            return nnx.scan(run, in_axes=axes, out_axes=nnx.Carry)(x, self.layers, angles, mask)
+            return nnx.scan(run, in_axes=axes, out_axes=nnx.Carry)(carry, self.layers, angles, mask)
         for layer in self.layers:
-            x = run(x, layer, angles, mask)
-        return x
+            carry = run(carry, layer, angles, mask)
+        return carry

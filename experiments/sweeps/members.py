@@ -108,8 +108,9 @@ class Member:
         """Returns the same member for all that one program can train together.
 
         Rates, seeds, alphas and ratios are arrays of the program. Factors of a smaller rank are
-        padded with zeros, which training keeps, unless the start depends on the rank or layers have
-        ranks of their own.
+        padded with zeros, which training keeps: ranks up to 8, 32, 128 and so on go together. Not
+        where more than the start of the factors depends on the rank, nor where layers have ranks
+        of their own.
         """
         same = dataclasses.replace(
             self, learning_rate=1.0, seed=0, magnitude_lr_ratio=1.0, magnitude_weight_decay=0.0
@@ -119,7 +120,10 @@ class Member:
             return same
         if config.changes_product or config.rank_pattern or config.alpha_pattern:
             return same
-        return dataclasses.replace(same, rank=1, alpha=1.0)
+        padded = 8
+        while padded < self.rank:
+            padded *= 4
+        return dataclasses.replace(same, rank=padded, alpha=1.0)
 
 
 class Parts(NamedTuple):

@@ -116,8 +116,23 @@ class Programs:
         """
         count = len(members)
         given = self._placed((self._hyperparameters(members), stack_batches(batches)), count)
-        state, outcomes = self._run("step", self._steps, state, *given, self._shared(count))
+        state, outcomes = self._run("step", self.steps, state, *given, self._shared(count))
         return State(*state), outcomes
+
+    def abstract(self, members: Sequence[Member], batches: Sequence[Batch]) -> tuple[Any, ...]:
+        """Returns the arguments of `steps` as shapes: for compiling it elsewhere."""
+        parts, count = self.stack.parts, len(members)
+
+        def like(tree: Any) -> list[Any]:
+            shapes = ((count, *x.shape) for x in jax.tree.leaves(tree))
+            types = (x.dtype for x in jax.tree.leaves(tree))
+            return [jax.ShapeDtypeStruct(*own) for own in zip(shapes, types, strict=True)]
+
+        own = self._hyperparameters(members)
+        trained = like(parts.trained)
+        state = State(trained, like(parts.changing), jax.eval_shape(self._init, trained, own))
+        given = jax.eval_shape(lambda *x: x, own, stack_batches(batches), self._frozen)
+        return state, *given
 
     def predict(
         self, state: State, members: Sequence[Member], batches: Sequence[Batch]
@@ -147,7 +162,9 @@ class Programs:
 
         return jax.vmap(one)(trained, hyperparameters)
 
-    def _steps(self, state: State, hyperparameters: Any, batches: Any, frozen: Arrays) -> Any:
+    def steps(self, state: State, hyperparameters: Any, batches: Any, frozen: Arrays) -> Any:
+        """Returns the state and the outcomes of all members after a step: what is compiled."""
+
         def one(state: State, own: Any, batch: Any) -> Any:
             trained, changing, rest = self._unflattened(state.trained, state.changing, frozen)
             optimizer = jax.tree.unflatten(self._optimizer_tree, state.optimizer)

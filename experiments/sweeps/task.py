@@ -59,7 +59,11 @@ class SweepTask(Protocol):
     def fields(self) -> Mapping[str, Any]: ...  # noqa: D102
 
     def model(self, seed: int) -> nnx.Module:
-        """Returns the pretrained model, with new parts, such as a head, drawn with the seed."""
+        """Returns the pretrained model, with new parts, such as a head, drawn with the seed.
+
+        Keys of dropout are of JAX's default kind, `threefry2x32`: with another kind a member draws
+        other numbers than it would alone.
+        """
         ...
 
     def example_call(self) -> tuple[Any, ...]:

@@ -96,6 +96,10 @@ class TrainStep:
         self._state, outcome = self._run(self._state, self._frozen, batch)
         return outcome
 
+    def lower(self, batch: Any) -> jax.stages.Lowered:
+        """Returns the step on such a batch, lowered and not run: `.compile()` says its memory."""
+        return self._run.lower(self._state, self._frozen, batch)
+
     def write_back(self) -> None:
         """Puts the arrays of the newest step into the model and the optimiser."""
         trained, changing, state = jax.tree.unflatten(self._structure, self._state)
@@ -204,7 +208,7 @@ class _Program:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(program: _Program, shardings: tuple[Any, ...]) -> Callable[..., Any]:
+def _compiled(program: _Program, shardings: tuple[Any, ...]) -> Any:
     """Returns the compiled step: one for all runs of equal structure."""
     # What comes out lies where it lay before; left alone, XLA may cut it in another way.
     placed: dict[str, Any] = {"out_shardings": (list(shardings), None)} if any(shardings) else {}

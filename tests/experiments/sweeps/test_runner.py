@@ -1,4 +1,4 @@
-"""A sweep leaves a folder for each member, continues where it stopped, and tests what it is told."""
+"""A sweep leaves a folder for each member, continues where it stopped, tests what it is told to."""
 
 import copy
 import dataclasses
