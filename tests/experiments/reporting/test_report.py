@@ -151,7 +151,7 @@ def test_the_base_as_it_is_and_further_metrics_have_a_place(tmp_path, capsys):
         (folder / "test.json").write_text(
             json.dumps({"accuracy": 0.5, "piqa/accuracy": 0.625, "loss": 1.0, "examples": 8})
         )
-    report.main([str(tmp_path), "--output", str(tmp_path / "out")])
+        report.main([str(tmp_path), "--output", str(tmp_path / "out")])
     text = capsys.readouterr().out
     assert "| task | method | piqa/accuracy |" in text
     assert "| sst2 | not fine-tuned | 62.50 |" in text
