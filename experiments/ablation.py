@@ -31,7 +31,7 @@ from experiments.sweeps.choice import Chosen, tune
 from experiments.sweeps.estimate import Planned, measure, table
 from experiments.sweeps.grid import members, parse_axis
 from experiments.sweeps.members import Member
-from experiments.sweeps.runner import Sweep, SweepSettings
+from experiments.sweeps.runner import Sweep, SweepSettings, check_trainer
 from experiments.sweeps.studies import STUDIES, Study, title_of
 from experiments.sweeps.task import SweepTask
 from experiments.sweeps.text_task import TextTask
@@ -104,6 +104,7 @@ class Config:
             raise SystemExit("give at least one seed")
         try:
             axes = [name for name, _ in map(parse_axis, self.sweep)]
+            check_trainer(self.trainer)
         except SettingsError as error:
             raise SystemExit(str(error)) from None
         if ("own" in self.studies) == (set(axes) <= {"learning_rate"}):
@@ -144,7 +145,7 @@ def task_of(config: Config) -> SweepTask:
         length, rows = config.max_length or 24, min(4000, config.train_examples)
         loaded = load_task(max_length=length, train=rows, checkpoint=config.checkpoint)
         base = "MiniLM" if config.checkpoint is None else config.checkpoint.name
-        return TextTask(loaded, base=base)
+        return TextTask(loaded, base=base, switches=config.trainer.switches(loaded.model))
     assert config.data is not None  # checked by Config
     of_glue = glue.Config(
         data=config.data,
@@ -168,6 +169,7 @@ def sweep_of(config: Config, task: SweepTask) -> Sweep:
             members=config.members,
             microbatches=config.trainer.microbatches,
             usual=config.usual,
+            task_settings={"dtype": config.trainer.dtype},
         ),
     )
 

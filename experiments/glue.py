@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ import tyro
 from experiments.sweeps.choice import tune
 from experiments.sweeps.estimate import Planned, measure, table
 from experiments.sweeps.members import Member
-from experiments.sweeps.runner import Sweep, SweepSettings
+from experiments.sweeps.runner import Sweep, SweepSettings, check_trainer
 from experiments.tasks.download import minilm_folder
 from experiments.tasks.glue.presets import EPOCHS, PRESETS, Preset
 from experiments.tasks.glue.splits import load_splits
@@ -108,9 +109,6 @@ class Config:
             raise SystemExit("give at least one task, one seed and one learning rate")
         if self.preset == "paper" and self.checkpoint is None:
             raise SystemExit("--preset paper needs --checkpoint, the folder of RoBERTa-base")
-        if self.trainer.mesh or self.trainer.profile:
-            given = "mesh" if self.trainer.mesh else "profile"
-            raise SystemExit(f"--{given}: a sweep has none; it gives its runs to all devices")
 
     def resolved(self) -> Preset:
         """Returns the preset with the options that were given in its place."""
@@ -234,6 +232,7 @@ def dry_run(config: Config) -> str:
     They are taken on the longest batches of the first task. Rates next to those chosen before are
     counted as if the middle of the grid had been chosen.
     """
+    check_trainer(config.trainer)
     config.trainer.set_up()
     preset, rows = config.resolved(), []
     tasks = {key: load_task(config, key) for key in preset.tasks}
@@ -246,6 +245,7 @@ def dry_run(config: Config) -> str:
             sweep.settings.schedule(first, preset.batch_size),
         )
         parts = config.trainer.microbatches
+        print(f"compiling {method}, and taking two steps", file=sys.stderr, flush=True)
         costs[method] = measure(first, member, schedule, batch, microbatches=parts)
     for i, (key, task) in enumerate(tasks.items()):
         rates = preset.rates_of(key, dict.fromkeys(preset.tasks[:i], middle))
@@ -266,6 +266,7 @@ HEADER = (
 
 def run(config: Config) -> str:
     """Trains the unfinished runs, and returns the table as Markdown."""
+    check_trainer(config.trainer)
     config.trainer.set_up()
     preset = config.resolved()
     with alone_in(config.run_folder):

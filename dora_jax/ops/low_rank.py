@@ -42,7 +42,7 @@ def down_projection(
       (4, 7, 2)
     """
     x, a = (v.astype(jnp.result_type(x, a)) for v in (x, a))
-    return _down_projection(x, a, precision=_current_precision(precision))
+    return _down_projection(x, a, stack=0, precision=_current_precision(precision))
 
 
 def up_projection(
@@ -78,52 +78,63 @@ def _current_precision(precision: Any) -> Any:
     return precision
 
 
-def _down(x: Array, a: Array, *, precision: Any) -> Array:
-    return lax.dot_general(x, a, (((x.ndim - 1,), (0,)), ((), ())), precision)
+def _product(x: Array, b: Array, *, stack: int, precision: Any) -> Array:
+    axes = tuple(range(stack))
+    return lax.dot_general(x, b, (((x.ndim - 1,), (stack,)), (axes, axes)), precision)
 
 
-def _down_gradient_of_a(g: Array, x: Array, a: Any, *, precision: Any) -> Array:
-    return _down_gradient(x, g, precision=precision)
+def _down_gradient_of_a(g: Array, x: Array, a: Any, *, stack: int, precision: Any) -> Array:
+    return _down_gradient(x, g, stack=stack, precision=precision)
 
 
 def _batch_down(
-    operands: tuple[Array, Array], positions: tuple[int | None, int | None], *, precision: Any
+    operands: tuple[Array, Array],
+    positions: tuple[int | None, int | None],
+    *,
+    stack: int,
+    precision: Any,
 ) -> tuple[Array, int]:
-    """Makes a batch axis of `x` alone one more of its own, so that this stays one product."""
+    """Makes a batch axis of both one more stack axis; of one operand, one more of its own axes."""
     (x, a), (of_x, of_a) = operands, positions
     if of_a is None:
         assert of_x is not None
-        return _down_projection(jnp.moveaxis(x, of_x, 0), a, precision=precision), 0
-    return jax.vmap(lambda x, a: _down(x, a, precision=precision), positions)(x, a), 0
+        x = jnp.moveaxis(x, of_x, stack)
+        return _down_projection(x, a, stack=stack, precision=precision), stack
+    if of_x is None:  # one product of all their columns
+        a = jnp.moveaxis(a, of_a, -2)
+        every = a.reshape(*a.shape[:-2], -1)
+        y = _down_projection(x, every, stack=stack, precision=precision)
+        return y.reshape(*y.shape[:-1], *a.shape[-2:]), y.ndim - 1
+    x, a = jnp.moveaxis(x, of_x, 0), jnp.moveaxis(a, of_a, 0)
+    return _down_projection(x, a, stack=stack + 1, precision=precision), 0
 
 
-def _contract_batch(x: Array, g: Array, *, precision: Any) -> Array:
+def _contract_batch(x: Array, g: Array, *, stack: int, precision: Any) -> Array:
     """Returns `x^T g`, summed over the batch, in JAX's order."""
-    return _rows(x, g, precision).T
+    return jnp.matrix_transpose(_rows(x, g, stack, precision))
 
 
-def _contract_batch_on_cpu(x: Array, g: Array, *, precision: Any) -> Array:
+def _contract_batch_on_cpu(x: Array, g: Array, *, stack: int, precision: Any) -> Array:
     # Without the barrier XLA merges the transpose into the product and runs the slow one.
-    return lax.optimization_barrier(_rows(x, g, precision)).T
+    return jnp.matrix_transpose(lax.optimization_barrier(_rows(x, g, stack, precision)))
 
 
-def _rows(x: Array, g: Array, precision: Any) -> Array:
+def _rows(x: Array, g: Array, stack: int, precision: Any) -> Array:
     """Returns `g^T x`, summed over the batch: a row for each of the r features of `g`."""
-    batch = tuple(range(x.ndim - 1))
-    return lax.dot_general(g, x, ((batch, batch), ((), ())), precision)
+    batch, axes = tuple(range(stack, x.ndim - 1)), tuple(range(stack))
+    return lax.dot_general(g, x, ((batch, batch), (axes, axes)), precision)
 
 
-def _contract_batch_gradient_of_x(c: Array, x: Any, g: Array, *, precision: Any) -> Array:
-    return _down_gradient_of_x(g, x, c, precision=precision)
+def _contract_batch_gradient_of_x(
+    c: Array, x: Any, g: Array, *, stack: int, precision: Any
+) -> Array:
+    return _down_gradient_of_x(g, x, c, stack=stack, precision=precision)
 
 
-def _contract_batch_gradient_of_g(c: Array, x: Array, g: Any, *, precision: Any) -> Array:
-    return _down(x, c, precision=precision)
-
-
-def _up(x: Array, b: Array, *, stack: int, precision: Any) -> Array:
-    axes = tuple(range(stack))
-    return lax.dot_general(x, b, (((x.ndim - 1,), (stack,)), (axes, axes)), precision)
+def _contract_batch_gradient_of_g(
+    c: Array, x: Array, g: Any, *, stack: int, precision: Any
+) -> Array:
+    return _product(x, c, stack=stack, precision=precision)
 
 
 def _up_gradient_of_b(g: Array, x: Array, b: Any, *, stack: int, precision: Any) -> Array:
@@ -151,11 +162,11 @@ def _batch_up(
     return _up_projection(x, b, stack=stack + 1, precision=precision), 0
 
 
-_down_gradient_of_x = transpose_in_first(_down)
+_down_gradient_of_x = transpose_in_first(_product)
 
 _down_projection = define_primitive(
     "dora_down_projection",
-    _down,
+    _product,
     bilinear=(_down_gradient_of_x, _down_gradient_of_a),
     batch=_batch_down,
 )
@@ -169,7 +180,7 @@ _down_gradient = define_primitive(
 
 _up_projection = define_primitive(
     "dora_up_projection",
-    _up,
-    bilinear=(transpose_in_first(_up), _up_gradient_of_b),
+    _product,
+    bilinear=(transpose_in_first(_product), _up_gradient_of_b),
     batch=_batch_up,
 )

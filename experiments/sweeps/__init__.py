@@ -14,10 +14,16 @@ batches for a seed, the loss, and predictions with their scores. Then
 trains the members that are not finished, as many at once as `members` says, and leaves a run folder
 for each. Members that share shapes are a family, and one compilation serves all of a family: rates,
 seeds, alphas, ratios and decays are arrays of the program, and smaller ranks are padded with zeros.
-Full fine-tuning goes the same way, by default with one member at a time.
+Full fine-tuning goes the same way, by default with one member at a time. `choice.tune` chooses the
+learning rate of each setting on the validation examples, trains more seeds at it, and tests these.
+
+A sweep that is interrupted continues: finished members are kept, and those in training go on from
+the step after which the signal came, or from the last two minutes.
 
 `members.py` says what a member is and stacks arrays, `program.py` compiles, `chunk.py` trains a
-group of members, `runner.py` is `Sweep`, `saved.py` writes arrays.
+group of members, `runner.py` is `Sweep`, `saved.py` writes arrays. `grid.py` reads `--sweep`,
+`studies.py` has the settings of the ablation, `estimate.py` is for dry runs, and `figures.py`
+measures what members cost together and alone.
 """
 
 from experiments.sweeps.members import Member

@@ -15,7 +15,7 @@ from experiments.sweeps.members import Member
 from experiments.sweeps.program import Outcomes, Programs, Schedule, State
 from experiments.sweeps.saved import Checkpoint, save_arrays
 from experiments.sweeps.task import Batch
-from experiments.tasks.metrics import MetricsWriter
+from experiments.tasks.metrics import MetricsWriter, read_metrics
 from experiments.trainer.progress import Progress, Speed, tokens_in
 from experiments.trainer.run_folder import finish_run, start_run
 from experiments.trainer.signals import InterruptedStepError, deferred
@@ -44,7 +44,7 @@ class Chunk:
     """The training of members that are trained at once.
 
     A member whose loss is not finite is no error. The others do not see it, and its summary has
-    `diverged_at_step`, and null in place of each metric.
+    `diverged_at_step`, and null in place of each metric. When all have diverged, training ends.
 
     Args:
         programs: Of their family.
@@ -102,13 +102,20 @@ class Chunk:
                     if number == self.steps or number % self.every == 0:
                         metrics = self._evaluate(number, state)
                     self._save(number, state, asked.number)
+                if len(self.diverged) == len(self.own):
+                    break
             self._finish(state, metrics)
 
     def _writer(self, member: Member, first: int) -> MetricsWriter:
         folder = self.folder_of(member)
         folder.mkdir(parents=True, exist_ok=True)
         start_run(folder, self.runs.configs[member])
-        return MetricsWriter(folder, resume_step=first + 1)
+        writer = MetricsWriter(folder, resume_step=first + 1)
+        # A member that diverges has no losses from there on.
+        taken = sum(line["split"] == "train" for line in read_metrics(folder))
+        if taken < first:
+            self.diverged[member] = taken + 1
+        return writer
 
     def _step(
         self, state: State, batches: list[Batch], *, compiles: bool
@@ -179,7 +186,7 @@ class Chunk:
             folder = self.folder_of(member)
             save_arrays(folder / "trained.npz", zip(stack.names(), arrays, strict=True))
             summary = {
-                "validation": metrics.get(member, nothing),
+                "validation": nothing if member in self.diverged else metrics[member],
                 "metric": self.task.metric,
                 "trainable_parameters": sum(x.size for x in arrays),
                 "seconds_per_step": step,

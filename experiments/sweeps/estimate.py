@@ -71,7 +71,8 @@ def table(rows: Sequence[Planned]) -> str:
                 for row in rows
             ),
             "",
-            f"{total / 3600:.1f} h in all, without compilation. Nothing was trained.",
+            f"{total / 3600:.1f} h in all, without compilation. Memory is of the runs that are "
+            "trained at once, beside the base that they share. Nothing was trained.",
         ]
     )
 

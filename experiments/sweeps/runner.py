@@ -16,6 +16,7 @@ from experiments.sweeps.program import Programs, Schedule
 from experiments.sweeps.saved import load_arrays
 from experiments.sweeps.task import SweepTask
 from experiments.trainer.run_folder import finished_run, write_whole
+from experiments.trainer.settings import SettingsError, TrainerSettings
 
 Summary = dict[str, Any]
 
@@ -54,6 +55,21 @@ class SweepSettings:
         """Returns the schedule of members with this batch size."""
         steps = max(1, round(self.epochs * (task.train_examples // batch_size)))
         return Schedule(steps=steps, warmup=self.warmup, decay=self.decay)
+
+
+def check_trainer(trainer: TrainerSettings) -> None:
+    """Checks that a sweep does what the options of the trainer say.
+
+    Raises:
+        SettingsError: A mesh or a trace is asked for.
+    """
+    if trainer.mesh:
+        raise SettingsError(
+            "--mesh: runs are spread over all devices by themselves, if --members is a multiple of "
+            "their number. Leave it out"
+        )
+    if trainer.profile is not None:
+        raise SettingsError("--profile: several runs at once are not traced. Leave it out")
 
 
 class Sweep:

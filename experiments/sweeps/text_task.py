@@ -29,12 +29,14 @@ class TextTask:
         name: As in `SweepTask`, like the others.
         base: The same.
         metric: The same.
+        switches: Further arguments of `task.model`, such as `dtype`.
     """
 
     task: Task
     name: str = "sarcasm"
     base: str = "MiniLM"
     metric: str = "accuracy"
+    switches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def max_length(self) -> int:
@@ -53,7 +55,7 @@ class TextTask:
 
     def model(self, seed: int) -> nnx.Module:
         """Returns the encoder with a new head."""
-        return self.task.model(seed)
+        return self.task.model(seed, **self.switches)
 
     def example_call(self) -> tuple[Any, ...]:
         """Returns the first text."""

@@ -84,8 +84,9 @@ class Batches:
 
     def steps(self, epoch: int) -> tuple[int, ...]:
         """Returns the length of the batch at each step of an epoch, whatever the seed."""
+        ascending = self._ascending()
         order = np.random.default_rng(epoch).permutation(self.per_epoch)
-        return tuple(self._ascending()[i] for i in order)
+        return tuple(ascending[i] for i in order)
 
     def epoch(self, epoch: int, *, seed: int) -> Iterator[tuple[np.ndarray, int]]:
         """Yields the indices of the texts of each step, and the length of the bucket."""

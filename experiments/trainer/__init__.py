@@ -29,5 +29,5 @@ trace for XProf. `run_folder.py` says what a run leaves. `compile_cache.py`, `me
 
 `classification.py` trains classifiers of texts with it, by the methods of `methods.py`: a new
 method is one more entry in `METHODS`. `runs.py` keeps the results of many runs, `plots.py` draws
-them.
+them. Many runs in one program are `experiments/sweeps`.
 """

@@ -11,6 +11,7 @@ from experiments.models.bert import BertEncoder
 from experiments.models.bert_classifier import BertClassifier
 from experiments.sweeps.members import Member
 from experiments.sweeps.studies import STUDIES
+from experiments.trainer.settings import TrainerSettings
 from tests.experiments.sweeps.tiny_sweep import tiny_sweep_task
 from tests.experiments.tiny_models import BERT
 
@@ -93,6 +94,7 @@ def test_the_study_of_layers_adapts_what_it_says(index, modules):
         ({"sweep": ("rank=1,2",)}, "need each other"),
         ({"studies": ("own",)}, "need each other"),
         ({"sweep": ("rate=1,2",)}, "no field 'rate'"),
+        ({"trainer": TrainerSettings(mesh="data=2")}, "spread over all devices"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, says):

@@ -119,6 +119,21 @@ def test_on_a_cpu_the_gradient_of_a_is_a_product_with_r_rows(x_shape):
     assert reference.relative_error(jax.jit(backward)(x, a, g), expected) <= 1e-6
 
 
+@pytest.mark.parametrize("outer", ["gradient", "vmap"])
+def test_on_a_cpu_it_has_r_rows_for_every_copy_in_a_vmap(outer):
+    x, a, g = draw((3, 40, 30), (3, 30, 2), (3, 40, 2))
+
+    def backward(x, a, g):
+        run = down_projection if outer == "vmap" else jax.vmap(down_projection)
+        return jax.vjp(functools.partial(run, x), a)[1](g)[0]
+
+    run = jax.jit(jax.vmap(backward) if outer == "vmap" else backward)
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", run.lower(x, a, g).compile().as_text())
+    assert shapes == ["3,2,30"]
+    expected = np.einsum("kbi,kbr->kir", *reference.wide(x, g))
+    assert reference.relative_error(run(x, a, g), expected) <= 1e-6
+
+
 @BOTH
 @pytest.mark.parametrize("given", ["default", "high", "highest", lax.Precision.HIGHEST])
 def test_a_precision_holds_for_the_product_and_its_gradients(f, given):

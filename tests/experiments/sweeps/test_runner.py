@@ -1,5 +1,6 @@
 """A sweep leaves a folder for each member, continues where it stopped, tests what it is told to."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -13,6 +14,7 @@ from experiments.sweeps.members import Member
 from experiments.sweeps.runner import Sweep, SweepSettings
 from experiments.tasks.metrics import read_metrics
 from experiments.trainer.signals import InterruptedStepError
+from tests.checkpoint.runs import run_module
 from tests.experiments.sweeps.tiny_sweep import tiny_sweep_task
 
 TASK = tiny_sweep_task()
@@ -25,19 +27,30 @@ STEPS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Signalled:
-    """The task, with a signal while a batch of the first member is made."""
+    """The task, with a signal while a batch of one member is made; it records the batches."""
 
     of: object
-    number: int
+    number: int = 0
+    drawn: list = dataclasses.field(default_factory=list)
 
     def __getattr__(self, name):
         return getattr(self.of, name)
 
     def batches(self, seed, batch_size):
         for number, batch in enumerate(self.of.batches(seed, batch_size), 1):
+            self.drawn.append(number)
             if number == self.number and seed == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
+
+
+@contextlib.contextmanager
+def of_task(sweep, task):
+    """The sweep and its programs have another task within the block."""
+    stack = sweep._programs[1].stack
+    before, stack.task, sweep.task = stack.task, task, task
+    yield
+    stack.task = sweep.task = before
 
 
 def in_folder(sweep, folder):
@@ -83,19 +96,31 @@ def test_a_member_that_diverges_disturbs_no_other(sweep):
     assert all(np.isfinite(x).all() for x in arrays(sweep, MEMBERS[0]).values())
 
 
+def test_members_that_all_diverge_are_not_trained_to_the_end(sweep, tmp_path):
+    own = [dataclasses.replace(MEMBERS[2], seed=seed) for seed in range(3)]
+    other, drawn = in_folder(sweep, tmp_path), []
+    with of_task(other, Signalled(TASK, drawn=drawn)):
+        summaries = other.run(own).values()
+    assert 0 < len(drawn) < len(own) * STEPS
+    assert all(summary["validation"]["loss"] is None for summary in summaries)
+
+
 def test_an_interrupted_sweep_ends_with_the_bits_of_an_uninterrupted_one(sweep, tmp_path):
     again = in_folder(sweep, tmp_path)
-    again._programs[1].stack.task = again.task = Signalled(TASK, 7)
-    with pytest.raises(InterruptedStepError, match="step 7"):
+    with of_task(again, Signalled(TASK, 7)), pytest.raises(InterruptedStepError, match="step 7"):
         again.run(MEMBERS)
-    again._programs[1].stack.task = again.task = TASK
     assert not list(tmp_path.glob("*/summary.json"))
+    (saved,) = tmp_path.glob(".checkpoints/*.npz")
+    with np.load(saved) as state:
+        assert state["step"] == 7
     again.run(MEMBERS)
     for member in MEMBERS:
         for name, x in arrays(again, member).items():
             np.testing.assert_array_equal(x, arrays(sweep, member)[name])
         metrics = [read_metrics(own.folder_of(member)) for own in (sweep, again)]
         assert metrics[0] == metrics[1]
+        at = [own.summary(member).get("diverged_at_step") for own in (sweep, again)]
+        assert at[0] == at[1]
 
 
 def test_finished_members_are_not_trained_again(sweep):
@@ -120,3 +145,10 @@ def test_groups_are_of_equal_size_so_that_one_program_serves_all(sweep):
     assert list(dict.fromkeys(m for chunk in chunks for m in chunk)) == own
     full = [dataclasses.replace(member, method="full") for member in own[:2]]
     assert [len(chunk) for chunk in sweep.chunks(full)] == [1, 1]
+
+
+@pytest.mark.full
+def test_members_are_spread_over_devices():
+    found = json.loads(run_module("tests.experiments.sweeps.on_devices", devices=2))
+    assert found["devices"] == 2 and found["arrays"] == [2]
+    assert found["loss"] <= 1e-6 and found["outputs"] <= 1e-5

@@ -95,6 +95,7 @@ def test_more_broken_rows_than_the_published_ones_are_no_small_matter(tmp_path):
         ("cola", "index\tsentence\n0\tBill whistled.\n", "line 1: 2 fields where there are 4"),
         ("stsb", "\n".join(lines_of("stsb", 1)).replace("5.000", "5.1"), "line 2: the score is"),
         ("stsb", "\n".join(lines_of("stsb", 1)).replace("5.000", "nan"), "line 2: the score is"),
+        ("stsb", "\n".join(lines_of("stsb", 1)).replace("5.000", "-1"), "line 2: the score is"),
         ("sst2", "sentence\tlabel\n", "no rows"),
         ("sst2", "text\tlabel\na\t1\n", "line 1: no column sentence$"),
         ("sst2", "", "line 1: no column sentence, label"),

@@ -46,6 +46,15 @@ def test_truncated_counts_the_texts_that_are_longer(tokenizer_file, max_length, 
     assert tokenize(texts, tokenizer_file, max_length).truncated == truncated
 
 
+def test_many_texts_are_tokenised_as_each_alone(tokenizer_file):
+    texts = [" ".join("abc"[i % 7 % 3 :][: 1 + i % 3]) for i in range(9000)]
+    tokens = tokenize(texts, tokenizer_file, max_length=4)
+    for i in (0, 4095, 4096, 8191, 8192, 8999):
+        alone = tokenize([texts[i]], tokenizer_file, max_length=4)
+        np.testing.assert_array_equal(tokens.input_ids[i : i + 1], alone.input_ids)
+    assert tokens.truncated == sum(len(text.split()) > 2 for text in texts)
+
+
 def test_pairs_are_joined_as_the_tokenizer_says(tokenizer_file):
     tokens = tokenize(["a b", "c"], tokenizer_file, 8, pairs=["c", "a b c a b c"])
     expected = [[CLS, 3, 4, SEP, 5, SEP, PAD, PAD], [CLS, 5, SEP, 3, 4, 5, 3, SEP]]
