@@ -137,6 +137,7 @@ def test_the_form_of_the_paper_trains_on_instructions_and_finds_the_answers(
     config = Config(
         data=data,
         preset="llama-7b",
+        methods=("dora",),
         evaluation=evaluation,
         checkpoint=checkpoint,
         batch_size=4,
