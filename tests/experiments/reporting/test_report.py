@@ -182,7 +182,7 @@ def test_a_dry_run_lists_and_writes_nothing(sweep, capsys):
     before = sorted(sweep.rglob("*"))
     report.main([str(sweep), "--dry-run"])
     assert sorted(sweep.rglob("*")) == before
-    assert "glue sst2: DoRA, r 8 : 5 runs, 3 learning rates, 3 seeds" in capsys.readouterr().out
+    assert "glue sst2: DoRA, r 8: 5 runs, 3 learning rates, 3 seeds" in capsys.readouterr().out
 
 
 def test_a_folder_without_runs_ends_in_one_line(tmp_path):
