@@ -66,6 +66,10 @@ class Config:
     checkpoint: Path | None = None
     # Methods with adapters, such as lora, dora and dora-frozen-magnitude.
     methods: tuple[str, ...] = ("lora", "dora")
+    # Whether rows are instructions, answered with a number, or texts to choose from.
+    form: Literal["instruction", "text"] | None = None
+    # Whether answers to instructions are generated, or the most likely one counts.
+    evaluation: Literal["generation", "likelihood"] | None = None
     # Rank of the adapters; alpha is twice the rank.
     rank: int = 16
 
@@ -109,6 +113,8 @@ class Config:
             raise SystemExit("give at least one method, and a rank of at least 1")
         if not self.rates or min(self.settled.seeds, self.settled.choosing_seeds) < 1:
             raise SystemExit("give at least one learning rate and one seed")
+        if (self.settled.form, self.evaluation) == ("text", "generation"):
+            raise SystemExit("--form text compares likelihoods: leave out --evaluation generation")
         if self.checkpoint is None and self.preset != "small" and not self.dry_run:
             raise SystemExit(f"--preset {self.preset} needs --checkpoint, the folder of the model")
 
@@ -166,6 +172,8 @@ class Config:
             "epochs": preset.epochs,
             "train_examples": rows,
         }
+        if preset.evaluation is not None:
+            about["evaluation"] = preset.evaluation
         for split, tasks in splits.items():
             about[f"{split}_examples"] = {task: len(tasks[task]) for task in tasks}
         return Design(

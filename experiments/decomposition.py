@@ -4,7 +4,7 @@ Trains each method on one task with several seeds, and measures at checkpoints h
 kernel has moved from the pretrained one: dM and dD of the DoRA paper (section 3.2), and the rank of
 the change. The report has the correlations of dD and dM, with intervals, beside the paper's.
 Finished runs are kept in the run folder, so that the same command continues after an interruption.
-With the default settings it takes about 15 minutes on two CPU cores.
+With the default settings it took an hour on two busy CPU cores.
 
 With --folders it trains nothing: it compares two Hugging Face checkpoint folders, tensor by tensor.
 

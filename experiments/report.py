@@ -51,7 +51,7 @@ def run(config: Config) -> str:
     runs = read_runs(config.run_folders)
     if config.dry_run:
         lines = [
-            f"{v.experiment} {v.task}: {v.title} {v.setting}: {len(v.runs)} runs, "
+            f"{v.experiment} {v.task}: {f'{v.title} {v.setting}'.strip()}: {len(v.runs)} runs, "
             f"{len(v.curve)} learning rates, {len(v.final)} seeds at {v.rate:g}"
             for v in variants(runs.runs)
         ]

@@ -40,8 +40,8 @@ def change_rank(
     """Returns the effective and the stable rank of a kernel's change.
 
     It takes the singular values of the change, `(out, in)` for each position in the stack, in
-    float32: about a second on a CPU for 2048 x 2048. Where the change is a difference of rounded
-    kernels, their rounding is a part of it. It adds little to the effective rank, which weighs
+    float32: 1.5 s of a CPU core for 1024 x 1024, 11 s for 2048 x 2048. If both kernels were
+    rounded, the change holds their rounding. That adds little to the effective rank, which weighs
     singular values by their size, unless the kernel hardly moved.
 
     Args:

@@ -22,6 +22,7 @@ from experiments.tasks.commonsense import (
     Question,
     answer_in,
     instruction_of,
+    numbered_question_of,
     question_of,
     read_task,
 )
@@ -58,11 +59,11 @@ class CommonsenseRows:
 
     def evaluate(self, model: Llama, split: Split) -> Result:
         """Evaluates a decoder with plain layers on a split, with a progress line."""
-        form = self.preset.form
+        generates = self.preset.form == "instruction" and self.preset.evaluation != "likelihood"
+        evaluated = self._by_generation if generates else self._by_likelihood
         parts = []
         for task, rows in self.splits[split].items():
             with progress_line(f"{split}, {task}", len(rows)) as line:
-                evaluated = self._by_likelihood if form == "text" else self._by_generation
                 parts.append((task, *evaluated(model, task, rows, line)))
         return joined(parts)
 
@@ -71,7 +72,8 @@ class CommonsenseRows:
         return score(model, self.unrelated).metrics()["loss"] if self.unrelated else None
 
     def _by_likelihood(self, model: Llama, task: str, rows: Sequence[Row], line: Any) -> Any:
-        questions = [question_of(row, task) for row in rows]
+        numbered = self.preset.form == "instruction"
+        questions = [numbered_question_of(r) if numbered else question_of(r, task) for r in rows]
         scores = score(model, encode_questions(self.tokenizer, questions), line.update)
         return scores.metrics(), scores.means.argmax(1), scores.labels
 

@@ -9,6 +9,7 @@ from typing import Literal
 from experiments.tasks.commonsense import TASKS
 
 Form = Literal["instruction", "text"]
+Evaluation = Literal["generation", "likelihood"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,8 @@ class Preset:
     Attributes:
         model: The name of the decoder in results.
         form: How rows are asked: `tasks.commonsense` has both.
+        evaluation: How answers are found. None is by generation for instructions, and by likelihood
+            for texts, where nothing else is possible.
         train: Keys of the tasks whose train files are used. Empty: `commonsense_170k.json`.
         test: Keys of the tasks that are tested.
         learning_rates: By rank, those that every method tries.
@@ -38,6 +41,7 @@ class Preset:
 
     model: str
     form: Form = "instruction"
+    evaluation: Evaluation | None = None
     train: tuple[str, ...] = ()
     test: tuple[str, ...] = tuple(TASKS)
     learning_rates: Mapping[int, tuple[float, ...]]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 LARGEST_RANK = 2048
-"""Kernels whose smaller side is larger have no ranks: singular values would take minutes each."""
+"""Kernels whose smaller side is larger have no ranks: singular values would take over a minute."""
 
 _OUT_IN = dora.decomposition.KernelAxes((), (1,), (0,))
 _IN_OUT = dora.decomposition.KernelAxes((), (0,), (1,))

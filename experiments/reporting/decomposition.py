@@ -95,6 +95,13 @@ def correlation_of(rows: Sequence[Mapping[str, Any]], field: str = "magnitude") 
     return correlation(x, y, [row["layer"] for row in rows])
 
 
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> Interval:
+    """Returns the mean correlation over seeds, taken on Fisher's scale so that it stays below 1."""
+    most = 1 - 1e-12
+    mean = by_seed(rows, lambda own: math.atanh(max(min(correlation_of(own).value, most), -most)))
+    return Interval(*map(math.tanh, mean))
+
+
 def by_seed(rows: Sequence[Mapping[str, Any]], value: Callable[[Any], float]) -> Interval:
     """Returns the mean over seeds of a figure of each seed's rows."""
     seeds = sorted({row["seed"] for row in rows})
@@ -124,7 +131,7 @@ def correlations(points: Points) -> Table:
                     len({row["layer"] for row in found}),
                     len({row["step"] for row in found}),
                     pooled,
-                    by_seed(found, lambda rows: correlation_of(rows).value),
+                    over_seeds(found),
                     correlation_of(found, "relative_magnitude"),
                     expected if name == "q and v" else None,
                     verdict(pooled, expected),
@@ -144,7 +151,8 @@ def correlations(points: Points) -> Table:
     caption = (
         "Each point is a layer at a checkpoint in a seed. The interval over layers draws whole "
         "layers anew, 2,000 times (a layer's points lie on one path); that over seeds is Student's "
-        f"t. The paper's figures are of VL-BART ({published.PAPER}, section 3.2)."
+        "t on Fisher's scale. A sign counts as found if the interval over layers excludes 0. The "
+        f"paper's figures are of VL-BART ({published.PAPER}, section 3.2)."
     )
     return Table(columns, tuple(rows), caption).without_empty_columns()
 

@@ -200,8 +200,9 @@ def _section(found: Sequence[Variant], table: Table, reference: str, folder: Pat
     if summary is not None:
         summary.write(folder, f"{experiment}_overview")
         lines += [summary.markdown(), ""]
-    plot_scores(found, folder / f"{experiment}_scores.png")
-    lines += [f"![scores]({experiment}_scores.png)", ""]
+    if any(variant.is_trained for variant in found):
+        plot_scores(found, folder / f"{experiment}_scores.png")
+        lines += [f"![scores]({experiment}_scores.png)", ""]
     more = metrics_table(found)
     for part in (*halves(table), *([] if more is None else [more.without_empty_columns()])):
         lines += [part.markdown(), ""]

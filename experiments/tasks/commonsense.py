@@ -120,6 +120,33 @@ def instruction_of(row: Row) -> Instruction:
     return Instruction(prompt, row.text("output"), answer)
 
 
+def numbered_question_of(row: Row) -> Question:
+    r"""Returns a row as a question in the paper's form, whose answers are numbers.
+
+    Raises:
+        DatasetError: A field is missing, or the instruction does not say what can be answered.
+
+    Example:
+        >>> text = "Is ice cold?\n\nAnswer format: true/false"
+        >>> row = Row({"instruction": text, "output": "it is", "answer": "true"}, Path("a.json"), 1)
+        >>> numbered_question_of(row).options
+        ('the correct answer is true', 'the correct answer is false')
+    """
+    asked = instruction_of(row)
+    names = _names(row)
+    options = tuple(f"the correct answer is {name}" for name in names)
+    return Question(asked.prompt, options, names.index(asked.answer))
+
+
+def _names(row: Row) -> list[str]:
+    """Returns what an instruction says can be answered."""
+    _, marker, names = row.text("instruction").rpartition("Answer format:")
+    known, answer = names.strip().split("/"), row.text("answer")
+    if not marker or answer not in known:
+        raise row.error(f"not an instruction that can be answered with {answer!r}")
+    return known
+
+
 def answer_in(text: str) -> str:
     """Returns the first answer that a generated text names; empty if there is none.
 
@@ -146,14 +173,12 @@ def question_of(row: Row, task: str) -> Question:
         >>> question_of(row, "arc-e")
         Question(prompt='Question: Ice is\nAnswer:', options=(' warm.', ' cold.'), label=1)
     """
-    text, answer = row.text("instruction"), row.text("answer")
-    word = TASKS[task].word
-    body, marker, names = text.rpartition("Answer format:")
-    known = names.strip().split("/")
-    if not marker or ": " not in body or answer not in known:
-        raise row.error(f"not an instruction of {task} with the answer {answer!r}")
-    label = known.index(answer)
-    asked = body.partition(": ")[2]
+    word, known = TASKS[task].word, _names(row)
+    body = row.text("instruction").rpartition("Answer format:")[0]
+    label = known.index(row.text("answer"))
+    _, colon, asked = body.partition(": ")
+    if not colon:
+        raise row.error(f"not an instruction of {task}: no ': ' before the question")
     if not word:
         return Question(_asked(asked), tuple(f" {name}" for name in known), label)
     parts = re.split(rf"\s{word.capitalize()}([1-9]): ?", asked)

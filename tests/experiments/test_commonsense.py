@@ -127,8 +127,9 @@ def test_finished_runs_are_kept_and_those_of_other_settings_refused(config, prin
 
 
 @pytest.mark.full
-def test_the_form_of_the_paper_trains_on_instructions_and_generates_the_answers(
-    files, tmp_path, monkeypatch
+@pytest.mark.parametrize("evaluation", [None, "likelihood"])
+def test_the_form_of_the_paper_trains_on_instructions_and_finds_the_answers(
+    files, tmp_path, monkeypatch, evaluation
 ):
     data, checkpoint = files
     preset = dataclasses.replace(PRESETS["llama-7b"], test=("boolq", "arc-e"))
@@ -136,6 +137,8 @@ def test_the_form_of_the_paper_trains_on_instructions_and_generates_the_answers(
     config = Config(
         data=data,
         preset="llama-7b",
+        methods=("dora",),
+        evaluation=evaluation,
         checkpoint=checkpoint,
         batch_size=4,
         max_length=400,
@@ -146,7 +149,9 @@ def test_the_form_of_the_paper_trains_on_instructions_and_generates_the_answers(
     )
     commonsense.run(config)
     (path,) = config.design().folder.glob("dora_r16_lr-0.0002_seed-0/test.json")
-    assert {"accuracy", "boolq/accuracy", "arc-e/accuracy"} <= json.loads(path.read_text()).keys()
+    figures = json.loads(path.read_text())
+    assert {"accuracy", "boolq/accuracy", "arc-e/accuracy"} <= figures.keys()
+    assert ("accuracy_sum" in figures) == (evaluation == "likelihood")
     stored = json.loads(path.with_name("config.json").read_text())
     assert stored["form"] == "instruction" and stored["dropout"] == 0.05 and stored["alpha"] == 32
     summary = json.loads(path.with_name("summary.json").read_text())
@@ -169,5 +174,7 @@ def test_what_cannot_be_run_is_refused(files):
         Config(data=data, preset="llama3-8b")
     with pytest.raises(SystemExit, match="unknown methods"):
         Config(data=data, methods=("full",))
+    with pytest.raises(SystemExit, match="--form text compares likelihoods"):
+        Config(data=data, evaluation="generation")
     with pytest.raises(SystemExit, match="give --learning-rates"):
         Config(data=data, rank=64)

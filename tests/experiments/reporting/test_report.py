@@ -151,7 +151,7 @@ def test_the_base_as_it_is_and_further_metrics_have_a_place(tmp_path, capsys):
         (folder / "test.json").write_text(
             json.dumps({"accuracy": 0.5, "piqa/accuracy": 0.625, "loss": 1.0, "examples": 8})
         )
-    report.main([str(tmp_path), "--output", str(tmp_path / "out")])
+        report.main([str(tmp_path), "--output", str(tmp_path / "out")])
     text = capsys.readouterr().out
     assert "| task | method | piqa/accuracy |" in text
     assert "| sst2 | not fine-tuned | 62.50 |" in text
@@ -182,7 +182,7 @@ def test_a_dry_run_lists_and_writes_nothing(sweep, capsys):
     before = sorted(sweep.rglob("*"))
     report.main([str(sweep), "--dry-run"])
     assert sorted(sweep.rglob("*")) == before
-    assert "glue sst2: DoRA, r 8 : 5 runs, 3 learning rates, 3 seeds" in capsys.readouterr().out
+    assert "glue sst2: DoRA, r 8: 5 runs, 3 learning rates, 3 seeds" in capsys.readouterr().out
 
 
 def test_a_folder_without_runs_ends_in_one_line(tmp_path):

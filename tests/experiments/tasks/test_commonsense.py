@@ -12,6 +12,7 @@ from experiments.tasks.commonsense import (
     Question,
     answer_in,
     instruction_of,
+    numbered_question_of,
     question_of,
     read_task,
 )
@@ -65,6 +66,10 @@ def test_a_published_row_becomes_a_prompt_and_the_texts_of_its_answers(
     asked = instruction_of(found)
     assert published["instruction"] in asked.prompt
     assert answer_in(asked.output) == asked.answer == published["answer"]
+    numbered = numbered_question_of(found)
+    assert (numbered.prompt, numbered.label) == (asked.prompt, expected.label)
+    assert numbered.options[numbered.label] == asked.output
+    assert len(numbered.options) == len(expected.options)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +96,8 @@ GOOD = row("siqa", "Why?", ("a", "b", "c"), 1)
         ({"answer": "answer4"}, "answer4"),
         ({"answer": 2}, "needs a text 'answer'"),
         ({"instruction": ""}, "needs a text 'instruction'"),
-        ({"instruction": "Why?"}, "not an instruction of siqa"),
+        ({"instruction": "Why?"}, "not an instruction that can be answered with 'answer2'"),
+        ({"instruction": "Why?\n\nAnswer format: answer1/answer2"}, "not an instruction of siqa"),
         ({"instruction": GOOD["instruction"].replace("Answer2", "Answer3")}, "are not answer1/"),
     ],
 )
