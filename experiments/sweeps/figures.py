@@ -7,8 +7,8 @@ one chip of a TPU that need not be there, and the bytes that it reads and writes
 Seen with jax 0.10: on two busy CPU cores, 8 members of 96 tokens took 0.61 of the time of separate
 steps (quartiles 0.59 to 0.67, 15 rounds), and 0.97 of 8 times the temporary memory of one; losses
 of 17 steps differed by 2.4e-7 at most. 3 members of 1,024 tokens took 0.82 (0.80 to 0.92), and 0.99
-of the memory. With rank 16 on TPU v5e, 8 members of 128 tokens read and
-write 0.59 GB each, one member alone 1.92.
+of the memory. With rank 16 on TPU v5e, 8 members of 128 tokens read and write 0.59 GB each, one
+member alone 1.92.
 
 Examples:
     python -m experiments.sweeps.figures
