@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from experiments.models.llama import Llama
     from experiments.tasks.commonsense import Question
 
-OPTION_ROWS = 32  # options of a batch
+# Options of a batch: at most so many, and fewer where they are long.
+_ROWS, _TOKENS = 32, 1024
 
 _PROMPTS = (32, 64, 128, 256, 512, 1024, 2048)
-_OPTIONS = (8, 32, 128, 512)
+_OPTIONS = (8, 32, 128, 256, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,23 @@ class Options:
     label: int
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """The buckets of the prompt and of the options, and how many prompts a batch has."""
-        prompts = OPTION_ROWS // {1: 1, 2: 2}.get(len(self.options), 4)
-        longest = max(map(len, self.options))
-        return bucket(len(self.prompt), _PROMPTS), bucket(longest, _OPTIONS), prompts
+    def shape(self) -> _Shape:
+        """The arrays of the batch that it is in."""
+        count = len(self.options)
+        longest = bucket(max(map(len, self.options)), _OPTIONS)
+        # One question has to fit. There are few kinds of batches, because each is compiled.
+        rows = max(min(_ROWS, _TOKENS // longest), bucket(count, (2, 4, 8, 16, 32, 64)))
+        prompts = rows // bucket(count, (1, 2, 4, 8, 16, 32, 64)) if count <= 4 else rows // 4
+        return _Shape(bucket(len(self.prompt), _PROMPTS), longest, max(1, prompts), rows)
+
+
+class _Shape(NamedTuple):
+    """The sizes of a batch: tokens of a prompt and of an option, prompts, and options."""
+
+    length: int
+    longest: int
+    prompts: int
+    rows: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +144,7 @@ def _batches(
     questions: Sequence[Options],
 ) -> Iterator[tuple[tuple[Any, ...], list[tuple[int, int]]]]:
     """Yields arrays for `_option_sums`, and the question and option of each row."""
-    shapes: dict[tuple[int, int, int], list[int]] = {}
+    shapes: dict[_Shape, list[int]] = {}
     for number in range(len(questions)):
         shapes.setdefault(questions[number].shape, []).append(number)
     for shape, numbers in sorted(shapes.items()):
@@ -139,7 +152,7 @@ def _batches(
         rows = 0
         for number in numbers:
             count = len(questions[number].options)
-            if group and (len(group) == shape[2] or rows + count > OPTION_ROWS):
+            if group and (len(group) == shape.prompts or rows + count > shape.rows):
                 yield _arrays(questions, group, shape)
                 group, rows = [], 0
             group.append(number)
@@ -148,15 +161,14 @@ def _batches(
 
 
 def _arrays(
-    questions: Sequence[Options], group: list[int], shape: tuple[int, int, int]
+    questions: Sequence[Options], group: list[int], shape: _Shape
 ) -> tuple[tuple[Any, ...], list[tuple[int, int]]]:
-    length, longest, prompts = shape
-    filled = group + [group[0]] * (prompts - len(group))
-    ids, mask = left_padded([questions[number].prompt for number in filled], length)
+    filled = group + [group[0]] * (shape.prompts - len(group))
+    ids, mask = left_padded([questions[number].prompt for number in filled], shape.length)
     places = [(n, option) for n in group for option in range(len(questions[n].options))]
-    of_prompt = np.zeros(OPTION_ROWS, np.int32)
-    options = np.zeros((OPTION_ROWS, longest), np.int32)
-    real = np.zeros((OPTION_ROWS, longest), np.int32)
+    of_prompt = np.zeros(shape.rows, np.int32)
+    options = np.zeros((shape.rows, shape.longest), np.int32)
+    real = np.zeros((shape.rows, shape.longest), np.int32)
     for row, (number, option) in enumerate(places):
         tokens = questions[number].options[option]
         of_prompt[row] = group.index(number)

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 from flax import nnx
 
-from experiments.language.scoring import Options, Scores, score
+from experiments.language.scoring import Options, Scores, _batches, score
 from experiments.models.llama import Llama
 from tests.experiments.tiny_models import LLAMA, filled
 
@@ -58,3 +58,23 @@ def test_accuracies_are_by_token_and_by_the_sum_and_the_loss_is_of_right_options
         "accuracy_sum": 0.0,
         "loss": 12 / 12,
     }
+
+
+def test_batches_hold_every_option_once_and_few_tokens():
+    rng = np.random.default_rng(1)
+    asked = [
+        Options((1,) * rng.integers(1, 100), ((2,) * rng.integers(1, 400),) * count, 0)
+        for count in (1, 2, 3, 4, 5, 9)
+        for _ in range(7)
+    ]
+    places = []
+    for ((ids, _), of_prompt, (options, real)), rows in _batches(asked):
+        assert len(options) * options.shape[1] <= max(1024, 16 * 512)
+        for row, (number, option) in enumerate(rows):
+            length = len(asked[number].options[option])
+            assert real[row].sum() == length
+            assert ids[of_prompt[row]].sum() == len(asked[number].prompt)
+        places += rows
+    assert sorted(places) == [
+        (n, i) for n, one in enumerate(asked) for i in range(len(one.options))
+    ]
