@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from flax import linen, nnx
 
 from dora_jax import linen as dora_linen
 from dora_jax import nnx as dora_nnx
-from dora_jax.adapters.trees import Tree
+from dora_jax.adapters.trees import Tree, get_in, has_path
+from dora_jax.decomposition.from_error import start_of_error
+from dora_jax.decomposition.merge_quantized import check_original
 from dora_jax.decomposition.quantize import Quantization
-from dora_jax.errors import AdapterError
+from dora_jax.decomposition.quantized import QuantizedKernel
+from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.quantizing import ADAPTED, Chosen
 from dora_jax.linen import DoRAModel, ExampleCall
-from dora_jax.nnx.variables import M
+from dora_jax.model import adapter_tree, model_layers, modules_of, with_adapter_arrays
+from dora_jax.nnx.variables import M, copy_model
 
 
 @overload
@@ -95,3 +99,98 @@ def quantize(
             raise TypeError("a Linen module needs params and inputs too")
         return dora_linen.quantize(model, chosen, params, inputs)
     raise TypeError(f"expected a flax.nnx.Module or a flax.linen.Module, got {type(model)}")
+
+
+class Distance(NamedTuple):
+    """How far a layer's kernel is from the original one, as a share of that one's length.
+
+    Attributes:
+      quantized: `||W0 - W|| / ||W||` of the quantised kernel.
+      start: of `W0 + s A B`, with which the adapted layer starts.
+    """
+
+    quantized: float
+    start: float
+
+
+@overload
+def start_from_error(model: M, original: M) -> tuple[M, dict[str, Distance]]: ...
+
+
+@overload
+def start_from_error(
+    model: DoRAModel, original: Tree, *, params: Tree, adapters: Tree
+) -> tuple[dict[str, Any], dict[str, Distance]]: ...
+
+
+def start_from_error(
+    model: Any, original: Any, *, params: Any = None, adapters: Any = None
+) -> tuple[Any, dict[str, Distance]]:
+    """Starts the adapters of a quantised base from what quantising lost.
+
+    As LoftQ (arXiv 2310.08659) with one step: `s A B` is the nearest matrix of the adapter's rank
+    to the error `W - W0`, and the magnitude the norm of `W0 + s A B`. So the adapted model starts
+    nearer to the unquantised one, and not at the quantised one.
+
+    Args:
+      model: an adapted NNX model of a quantised base, which stays as it is, or a `DoRAModel`.
+      original: the model, or for Linen the parameters, that were quantised.
+      params: Linen: the quantised parameters.
+      adapters: Linen: the adapter tree.
+
+    Returns:
+      A model, or for Linen an adapter tree; and the distances of each layer by dotted path.
+
+    Raises:
+      AdapterError: a layer's kernel is not quantised, has no original, or its adapter does not
+        start at zero (`layers_to_transform`, "pissa", "olora"); names it.
+
+    Example:
+      >>> import dora_jax as dora
+      >>> original = nnx.Linear(128, 32, rngs=nnx.Rngs(0))
+      >>> model = dora.quantize(original, "nf4")
+      >>> model = dora.apply_dora(model, dora.DoRAConfig(rank=8), rngs=nnx.Rngs(1))
+      >>> model, distances = dora.start_from_error(model, original)
+      >>> distances["the model"].start < distances["the model"].quantized
+      True
+    """
+    if isinstance(model, nnx.Module):
+        model = copy_model(model)
+    tree, distances = adapter_tree(model, adapters), {}
+    originals = _kernels(model, original)
+    values: dict[Path, Any] = {}
+    for path, layer in model_layers(model).items():
+        kernel = _kernels(model, params)[path]
+        name = layer_name(path)
+        if not isinstance(kernel, QuantizedKernel) or not layer.settings.rank:
+            raise AdapterError(f"{name} has no quantised kernel, or no factors, to start")
+        if layer.base.mask is not None or layer.base.init_a is not None:
+            raise AdapterError(f"{name}: adapt it with no layers_to_transform, and another init")
+        check_original(path, kernel, originals.get(path))
+        start = start_of_error(layer.settings, kernel, originals[path], layer.axes)
+        own = {n: getattr(start, n) for n in ("lora_a", "lora_b", "magnitude")}
+        known = get_in(tree, path)
+        values |= {(*path, n): x.astype(known[n].dtype) for n, x in own.items() if n in known}
+        distances[name] = Distance(float(start.before), float(start.after))
+    result = with_adapter_arrays(model, tree, values)
+    return (result[1] if isinstance(result, tuple) else result), distances
+
+
+def _kernels(model: Any, base: Any = None) -> dict[Path, Any]:
+    """Returns the kernels of a model's adapted layers by path, out of its own base or another one.
+
+    Args:
+      model: an adapted model.
+      base: for NNX a plain or adapted model, by default the model itself; for Linen parameters.
+    """
+    found: dict[Path, Any] = {}
+    if isinstance(model, DoRAModel):
+        for path, stored in model.layers.items():
+            if has_path(base, (*path, stored.adapted.layout.kernel)):
+                found[path] = stored.kernel(base)
+        return found
+    modules = modules_of(model if base is None else base)
+    for path, layer in model_layers(model).items():
+        if (own := getattr(modules.get(path), layer.layout.kernel, None)) is not None:
+            found[path] = own.get_value()
+    return found

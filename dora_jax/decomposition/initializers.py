@@ -127,10 +127,10 @@ def _build(
     shapes = axes.shapes(kernel.shape, settings.rank)
     adapter, kept = {}, {}
     if settings.rank and init in ("pissa", "olora"):
-        factors = (_singular_vectors if init == "pissa" else _orthogonal_basis)(
-            _as_matrices(dense(kernel), axes), settings.rank
+        factors = (singular_vectors if init == "pissa" else _orthogonal_basis)(
+            as_matrices(dense(kernel), axes), settings.rank
         )
-        for name, factor in zip("ab", _with_rank(factors, settings.rank, key), strict=True):
+        for name, factor in zip("ab", with_rank(factors, settings.rank, key), strict=True):
             # Divide each factor by sqrt(s), so that s*A*B is the product.
             start = factor.reshape(shapes[f"lora_{name}"]) / math.sqrt(settings.scaling)
             adapter[f"lora_{name}"] = kept[f"init_{name}"] = start.astype(dtype)
@@ -178,14 +178,14 @@ def _draw(init: str, key: Array, shape: tuple[int, ...], fan_in: int, rank: int)
     return flat.reshape(shape)
 
 
-def _as_matrices(kernel: Array, axes: KernelAxes) -> Float[Array, "*stack in out"]:
+def as_matrices(kernel: Array, axes: KernelAxes) -> Float[Array, "*stack in out"]:
     """Returns a kernel as float32 matrices: one axis for all in axes, one for all out axes."""
     stack, inputs, outputs = (tuple(kernel.shape[i] for i in group) for group in axes)
     ordered = jnp.transpose(kernel, axes.stack + axes.inputs + axes.outputs)
     return ordered.astype(jnp.float32).reshape(*stack, math.prod(inputs), math.prod(outputs))
 
 
-def _singular_vectors(
+def singular_vectors(
     kernel: Float[Array, "*stack in out"], rank: int
 ) -> tuple[Float[Array, "*stack in r"], Float[Array, "*stack r out"]]:
     """Returns `U sqrt(S)` and `sqrt(S) V^T` of the largest singular values (PiSSA, eq. 2 and 3)."""
@@ -202,7 +202,7 @@ def _orthogonal_basis(
     return q[..., :rank], r[..., :rank, :]
 
 
-def _with_rank(
+def with_rank(
     factors: tuple[Float[Array, "*stack in k"], Float[Array, "*stack k out"]], rank: int, key: Array
 ) -> tuple[Float[Array, "*stack in r"], Float[Array, "*stack r out"]]:
     """Returns factors of a rank above the kernel's smaller side, with the same product.

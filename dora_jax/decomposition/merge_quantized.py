@@ -70,10 +70,11 @@ def _lost(found: Array, merged: Array, kernel: Kernel) -> Float[Array, ""]:
 
 def check_original(path: Path, kernel: Any, original: Any) -> None:
     """Raises `AdapterError` if a kernel is not the original one of a quantised kernel."""
-    if isinstance(original, QuantizedKernel) or tuple(original.shape) != tuple(kernel.shape):
+    wrong = original is None or isinstance(original, QuantizedKernel)
+    if wrong or tuple(original.shape) != tuple(kernel.shape):
         raise AdapterError(
-            f"{layer_name(path)}: into= has no unquantised kernel of shape {tuple(kernel.shape)}: "
-            "give the model, or the parameters, that were quantised"
+            f"{layer_name(path)}: what is given as the original has no unquantised kernel of shape "
+            f"{tuple(kernel.shape)}: give the model, or the parameters, that were quantised"
         )
 
 

@@ -35,9 +35,11 @@ def fill_quantized(
     like: QuantizedKernel = parameter.value
     arrays, structure = jax.tree.flatten(like)
     whole: list[Any] | None = None
+    # One buffer for all: JAX lets go of what it was given when it comes to it, not at once.
+    value = np.empty(slices[0].shape, parameter.dtype)
     for one in slices:
         tensor = found[one.tensor]
-        parts = _read(one, names, tensor, like)
+        parts = _read(one, names, tensor, like, value)
         if parts is None:
             problems.append(not_finite(one, parameter))
         if problems or parts is None:
@@ -55,10 +57,9 @@ def fill_quantized(
 
 
 def _read(
-    one: Slice, names: NameMap, tensor: StoredTensor, like: QuantizedKernel
+    one: Slice, names: NameMap, tensor: StoredTensor, like: QuantizedKernel, value: Any
 ) -> list[Any] | None:
-    """Returns the arrays of one slice, quantised; None if it is not finite."""
-    value = np.empty(one.shape, like.dtype)
+    """Returns the arrays of one slice, quantised out of a buffer; None if it is not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         assign(value, one.from_tensor(names, tensor.read()))
     if not np.isfinite(value).all():

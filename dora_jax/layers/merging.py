@@ -69,9 +69,8 @@ class Losses:
         if self.into == REQUANTIZED:
             result, self.base[path] = merge_requantized(settings, kernel, adapter, base, axes)
             return result
-        if original is None:
-            raise AdapterError(f"into= has no layer {'.'.join(path)}: give what was quantised")
         check_original(path, kernel, original)
+        assert original is not None
         new, self.base[path] = merge_into_original(settings, kernel, adapter, base, axes, original)
         return new
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import dora_jax as dora
 from dora_jax.decomposition import QuantizedKernel, dense
@@ -132,7 +132,7 @@ def test_merging_says_into_which_base_and_what_it_loses():
 def test_what_is_not_a_base_to_merge_into_is_refused():
     _, model = trained()
     for into in ("bf16", nnx.Linear(95, 8, rngs=nnx.Rngs(0)), dora.quantize(trained()[0], "nf4")):
-        with pytest.raises(dora.errors.AdapterError, match="into="):
+        with pytest.raises(dora.errors.AdapterError, match=r"into=|the original"):
             dora.merge(model, into=into)
 
 
@@ -149,3 +149,33 @@ def test_quantising_after_adapting_is_refused_and_so_is_training_codes():
     dora.apply_dora(left, config, rngs=nnx.Rngs(0))
     with pytest.raises(dora.errors.AdapterError, match="quantised already"):
         dora.quantize(left, "nf4", target_modules=["up"])
+
+
+@pytest.mark.parametrize("front_end", ["nnx", "linen"])
+def test_a_start_from_the_error_is_the_nearest_of_its_rank(front_end):
+    kernel = jax.random.normal(jax.random.key(0), (96, 8))
+    config, x = dora.DoRAConfig(rank=3), jax.random.normal(jax.random.key(1), (4, 96))
+    if front_end == "nnx":
+        plain = nnx.Linear(96, 8, use_bias=False, rngs=nnx.Rngs(0))
+        plain.kernel.set_value(kernel)
+        base = dora.quantize(plain, "nf4")
+        model = dora.apply_dora(base, config, rngs=nnx.Rngs(1))
+        model, distances = dora.start_from_error(model, plain)
+        found, whole = model(x), base.kernel[...]
+    else:
+        module, plain = linen.Dense(8, use_bias=False), {"kernel": kernel}
+        base = dora.quantize(module, "nf4", params=plain, inputs=(x,))
+        model, adapters = dora.apply_dora(
+            module, config, params=base, rng=jax.random.key(0), inputs=(x,)
+        )
+        adapters, distances = dora.start_from_error(model, plain, params=base, adapters=adapters)
+        found = model.apply({"params": base, "dora": adapters}, x)
+        whole = dense(base["kernel"].value)
+    w, w0 = np.asarray(kernel, np.float64), np.asarray(whole, np.float64)
+    u, s, vt = np.linalg.svd(w - w0, full_matrices=False)
+    start = w0 + (u[:, :3] * s[:3]) @ vt[:3]
+    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ start, atol=2e-5)
+    (own,) = distances.values()
+    length = np.linalg.norm(w)
+    np.testing.assert_allclose(own.quantized, np.linalg.norm(w0 - w) / length, rtol=1e-5)
+    np.testing.assert_allclose(own.start, np.linalg.norm(s[3:]) / length, rtol=1e-4)
