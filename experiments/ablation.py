@@ -229,7 +229,7 @@ def dry_run(config: Config) -> str:
 
 
 def run(config: Config) -> str:
-    """Trains the unfinished runs, and returns the tables as Markdown."""
+    """Trains the unfinished runs; prints a table after each study, and returns all as Markdown."""
     config.trainer.set_up()
     with alone_in(config.run_folder):
         task = task_of(config)
@@ -248,7 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     config = settings(Config, __doc__, arguments)
     with in_one_line("The same command continues from here."):
-        print(dry_run(config) if config.dry_run else run(config))
+        if config.dry_run:
+            print(dry_run(config))
+        else:
+            run(config)
 
 
 if __name__ == "__main__":
