@@ -106,11 +106,15 @@ class Columns(NamedTuple):
         if not isinstance(kernel, QuantizedKernel):
             return self.take_along(kernel, block, axis)
         own = with_whole_scales(kernel, axis)
-        return dense(
-            jax.tree.map(
-                lambda x: x if x.shape[axis] == 1 else self.take_along(x, block, axis), own
-            )
+        part = jax.tree.map(
+            lambda x: x if x.shape[axis] == 1 else self.take_along(x, block, axis), own
         )
+        # XLA would fuse `code * scale + x` into one operation, which does not round the product,
+        # and the rounding is what is left where the sum nearly vanishes. A loop stands between; it
+        # runs once, which XLA does not know.
+        once = (block.start >= 0).astype(jnp.int32)
+        empty = jnp.zeros(part.shape, part.dtype)
+        return lax.fori_loop(0, once, lambda *_: dense(part), empty)
 
     def put_along(self, x: Array, values: Array, block: Block, axis: int) -> Array:
         """Returns the array with a block replaced along one of its axes."""

@@ -52,15 +52,17 @@ def test_square_rows_and_transpose_come_from_the_direction(stack, interpreted):
     assert is_short.any(axis=-1).all()
     rows = np.einsum("...abr,...abo->...ro", a.astype(np.float64), v)
     wrong = -np.ones_like(base), -np.ones_like(rows, np.float32)
-    square, found = square_and_rows_on_gpu(product, SCALING)(is_short, wrong, kernel, a, b, base)
+    square, found = square_and_rows_on_gpu(product, SCALING, kernel)(
+        is_short, wrong, kernel, a, b, base
+    )
     exact = np.sum(v**2, axis=(-3, -2)) / norm**2
     np.testing.assert_allclose(np.asarray(square)[is_short], exact[is_short], rtol=1e-3)
     np.testing.assert_allclose(found, rows, atol=1e-5)
     given = {"product": product, "scaling": SCALING}
-    found = rows_on_gpu(**given)(is_short, wrong[1], a, kernel, a, b)
+    found = rows_on_gpu(a, kernel, **given)(is_short, wrong[1], a, kernel, a, b)
     np.testing.assert_allclose(found, rows, atol=1e-5)
     y = np.float32(np.random.default_rng(1).standard_normal(rows.shape))
-    total = transpose_on_gpu(**given)(is_short, -np.ones_like(a), y, kernel, a, b)
+    total = transpose_on_gpu(y, kernel, **given)(is_short, -np.ones_like(a), y, kernel, a, b)
     np.testing.assert_allclose(total, np.einsum("...abo,...ro->...abr", v, y), atol=1e-5)
 
 
@@ -69,9 +71,9 @@ def test_square_rows_and_transpose_come_from_the_direction(stack, interpreted):
 )
 def test_a_kernel_that_is_no_matrix_in_memory_keeps_its_conditional(axes):
     product = KernelProduct(axes, jnp.float32)
-    assert square_and_rows_on_gpu(product, 1.0) is None
-    assert rows_on_gpu(product=product, scaling=1.0) is None
-    assert transpose_on_gpu(product=product, scaling=1.0) is None
+    assert square_and_rows_on_gpu(product, 1.0, jnp.ones(())) is None
+    assert rows_on_gpu(None, None, product=product, scaling=1.0) is None
+    assert transpose_on_gpu(None, None, product=product, scaling=1.0) is None
 
 
 def test_a_program_for_one_gpu_waits_for_no_condition(monkeypatch):

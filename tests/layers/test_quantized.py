@@ -93,7 +93,8 @@ def trained(seed=0):
     plain = nnx.Linear(96, 8, rngs=nnx.Rngs(seed))
     model = dora.quantize(plain, "nf4")
     model = dora.apply_dora(model, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
-    model.lora_b.set_value(0.1 * jax.random.normal(jax.random.key(2), model.lora_b.shape))
+    lora_b = 0.1 * jax.random.normal(jax.random.key(2), model.lora_b.shape)
+    model.lora_b.set_value(lora_b.at[:, 0].set(0))  # a column that is not turned
     model.magnitude.set_value(1.1 * model.magnitude[...])
     return plain, model
 
