@@ -116,7 +116,13 @@ def _contract_batch(x: Array, g: Array, *, stack: int, precision: Any) -> Array:
 
 def _contract_batch_on_cpu(x: Array, g: Array, *, stack: int, precision: Any) -> Array:
     # Without the barrier XLA merges the transpose into the product and runs the slow one.
-    return jnp.matrix_transpose(lax.optimization_barrier(_rows(x, g, stack, precision)))
+    rows = lax.optimization_barrier(_rows(x, g, stack, precision))
+    if not stack or not rows.size:
+        return jnp.matrix_transpose(rows)
+    # One by one: where XLA finds a transpose of a product with stack axes, behind the barrier too,
+    # it may turn both into a product of a layout that it then refuses, and ends the process.
+    each = [one.T for one in rows.reshape(-1, *rows.shape[-2:])]
+    return jnp.stack(each).reshape(*rows.shape[:-2], *each[0].shape)
 
 
 def _rows(x: Array, g: Array, stack: int, precision: Any) -> Array:
