@@ -46,7 +46,7 @@ test: lint  ## Lint, types, tests and docstring examples
 	$(BIN)/python $(TESTS)
 
 test-full: lint  ## The same with the wide tables of tests, and the notebooks
-	JAX_DEFAULT_PRNG_IMPL=threefry2x32 JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --nbmake -m '' --hypothesis-profile many
+	JAX_DEFAULT_PRNG_IMPL=threefry2x32 JAX_DISABLE_MOST_OPTIMIZATIONS=false $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --nbmake --nbmake-timeout 900 -m '' --hypothesis-profile many
 
 test-models: $(VENV)-models/.test  ## Tests on models of other libraries, in an environment of their own
 	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(VENV)-models/bin/python -m pytest -q -n $(JOBS) --dist loadgroup tests/foreign
