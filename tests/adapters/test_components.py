@@ -32,8 +32,8 @@ def tree():
     stacked = [[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]]
     return {
         "blocks": {"up": layer(stacked, 1, (STACK,))},
-        "inner": {"up": layer([0, 1, 0, 0], 2)},
         "up": layer([0, 0, 0, 0], 3),
+        "wider": {"up": layer([0, 1, 0, 0], 2)},
         "norm": {"magnitude": np.float32([1.0, 2.0])},
     }
 
@@ -64,7 +64,7 @@ def test_where_the_shapes_do_not_show_the_stack_axes_they_are_asked_for():
 
 
 def test_ranks_are_of_every_layer_of_a_stack():
-    expected = {"blocks.up": [2, 0, 3], "inner.up": 1, "up": 0}
+    expected = {"blocks.up": [2, 0, 3], "up": 0, "wider.up": 1}
     assert dora.adapters.component_ranks(tree()) == expected
 
 
@@ -93,7 +93,7 @@ def test_compression_keeps_every_merged_kernel(fields):
     rng = np.random.default_rng(5)
     for path, shape, rank in (
         (("blocks", "up"), (STACK, IN, OUT), 3),
-        (("inner", "up"), (IN, OUT), 1),
+        (("wider", "up"), (IN, OUT), 1),
         (("up",), (IN, OUT), least),
     ):
         kernel = rng.normal(size=shape)

@@ -163,8 +163,8 @@ def test_all_but_the_dropped_rows_is_as_the_optimiser_makes_it(recorded):
 
 def three_components(slopes):
     """Returns gradients of one layer `lora_a (4, 3)`, `lora_b (3, 2)`, alike in each component."""
-    of_b = np.repeat(np.float32(slopes)[:, None], 2, axis=1)
-    return {"lora_a": np.zeros((4, 3), np.float32), "lora_b": of_b}
+    of_a, of_b = np.ones((4, 1)) * slopes, np.ones((1, 2)) * np.reshape(slopes, (3, 1))
+    return {"lora_a": np.float32(of_a), "lora_b": np.float32(of_b)}
 
 
 def test_a_component_that_was_dropped_may_come_back_until_the_end():
@@ -178,8 +178,9 @@ def test_a_component_that_was_dropped_may_come_back_until_the_end():
     tree = {"lora_a": np.ones((4, 3), np.float32), "lora_b": np.ones((3, 2), np.float32)}
     state, rows = tx.init(tree), []
     for update in range(1, 13):
-        # First the last component matters, and from the first selection on the first one.
+        # First the last component matters, then the first one, and when it is too late the second.
         slopes = [0.01, 0.1, -3.0] if update <= 4 else [-5.0, 0.001, 0.001]
+        slopes = [0.001, 9.0, 0.001] if update > 8 else slopes
         tree, state = step(tree, state, three_components(slopes))
         rows.append(np.any(np.asarray(tree["lora_b"]) != 0, axis=1).tolist())
     assert rows[3] == [False, False, True]  # the schedule has 1 + 2 (1 - 4/8)^3 = 1.25
