@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dora_jax.adapters.components import LowRank, count_stack_axes
 from dora_jax.adapters.groups import label_adapters
 from dora_jax.adapters.origin import check_origin, common_origins, origin, remember
 from dora_jax.adapters.trees import (
@@ -89,15 +90,15 @@ def add_weighted(
       weights: one for each tree; their sum is 1 (see `interpolate`).
       config: the configuration of all the trees.
       axes: of the kernels, by module path: `dora_jax.model.layer_axes(model)`, or
-        `dora_jax.checkpoint.read_adapters(path).axes`. Optional if every `lora_a` is `(in, r)` and
-        every `lora_b` is `(r, out)`.
+        `dora_jax.checkpoint.read_adapters(path).axes`. Needed only where the shapes of the factors
+        do not show which axes are stacked.
 
     Returns:
       The tree, and the configuration with which to adapt a base for it.
 
     Raises:
       AdapterError: structures or shapes differ, the ranks are not those of `config`, the weights do
-        not sum to 1, or a layer with more axes is not in `axes`.
+        not sum to 1, or the shapes of a layer that is not in `axes` do not show its stack axes.
     """
     if config.changes_product:
         raise AdapterError(
@@ -116,7 +117,8 @@ def add_weighted(
             )
         wanted = origin(config.layer_settings(path), changes_product=False)
         check_origin(flatten(trees[0]), {path: wanted})
-        stack = _count_stack_axes(path, layers[0], axes or {})
+        first = LowRank(layers[0]["lora_a"], layers[0]["lora_b"])
+        stack = count_stack_axes(path, first, axes)
         pair = _join_factors(layers, weights, stack)
         joined = set_in(joined, path, {**get_in(joined, path), **pair})
     return boxed_like(joined, *boxes), _with_rank_times(config, len(trees))
@@ -228,20 +230,3 @@ def check_weights(trees: Sequence[Tree], weights: Sequence[float]) -> None:
             f"need at least one adapter tree and a weight for each, got {len(trees)} trees and "
             f"{len(weights)} weights"
         )
-
-
-def _count_stack_axes(path: Path, layer: Tree, axes: Mapping[Path, KernelAxes]) -> int:
-    """Returns the number of stack axes of a layer.
-
-    They are the first axes of `lora_a (*stack, *in, r)` and of `lora_b (*stack, r, *out)`.
-    """
-    if path in axes:
-        return len(axes[path].stack)
-    a, b = (np.shape(layer[name]) for name in ("lora_a", "lora_b"))
-    if len(a) != 2 or len(b) != 2:
-        raise AdapterError(
-            f"{layer_name(path)}: the shapes of lora_a {a} and lora_b {b} do not show how many "
-            "axes are stack axes: pass axes, from dora_jax.model.layer_axes(model) or "
-            "read_adapters(path).axes"
-        )
-    return 0

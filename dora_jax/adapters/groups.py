@@ -34,7 +34,7 @@ def label_adapters(adapters: Any) -> Any:
       >>> label_adapters({"query": {"lora_a": 0, "magnitude": 0}, "head": {"bias": 0}})
       {'head': {'bias': 'saved'}, 'query': {'lora_a': 'lora_a', 'magnitude': 'magnitude'}}
     """
-    paths = [_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(adapters)[0]]
+    paths = [array_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(adapters)[0]]
     adapted = {path[:-1] for path in paths if path[-1] in ADAPTER_ARRAYS}
     for path in paths:
         if path[-1] == "scale" and path[:-1] in adapted:
@@ -48,11 +48,12 @@ def label_adapters(adapters: Any) -> Any:
                 "alone (wrt=DoRAParam in NNX, the adapter tree in Linen)"
             )
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: name if (name := _names(path)[-1]) in ADAPTER_ARRAYS else "saved", adapters
+        lambda path, _: name if (name := array_names(path)[-1]) in ADAPTER_ARRAYS else "saved",
+        adapters,
     )
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+def array_names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """Returns the dictionary keys in a leaf's path, without the entry of an NNX variable."""
     return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)) or ("",)
 

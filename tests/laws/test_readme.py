@@ -1,4 +1,4 @@
-"""The examples of the README, and of the page on quantised bases, run as they stand."""
+"""The examples of the README, and of pages with programs, run as they stand."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[2] / "README.md"
-QUANTIZED = README.parent / "docs" / "quantized.md"
+PAGES = [README.parent / "docs" / name for name in ("quantized.md", "adaptive_rank.md")]
 
 
 def blocks_of(page):
@@ -27,6 +27,7 @@ def test_the_example_runs(block):
 
 
 @pytest.mark.full
-def test_the_page_on_quantised_bases_runs():
-    for block in blocks_of(QUANTIZED):
-        exec(compile(block, str(QUANTIZED), "exec"), {})
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_programs_of_a_page_run(page):
+    for block in blocks_of(page):
+        exec(compile(block, str(page), "exec"), {})
