@@ -66,6 +66,11 @@ def dora(own, w):
     return v * own["magnitude"] / column_norms(v)
 
 
+def inputs_of(params, x):
+    first = params["layers_0"]
+    return {"layers_0": x, "layers_2": np.tanh(x @ first["kernel"] + first["bias"])}
+
+
 def column_norms(v):
     return np.sqrt(np.square(v).sum(0))
 
@@ -136,11 +141,11 @@ def test_the_recipe_starts_as_the_base_and_then_agrees_with_numpy(shared, name):
 
 def test_starts_with_a_product_of_zero_are_the_base_and_eva_has_the_inputs_directions(shared):
     base = wide(shared["params"])
-    inputs = {"layers_0": wide(shared["x"])}
-    inputs["layers_2"] = np.tanh(inputs["layers_0"] @ base["layers_0"]["kernel"])
+    inputs = inputs_of(base, wide(shared["x"]))
     apply = quick_jit(shared["model"].apply)
     expected = forward(frozen_kernels(base), base, inputs["layers_0"])
-    trees = [run(shared, block)["adapters"] for block in PROGRAMS["starts"]]
+    page = run(shared, *PROGRAMS["statistics"])
+    trees = [run(page, block)["adapters"] for block in PROGRAMS["starts"]]
     for adapters in trees:
         output = apply({"params": shared["params"], "dora": adapters}, shared["x"])
         np.testing.assert_allclose(output, expected, atol=2e-6)
@@ -150,6 +155,70 @@ def test_starts_with_a_product_of_zero_are_the_base_and_eva_has_the_inputs_direc
         right = np.linalg.svd(inputs[name])[2][:2]
         found = wide(layer["lora_a"])
         np.testing.assert_allclose(found @ found.T, right.T @ right, atol=1e-4)
+
+
+def corda(kernel, inputs, gradient):
+    c = inputs.T @ inputs
+    c = c + 0.01 * np.trace(c) / len(c) * np.eye(len(c))
+    u, s, vt = np.linalg.svd(c @ kernel, full_matrices=False)
+    product = np.linalg.inv(c) @ (u[:, :2] * s[:2]) @ vt[:2]
+    return [product], lambda a, b: [a @ b]
+
+
+def lora_ga(kernel, inputs, gradient):
+    u, _, vt = np.linalg.svd(gradient)
+    # Whatever the signs of the singular vectors, which differ between programs.
+    return [0.09 * u[:, :2] @ u[:, :2].T, 0.09 * vt[2:4].T @ vt[2:4]], lambda a, b: [
+        a @ a.T,
+        b.T @ b,
+    ]
+
+
+@pytest.mark.rows(1)
+@pytest.mark.parametrize(("recipe", "blocks"), [(corda, slice(0, 1)), (lora_ga, slice(1, 2))])
+def test_a_start_away_from_zero_is_the_base_and_trains_by_its_change(shared, recipe, blocks):
+    page = run(shared, *PROGRAMS["statistics"], *PROGRAMS["own"][blocks])
+    model, params, x, y, start = (page[key] for key in ("model", "params", "x", "y", "start"))
+    base, inputs = wide(params), inputs_of(wide(params), wide(x))
+    error = 2 * (forward(frozen_kernels(base), base, inputs["layers_0"]) - wide(y)) / y.size
+    back = error @ base["layers_2"]["kernel"].T * (1 - inputs["layers_2"] ** 2)
+    gradients = {"layers_2": inputs["layers_2"].T @ error, "layers_0": wide(x).T @ back}
+    for name, layer in wide(start).items():
+        wanted, found = recipe(base[name]["kernel"], inputs[name], gradients[name])
+        for one, other in zip(found(layer["lora_a"], layer["lora_b"]), wanted, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
+
+    @quick_jit
+    def of(adapters):
+        def loss(adapters):
+            output = model.apply({"params": params, "dora": adapters}, x)
+            return jnp.mean((output - y) ** 2), output
+
+        return jax.value_and_grad(loss, has_aux=True)(adapters)
+
+    at, first = moved(start), wide(start)
+
+    def expected(adapters):
+        kernels = {}
+        for name, own in adapters.items():
+            was = first[name]["lora_a"] @ first[name]["lora_b"]
+            v = base[name]["kernel"] + own["lora_a"] @ own["lora_b"] - was
+            kernels[name] = v * own["magnitude"] / column_norms(v)
+        return forward(kernels, base, wide(x))
+
+    (_, output), _ = of(start)
+    np.testing.assert_allclose(
+        output, forward(frozen_kernels(base), base, wide(x)), atol=2e-6, rtol=1e-5
+    )
+    (_, output), gradient = of(jax.tree.map(jnp.float32, at))
+    np.testing.assert_allclose(output, expected(wide(at)), atol=2e-5)
+
+    def loss(value):
+        changed = wide(at) | {"layers_0": wide(at)["layers_0"] | {"lora_b": value}}
+        return float(np.mean((expected(changed) - wide(y)) ** 2))
+
+    found = gradient["layers_0"]["lora_b"]
+    np.testing.assert_allclose(found, differences(loss, wide(at)["layers_0"]["lora_b"]), atol=2e-5)
 
 
 @pytest.mark.full
