@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from tests.checkpoint.chains import (
     trained_linen,
     trained_nnx,
 )
+from tests.checkpoint.runs import run_module
 from tests.decomposition.test_initializers import KERNELS, RANK, start
 from tests.support.models import inputs, same
 
@@ -107,3 +109,10 @@ def test_an_abstract_model_is_adapted_without_calling_the_function():
     config = dora.DoRAConfig(rank=2, init=init)
     model = dora.apply_dora(base, config, rngs=nnx.Rngs(1), inputs=(jnp.ones((1, 5)),))
     assert (model.lora_a.shape, model.lora_b.shape) == ((5, 2), (2, 4))
+
+
+@pytest.mark.full
+def test_on_a_mesh_the_factors_of_a_function_lie_as_the_kernel_does():
+    found = json.loads(run_module("tests.decomposition.own_starts_on_a_mesh", devices=4))
+    for kind, (error, as_the_kernel) in found.items():
+        assert error < 1e-5 and as_the_kernel, kind

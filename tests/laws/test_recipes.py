@@ -292,3 +292,25 @@ def test_the_magnitudes_of_bidora_are_trained_through_the_step_of_the_factors(sh
         )
         np.testing.assert_allclose(own, expected, atol=1e-4)
         assert np.max(np.abs(expected)) > 0.01
+
+
+@pytest.mark.full
+def test_biases_are_trained_beside_the_adapters(shared):
+    page = run(shared, *PROGRAMS["biases"])
+    base, inputs, y = wide(page["params"]), wide(page["x"]), wide(page["y"])
+    at = moved(page["trained"])
+    gradient = quick_jit(jax.grad(page["loss_beside"]))(jax.tree.map(jnp.float32, at))
+    kernels = {k: dora(own, base[k]["kernel"]) for k, own in at["adapters"].items()}
+    for path in (("layers_0", "bias"), ("layers_2", "bias")):
+
+        def loss(value, path=path):
+            own = at["biases"] | {path: value}
+            biases = {layer: {"bias": bias} for (layer, _), bias in own.items()}
+            return float(np.mean((forward(kernels, biases, inputs) - y) ** 2))
+
+        found = gradient["biases"][path]
+        np.testing.assert_allclose(found, differences(loss, at["biases"][path]), atol=1e-5)
+    adapted, in_nnx = page["adapted"], page["gradient"]
+    error = inputs @ wide(adapted.kernel[...]) + wide(adapted.bias[...]) - y
+    np.testing.assert_allclose(in_nnx["bias"][...], 2 * error.sum(0) / y.size, atol=1e-5)
+    assert set(in_nnx) == {"bias", "lora_a", "lora_b", "magnitude"}
