@@ -6,24 +6,25 @@ import dataclasses
 import functools
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast, get_args
 
 from dora_jax.errors import ConfigError, Path
 from dora_jax.validation import (
     ALL_LINEAR,
     answer_to,
+    check_boolean,
+    check_choice,
     check_positive,
     check_rank,
     check_regex,
-    ends_in,
     entries,
     float_dtype_name,
     is_integer,
     is_number,
     module_patterns,
     name_or_names,
+    numbered_place,
     pattern_dict,
     pattern_matches,
     python_value,
@@ -32,6 +33,10 @@ from dora_jax.validation import (
 
 NormGradient = Literal["exact", "detached"]
 Init = Literal["kaiming_uniform", "gaussian", "orthogonal", "pissa", "olora"]
+# Of a layer's path, its kernel as float32 matrices `(*stack, in, out)`, its rank and a key, to
+# `A (*stack, in, r)` and `B (*stack, r, out)`.
+InitFunction = Callable[[Path, Any, int, Any], tuple[Any, Any]]
+CUSTOM = "custom"  # stands in JSON for such a function
 
 # Settings that change a layer's output; the rest affect training only.
 OUTPUT_FIELDS = (
@@ -115,10 +120,10 @@ class DoRAConfig:
       init: how the low-rank factors start. With `lora_b` at zero, `lora_a` is drawn as
         "kaiming_uniform", `U(-1/sqrt(in), 1/sqrt(in))`, "gaussian", `N(0, 1/rank^2)` (both as in
         PEFT), or "orthogonal" (orthonormal columns; rows where the rank is above the kernel's in
-        side). "pissa" (arXiv 2404.02948) starts from the
-        largest singular vectors of the kernel, "olora" (arXiv 2406.01775) from its QR
-        decomposition. There only the change of the product counts, so that the kernel stays the
-        pretrained one, and the start is an identity to rounding.
+        side). "pissa" (arXiv 2404.02948) starts from the largest singular vectors of the kernel,
+        "olora" (arXiv 2406.01775) from its QR decomposition, an `InitFunction` where it likes; in
+        JSON that is "custom". There only the change of the product counts, so that the kernel stays
+        the pretrained one, and the start is an identity to rounding.
       eps: smallest norm that a column is divided by.
       adapter_dtype: dtype of the adapter arrays. A bfloat16 magnitude does not move at usual
         learning rates, hence float32.
@@ -151,7 +156,7 @@ class DoRAConfig:
     normalize: bool = True
     decompose: bool = True
     norm_gradient: NormGradient = "exact"
-    init: Init = "kaiming_uniform"
+    init: Init | InitFunction = "kaiming_uniform"
     eps: float = 1e-8
     adapter_dtype: str = "float32"
 
@@ -178,7 +183,9 @@ class DoRAConfig:
 
     def __eq__(self, other: object) -> bool:
         # Compare JSON: pattern dicts are ordered, since the first match wins.
-        return isinstance(other, DoRAConfig) and self.to_json() == other.to_json()
+        if not isinstance(other, DoRAConfig):
+            return False
+        return self.init == other.init and self.to_json() == other.to_json()
 
     def __hash__(self) -> int:
         return hash(self.to_json())
@@ -195,14 +202,11 @@ class DoRAConfig:
         for pattern, alpha in self.alpha_pattern.items():
             check_regex("alpha_pattern", pattern)
             check_positive(f"alpha_pattern[{pattern!r}]", alpha)
-        for field, allowed in (("norm_gradient", NormGradient), ("init", Init)):
-            if getattr(self, field) not in get_args(allowed):
-                raise ConfigError(
-                    f"{field} must be one of {get_args(allowed)}, got {getattr(self, field)!r}"
-                )
+        check_choice("norm_gradient", self.norm_gradient, get_args(NormGradient))
+        if self.init_name != CUSTOM:
+            check_choice("init", self.init, get_args(Init))
         for field in ("use_rslora", "magnitude_trainable", "normalize", "decompose"):
-            if not isinstance(getattr(self, field), bool):
-                raise ConfigError(f"{field} must be True or False, got {getattr(self, field)!r}")
+            check_boolean(field, getattr(self, field))
         indices = self.layers_to_transform
         if indices is not None and (not indices or not all(is_integer(i) for i in indices)):
             raise ConfigError(f"layers_to_transform must hold integers, got {list(indices)}")
@@ -219,7 +223,7 @@ class DoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain JSON types."""
-        fields = dataclasses.asdict(self)
+        fields = dataclasses.asdict(dataclasses.replace(self, init=cast("Any", self.init_name)))
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def to_json(self) -> str:
@@ -227,9 +231,14 @@ class DoRAConfig:
         return json.dumps(self.to_dict(), indent=2)
 
     @property
+    def init_name(self) -> str:
+        """The name of `init` in JSON."""
+        return CUSTOM if callable(self.init) else self.init
+
+    @property
     def changes_product(self) -> bool:
         """Whether `lora_a lora_b` does not start at zero, so that its change is what counts."""
-        return self.init in ("pissa", "olora")
+        return self.init_name in ("pissa", "olora", CUSTOM)
 
     @classmethod
     def from_json(cls, text: str) -> DoRAConfig:
@@ -275,20 +284,11 @@ class DoRAConfig:
           ((('layers',), 3), (('h',), 3))
         """
         names = self.layers_pattern
-        patterns = (names,) if isinstance(names, str) else names
-        for i, part in enumerate(path):
-            if match := re.fullmatch(r"(?:(.*)_)?(\d{1,18})", part):
-                before = path[:i] + ((match[1],) if match[1] else ())
-                if patterns is None or any(ends_in(".".join(before), p) for p in patterns):
-                    return before, int(match[2])
-        return None
+        return numbered_place(path, (names,) if isinstance(names, str) else names)
 
 
 class TrainedConfig(DoRAConfig):
-    """The configuration that a trained adapter has: nobody chose it now, so nothing warns of it.
-
-    It equals the `DoRAConfig` of the same fields.
-    """
+    """The configuration of a trained adapter, equal to a `DoRAConfig`: nothing warns of it."""
 
     @classmethod
     def of(cls, config: DoRAConfig) -> TrainedConfig:

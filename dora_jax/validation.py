@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dora_jax.errors import ConfigError
+from dora_jax.errors import ConfigError, Path
 from dora_jax.patterns import LONGEST, compiled
 
 ALL_LINEAR = "all-linear"
@@ -109,6 +110,16 @@ def ends_in(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
+def numbered_place(path: Path, names: Iterable[str] | None) -> tuple[Path, int] | None:
+    """Returns the first number in a path, of those that follow one of the names, and its place."""
+    for i, part in enumerate(path):
+        if match := re.fullmatch(r"(?:(.*)_)?(\d{1,18})", part):
+            before = path[:i] + ((match[1],) if match[1] else ())
+            if names is None or any(ends_in(".".join(before), name) for name in names):
+                return before, int(match[2])
+    return None
+
+
 def pattern_matches(pattern: str, name: str) -> bool:
     """Returns whether a key of `rank_pattern` or `alpha_pattern` matches a dotted path."""
     return compiled(pattern, "rank_pattern or alpha_pattern").matches_end(name)
@@ -153,6 +164,18 @@ def check_rank(field: str, rank: Any) -> None:
     """Raises `ConfigError` unless a rank is an integer of at least 0."""
     if not is_index(rank):
         raise ConfigError(f"{field} must be an integer of at least 0, got {rank!r}")
+
+
+def check_choice(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises `ConfigError` unless a value is one of those allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{field} must be one of {allowed}, got {value!r}")
+
+
+def check_boolean(field: str, value: Any) -> None:
+    """Raises `ConfigError` unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{field} must be True or False, got {value!r}")
 
 
 def check_regex(field: str, pattern: str) -> None:

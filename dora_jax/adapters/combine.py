@@ -102,8 +102,8 @@ def add_weighted(
     """
     if config.changes_product:
         raise AdapterError(
-            f"adapters initialised with init={config.init!r} cannot be added, because only the "
-            "change from their initial values counts: merge each instead"
+            f"adapters initialised with init={config.init_name!r} cannot be added, because only "
+            "the change from their initial values counts: merge each instead"
         )
     boxes, trees = trees[:1], [unboxed(tree) for tree in trees]
     joined: Any = interpolate(trees, weights)

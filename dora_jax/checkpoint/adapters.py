@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any, overload
 
 from dora_jax.adapters.origin import origin, remember
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest, tree_shapes
-from dora_jax.checkpoint.checks import check_ranks, check_settings, read_axes
+from dora_jax.checkpoint.checks import (
+    check_ranks,
+    check_settings,
+    check_start_of_others,
+    read_axes,
+)
 from dora_jax.checkpoint.contents import contents, trained
 from dora_jax.checkpoint.fingerprint import check_same_base, group_records
 from dora_jax.checkpoint.statistics import check_statistics_given, statistics_to_load
@@ -28,7 +33,6 @@ from dora_jax.model import (
     Plain,
     adapt,
     carries_arrays,
-    is_adapted,
     layer_settings,
     set_mutable_arrays,
     with_adapter_arrays,
@@ -205,7 +209,8 @@ def load(
 
     Raises:
       AdapterError: the adapters were trained for another base, or the model was adapted with other
-        settings, or they lack the batch statistics of a module trained in full; names the layer.
+        settings, or they lack the batch statistics of a module trained in full; names the layer. Or
+        `only` is given where a function started the adapters, and the model is plain.
       CheckpointError: the folder is damaged or incomplete; names the file or array.
       ConfigError: an entry of `only` matches nothing.
 
@@ -214,8 +219,8 @@ def load(
         to be applied with the batch statistics in the folder.
     """
     saved = read_adapters(path)
-    if only is not None and is_adapted(model) and not carries_arrays(model):
-        raise TypeError("only needs the plain module: a DoRAModel has no adapters of its own")
+    if only is not None:
+        check_start_of_others(saved.config, model)
     model, own = adapt(model, saved.config, Plain(rngs, params, inputs))
     is_loaded = _selection(saved, only)
     chosen = {path: x for path, x in flatten(saved.adapters).items() if is_loaded(path[:-1])}

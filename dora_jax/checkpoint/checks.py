@@ -11,10 +11,10 @@ import numpy as np
 from dora_jax.adapters.groups import ADAPTER_ARRAYS
 from dora_jax.adapters.trees import check_finite, flatten
 from dora_jax.checkpoint.manifest import path_of
-from dora_jax.config import OUTPUT_FIELDS, DoRAConfig, LayerSettings
+from dora_jax.config import CUSTOM, OUTPUT_FIELDS, DoRAConfig, LayerSettings
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.errors import AdapterError, CheckpointError, Path, layer_name
-from dora_jax.model import adapter_tree, layer_settings
+from dora_jax.model import adapter_tree, carries_arrays, is_adapted, layer_settings
 from dora_jax.selection import is_in_saved_module
 
 
@@ -51,6 +51,22 @@ def check_tree(adapters: Mapping[str, Any], config: DoRAConfig, model: Any) -> N
     else:
         adapter_tree(model, adapters)
     check_finite(adapters)
+
+
+def check_start_of_others(config: DoRAConfig, model: Any) -> None:
+    """Raises an error unless the modules that `load` leaves out with `only` have their start.
+
+    Raises:
+      TypeError: a `DoRAModel` is given, which holds no adapters.
+      AdapterError: a function starts adapters, and the model is plain.
+    """
+    if is_adapted(model) and not carries_arrays(model):
+        raise TypeError("only needs the plain module: a DoRAModel has no adapters of its own")
+    if config.init_name == CUSTOM and not is_adapted(model):
+        raise AdapterError(
+            "only leaves the other modules as init starts them, and that is a function, which no "
+            "folder holds: adapt the model with it, then load into that model"
+        )
 
 
 def check_ranks(
@@ -124,7 +140,7 @@ def check_values(own: Mapping[Path, Any], saved: Mapping[Path, Any], part: str) 
 def _check_against_config(flat: Mapping[Path, Any], layers: set[Path], config: DoRAConfig) -> None:
     if config.changes_product:
         raise AdapterError(
-            f"init={config.init!r} starts adapters away from zero, and only the adapted model "
+            f"init={config.init_name!r} starts adapters away from zero, and only the adapted model "
             "keeps their initial values: save the adapters with that model"
         )
     for path in layers:

@@ -8,17 +8,17 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dora_jax.config import DoRAConfig, LayerSettings
+from dora_jax.config import CUSTOM, DoRAConfig, InitFunction, LayerSettings, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase, describe_base
 from dora_jax.decomposition.quantized import Kernel, dense, is_abstract
-from dora_jax.decomposition.sharding import layer_shardings
+from dora_jax.decomposition.sharding import explicit_shardings, layer_shardings
 from dora_jax.errors import ConfigError, Path, layer_name
 from dora_jax.ops.mesh_types import automatically
 from dora_jax.processes import spans_processes
@@ -58,7 +58,8 @@ def init_layer(
       `{"lora_a", "lora_b", "magnitude"}`, as far as the settings have them, and the `FrozenBase`.
 
     Raises:
-      ConfigError: `layers_to_transform` has an index past the end of the stack.
+      ConfigError: `layers_to_transform` has an index past the end of the stack; a function for
+        `init` returns factors of wrong shapes, or a file's "custom" stands where it has to be.
 
     Warns:
       UserWarning: columns of the kernel are exactly zero; they stay zero.
@@ -71,18 +72,20 @@ def init_layer(
             f"{length} layers"
         )
     settings = _only_of_the_start(settings, config)
-    start = functools.partial(_build, settings, config.init, config.adapter_dtype, axes)
+    static = (settings, config.init_name, config.adapter_dtype, axes)
+    start = functools.partial(_build, *static)
     shardings = layer_shardings(kernel, axes)
     if is_abstract(kernel):
         return _shapes(start, key, kernel, shardings)
     key = jax.random.fold_in(key, zlib.crc32(".".join(path).encode()))
+    given = _given_factors(config, settings.rank, path, key, kernel, axes)
     if shardings is None:
         build = _build_jit
     else:
         places = jax.tree.map(lambda x: x.sharding, _shapes(start, key, kernel, shardings))
         leaves, structure = jax.tree.flatten(places)
         build = _build_at(structure, tuple(leaves), isinstance(kernel, jax.core.Tracer))
-    adapter, base = build(settings, config.init, config.adapter_dtype, axes, key, kernel)
+    adapter, base = build(*static, key, kernel, *given)
     _warn_of_zero_columns(name, base.norm)
     return adapter, base
 
@@ -120,20 +123,62 @@ def _only_of_the_start(settings: LayerSettings, config: DoRAConfig) -> LayerSett
     )
 
 
+def _given_factors(
+    config: DoRAConfig, rank: int, path: Path, key: Array, kernel: Any, axes: KernelAxes
+) -> tuple[Array, ...]:
+    """Returns the factors with which a function starts a layer; none where `init` is a name.
+
+    The function is called as it is, not compiled: what it closes over is no constant of a program.
+    """
+    if not rank or config.init_name != CUSTOM or isinstance(config, TrainedConfig):
+        return ()
+    if not callable(config.init):
+        raise ConfigError(
+            f"init is {CUSTOM!r}, a function that no file holds: give it again, as in "
+            "dataclasses.replace(config, init=function)"
+        )
+    init: InitFunction = config.init
+
+    def factors(kernel: Kernel) -> tuple[Array, ...]:
+        matrices = as_matrices(dense(kernel), axes)
+        *stack, inner, outer = matrices.shape
+        wanted = [(*stack, inner, rank), (*stack, rank, outer)]
+        found = tuple(map(jnp.asarray, init(path, matrices, rank, key)))
+        if (shapes := [x.shape for x in found]) != wanted:
+            raise ConfigError(
+                f"{layer_name(path)}: init returned arrays of shapes {shapes}, where A and B have "
+                f"{wanted}"
+            )
+        own = axes.shapes(kernel.shape, rank)
+        return found[0].reshape(own["lora_a"]), found[1].reshape(own["lora_b"])
+
+    shardings = explicit_shardings(kernel, axes)
+    places = tuple(shardings.get(name) for name in ("lora_a", "lora_b"))
+    return cast("tuple[Array, ...]", automatically(factors, places, kernel))
+
+
 def _build(
-    settings: LayerSettings, init: str, dtype: str, axes: KernelAxes, key: Array, kernel: Kernel
+    settings: LayerSettings,
+    init: str,
+    dtype: str,
+    axes: KernelAxes,
+    key: Array,
+    kernel: Kernel,
+    *given: Array,
 ) -> tuple[ArrayDict, FrozenBase]:
     base = describe_base(kernel, axes, settings.eps)
     shapes = axes.shapes(kernel.shape, settings.rank)
     adapter, kept = {}, {}
-    if settings.rank and init in ("pissa", "olora"):
-        factors = (singular_vectors if init == "pissa" else _orthogonal_basis)(
-            as_matrices(dense(kernel), axes), settings.rank
-        )
-        for name, factor in zip("ab", with_rank(factors, settings.rank, key), strict=True):
+    if settings.rank and init in ("pissa", "olora", CUSTOM):
+        if init == CUSTOM:  # of adapters that are loaded, the file has them
+            factors = given or tuple(jnp.zeros(shapes[name]) for name in ("lora_a", "lora_b"))
+        else:
+            factors = _of_kernel(init, kernel, axes, settings.rank, key)
             # Divide each factor by sqrt(s), so that s*A*B is the product.
-            start = factor.reshape(shapes[f"lora_{name}"]) / math.sqrt(settings.scaling)
-            adapter[f"lora_{name}"] = kept[f"init_{name}"] = start.astype(dtype)
+            factors = tuple(factor / math.sqrt(settings.scaling) for factor in factors)
+        for name, factor in zip("ab", factors, strict=True):
+            start = factor.reshape(shapes[f"lora_{name}"]).astype(dtype)
+            adapter[f"lora_{name}"] = kept[f"init_{name}"] = start
     elif settings.rank:
         fan_in = math.prod(kernel.shape[i] for i in axes.inputs)
         adapter["lora_a"] = _draw(init, key, shapes["lora_a"], fan_in, settings.rank).astype(dtype)
@@ -156,10 +201,18 @@ def _build_at(structure: Any, shardings: tuple[NamedSharding, ...], traced: bool
     out = jax.tree.unflatten(structure, shardings)
 
     def build(*arguments: Any) -> Any:
-        *static, key, kernel = arguments
-        return automatically(functools.partial(_build, *static), out, key, kernel)
+        static, arrays = arguments[:4], arguments[4:]
+        return automatically(functools.partial(_build, *static), out, *arrays)
 
     return jax.jit(build, static_argnums=(0, 1, 2, 3), out_shardings=None if traced else out)
+
+
+def _of_kernel(
+    init: str, kernel: Kernel, axes: KernelAxes, rank: int, key: Array
+) -> tuple[Array, ...]:
+    """Returns the factors of "pissa" or "olora", as matrices."""
+    factors = singular_vectors if init == "pissa" else _orthogonal_basis
+    return with_rank(factors(as_matrices(dense(kernel), axes), rank), rank, key)
 
 
 def _draw(init: str, key: Array, shape: tuple[int, ...], fan_in: int, rank: int) -> Array:

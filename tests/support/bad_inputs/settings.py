@@ -219,6 +219,18 @@ SELECTION = [
         r"^layers_to_transform asks for \[-3\], but no layer that target_modules selects has",
     ),
     BadInput(
+        "a start of which a file has the name alone",
+        lambda: adapt(init="custom"),
+        ConfigError,
+        r"^init is 'custom', a function that no file holds: .*replace\(config, init=function\)",
+    ),
+    BadInput(
+        "a start of wrong shapes",
+        lambda: adapt(init=lambda path, kernel, rank, key: (kernel, kernel)),
+        ConfigError,
+        r"^head: init returned arrays of shapes .*, where A and B have ",
+    ),
+    BadInput(
         "a place before the start of a stack",
         lambda: adapt_linen(LinenStack(), layers_to_transform=[-5]),
         ConfigError,
