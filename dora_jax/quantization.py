@@ -29,6 +29,7 @@ def quantize(
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] = (),
     inputs: Sequence[Any] | None = None,
+    principal_rank: int = 0,
 ) -> M: ...
 
 
@@ -41,6 +42,7 @@ def quantize(
     inputs: Sequence[Any] | ExampleCall,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] = (),
+    principal_rank: int = 0,
 ) -> dict[str, Any]: ...
 
 
@@ -52,6 +54,7 @@ def quantize(
     inputs: Any = None,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] = (),
+    principal_rank: int = 0,
 ) -> Any:
     """Quantises the kernels of a plain Flax model, which runs on them as it is.
 
@@ -68,6 +71,9 @@ def quantize(
       target_modules: names of layers, as in `DoRAConfig`; None for every layer with a kernel, the
         embeddings included.
       exclude_modules: names of layers, or of modules that hold them, to leave as they are.
+      principal_rank: 0, or the rank of the adapters, to quantise each kernel without its directions
+        of the largest singular values (QPiSSA, arXiv 2404.02948). The model is whole again once it
+        is adapted in the same layers and `start_from_error` gives the adapters that part.
 
     Returns:
       NNX: a model. Linen: parameters, for the same module.
@@ -75,7 +81,8 @@ def quantize(
     Raises:
       TypeError: `model` is of neither kind, or an argument is missing.
       ConfigError: the format is not known, or a pattern matches nothing.
-      AdapterError: the model is adapted already, or no layer is left.
+      AdapterError: the model is adapted already, or no layer is left; `principal_rank` is given for
+        a model of shapes.
       LayoutError: how a layer contracts its kernel is not known, or another library has quantised
         it; names the layer.
 
@@ -87,7 +94,7 @@ def quantize(
       (dtype(uint4), (5, 3))
       >>> adapted = dora.apply_dora(quantized, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
     """
-    chosen = Chosen(Quantization.of(quantization), target_modules, exclude_modules)
+    chosen = Chosen(Quantization.of(quantization), target_modules, exclude_modules, principal_rank)
     if isinstance(model, nnx.Module):
         if params is not None:
             raise TypeError("an NNX model carries its arrays: leave out params")
@@ -130,7 +137,8 @@ def start_from_error(
 
     As LoftQ (arXiv 2310.08659) with one step: `s A B` is the nearest matrix of the adapter's rank
     to the error `W - W0`, and the magnitude the norm of `W0 + s A B`. So the adapted model starts
-    nearer to the unquantised one, and not at the quantised one.
+    nearer to the unquantised one, and not at the quantised one. Of a base that was quantised with
+    `principal_rank`, what was lost has the principal part of `W`, and `s A B` takes it (QPiSSA).
 
     Args:
       model: an adapted NNX model of a quantised base, which stays as it is, or a `DoRAModel`.
