@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
+import jax
 from flax import linen, nnx
 
 from dora_jax import linen as dora_linen
@@ -12,9 +13,11 @@ from dora_jax import nnx as dora_nnx
 from dora_jax.adapters.trees import Tree, get_in, has_path
 from dora_jax.decomposition.from_error import start_of_error
 from dora_jax.decomposition.merge_quantized import check_original
+from dora_jax.decomposition.qarray import is_qarray, kernel_of_qarray
 from dora_jax.decomposition.quantize import Quantization
 from dora_jax.decomposition.quantized import QuantizedKernel
 from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.layers.quantized_box import QuantizedBox
 from dora_jax.layers.quantizing import ADAPTED, Chosen
 from dora_jax.linen import DoRAModel, ExampleCall
 from dora_jax.model import adapter_tree, model_layers, modules_of, with_adapter_arrays
@@ -106,6 +109,32 @@ def quantize(
             raise TypeError("a Linen module needs params and inputs too")
         return dora_linen.quantize(model, chosen, params, inputs)
     raise TypeError(f"expected a flax.nnx.Module or a flax.linen.Module, got {type(model)}")
+
+
+def from_qwix(params: Tree) -> dict[str, Any]:
+    """Returns Linen parameters that qwix quantised with quantised kernels of this library.
+
+    The codes stay as they are. `apply_dora` then takes the module as it was before
+    `qwix.quantize_model`; a module under qwix is refused, because qwix replaces its products.
+
+    Args:
+      params: the module's `params` collection, as from `qwix.quantize_params`.
+
+    Raises:
+      LayoutError: codes of a type that `quantize` does not have (int4, int8, nf4 and float8_e4m3fn
+        are read), or blocks of several lengths; names the kernel.
+
+    Example::
+
+        params = dora.from_qwix(qwix.quantize_params(params, abstract_quantized))
+        model, adapters = dora.apply_dora(module, config, params=params, rng=rng, inputs=(x,))
+    """
+
+    def one(path: Any, x: Any) -> Any:
+        names = tuple(str(getattr(key, "key", key)) for key in path)
+        return QuantizedBox(kernel_of_qarray(names, x)) if is_qarray(x) else x
+
+    return dict(jax.tree_util.tree_map_with_path(one, params, is_leaf=is_qarray))
 
 
 class Distance(NamedTuple):
