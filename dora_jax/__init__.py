@@ -44,7 +44,7 @@ from dora_jax.errors import DoRAError
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
 from dora_jax.ops import save_scaled
-from dora_jax.quantization import quantize, start_from_error
+from dora_jax.quantization import from_qwix, quantize, start_from_error
 from dora_jax.training import dora_optimizer, optimizer_shardings
 from dora_jax.version import __version__
 
@@ -61,6 +61,7 @@ __all__ = [
     "check_base",
     "disabled_adapters",
     "dora_optimizer",
+    "from_qwix",
     "get_adapters",
     "load",
     "merge",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
+import jax
 from flax import linen, nnx
 
 from dora_jax import linen as dora_linen
@@ -12,9 +13,11 @@ from dora_jax import nnx as dora_nnx
 from dora_jax.adapters.trees import Tree, get_in, has_path
 from dora_jax.decomposition.from_error import start_of_error
 from dora_jax.decomposition.merge_quantized import check_original
+from dora_jax.decomposition.qarray import is_qarray, kernel_of_qarray
 from dora_jax.decomposition.quantize import Quantization
 from dora_jax.decomposition.quantized import QuantizedKernel
 from dora_jax.errors import AdapterError, Path, layer_name
+from dora_jax.layers.quantized_box import QuantizedBox
 from dora_jax.layers.quantizing import ADAPTED, Chosen
 from dora_jax.linen import DoRAModel, ExampleCall
 from dora_jax.model import adapter_tree, model_layers, modules_of, with_adapter_arrays
@@ -29,6 +32,7 @@ def quantize(
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] = (),
     inputs: Sequence[Any] | None = None,
+    principal_rank: int = 0,
 ) -> M: ...
 
 
@@ -41,6 +45,7 @@ def quantize(
     inputs: Sequence[Any] | ExampleCall,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] = (),
+    principal_rank: int = 0,
 ) -> dict[str, Any]: ...
 
 
@@ -52,6 +57,7 @@ def quantize(
     inputs: Any = None,
     target_modules: str | Sequence[str] | None = None,
     exclude_modules: str | Sequence[str] = (),
+    principal_rank: int = 0,
 ) -> Any:
     """Quantises the kernels of a plain Flax model, which runs on them as it is.
 
@@ -68,6 +74,9 @@ def quantize(
       target_modules: names of layers, as in `DoRAConfig`; None for every layer with a kernel, the
         embeddings included.
       exclude_modules: names of layers, or of modules that hold them, to leave as they are.
+      principal_rank: 0, or the rank of the adapters, to quantise each kernel without its directions
+        of the largest singular values (QPiSSA, arXiv 2404.02948). The model is whole again once it
+        is adapted in the same layers and `start_from_error` gives the adapters that part.
 
     Returns:
       NNX: a model. Linen: parameters, for the same module.
@@ -75,7 +84,8 @@ def quantize(
     Raises:
       TypeError: `model` is of neither kind, or an argument is missing.
       ConfigError: the format is not known, or a pattern matches nothing.
-      AdapterError: the model is adapted already, or no layer is left.
+      AdapterError: the model is adapted already, or no layer is left; `principal_rank` is given for
+        a model of shapes.
       LayoutError: how a layer contracts its kernel is not known, or another library has quantised
         it; names the layer.
 
@@ -87,7 +97,7 @@ def quantize(
       (dtype(uint4), (5, 3))
       >>> adapted = dora.apply_dora(quantized, dora.DoRAConfig(rank=2), rngs=nnx.Rngs(1))
     """
-    chosen = Chosen(Quantization.of(quantization), target_modules, exclude_modules)
+    chosen = Chosen(Quantization.of(quantization), target_modules, exclude_modules, principal_rank)
     if isinstance(model, nnx.Module):
         if params is not None:
             raise TypeError("an NNX model carries its arrays: leave out params")
@@ -99,6 +109,32 @@ def quantize(
             raise TypeError("a Linen module needs params and inputs too")
         return dora_linen.quantize(model, chosen, params, inputs)
     raise TypeError(f"expected a flax.nnx.Module or a flax.linen.Module, got {type(model)}")
+
+
+def from_qwix(params: Tree) -> dict[str, Any]:
+    """Returns Linen parameters that qwix quantised with quantised kernels of this library.
+
+    The codes stay as they are. `apply_dora` then takes the module as it was before
+    `qwix.quantize_model`; a module under qwix is refused, because qwix replaces its products.
+
+    Args:
+      params: the module's `params` collection, as from `qwix.quantize_params`.
+
+    Raises:
+      LayoutError: codes of a type that `quantize` does not have (int4, int8, nf4 and float8_e4m3fn
+        are read), or blocks of several lengths; names the kernel.
+
+    Example::
+
+        params = dora.from_qwix(qwix.quantize_params(params, abstract_quantized))
+        model, adapters = dora.apply_dora(module, config, params=params, rng=rng, inputs=(x,))
+    """
+
+    def one(path: Any, x: Any) -> Any:
+        names = tuple(str(getattr(key, "key", key)) for key in path)
+        return QuantizedBox(kernel_of_qarray(names, x)) if is_qarray(x) else x
+
+    return dict(jax.tree_util.tree_map_with_path(one, params, is_leaf=is_qarray))
 
 
 class Distance(NamedTuple):
@@ -130,7 +166,8 @@ def start_from_error(
 
     As LoftQ (arXiv 2310.08659) with one step: `s A B` is the nearest matrix of the adapter's rank
     to the error `W - W0`, and the magnitude the norm of `W0 + s A B`. So the adapted model starts
-    nearer to the unquantised one, and not at the quantised one.
+    nearer to the unquantised one, and not at the quantised one. Of a base that was quantised with
+    `principal_rank`, what was lost has the principal part of `W`, and `s A B` takes it (QPiSSA).
 
     Args:
       model: an adapted NNX model of a quantised base, which stays as it is, or a `DoRAModel`.

@@ -10,6 +10,7 @@ Examples:
   python -m experiments.plan --model llama-7b --target v5e:4x4 --mesh fsdp=16
   python -m experiments.plan --model llama2-70b --target v5p:4x4x4 --mesh fsdp=16,tensor=4
   python -m experiments.plan --model llama-7b --target v5e:4x4 --mesh fsdp=16 --tokens 8192
+  python -m experiments.plan --model llama-7b --base nf4 --target v5e:1x1 --mesh fsdp=1
   python -m experiments.plan --model smollm2-135m --target cpu --mesh fsdp=2 --layers 2 --json
 """
 
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
+from experiments.benchmarks.cases import Base
 from experiments.models.remat import REMAT, Remat
 from experiments.planning.compiler import count
 from experiments.planning.models import MODELS
@@ -51,6 +53,8 @@ class Config:
     method: Literal["dora", "lora"] = "dora"
     # Rank of the adapters.
     rank: int = 32
+    # Format of the adapted kernels: bf16, or a quantised one. Embedding and head are bf16.
+    base: Base = "bf16"
     # What the backward pass keeps of each layer.
     remat: Remat = "save_scaled"
     # Layers of the model, if not all.
@@ -83,7 +87,13 @@ def make_plan(config: Config, progress: Callable[[str], None]) -> Plan:
         shape = dataclasses.replace(shape, num_hidden_layers=config.layers)
     mesh = parse_mesh(config.mesh)
     setting = Setting(
-        shape, config.method, config.tokens, config.rows, config.rank, remat=config.remat
+        shape,
+        config.method,
+        config.tokens,
+        config.rows,
+        config.rank,
+        remat=config.remat,
+        base=config.base,
     )
     counts = count(setting, config.target, mesh, progress)
     plan = Plan(title, setting, config.target, mesh, counts, None)

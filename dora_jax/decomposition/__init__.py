@@ -30,7 +30,11 @@ from dora_jax.decomposition.scale import (
     effective_factors,
     magnitude_over_norm,
 )
-from dora_jax.decomposition.sharding import layer_entries, layer_shardings
+from dora_jax.decomposition.sharding import (
+    layer_entries,
+    layer_shardings,
+    quantized_shardings,
+)
 
 __all__ = [
     "Factors",
@@ -54,5 +58,6 @@ __all__ = [
     "materialize",
     "merge_kernel",
     "quantize_kernel",
+    "quantized_shardings",
     "relative_square",
 ]

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dora_jax.decomposition.axes import KernelAxes
-from dora_jax.decomposition.quantized import Kernel
+from dora_jax.decomposition.quantized import Kernel, QuantizedKernel
 from dora_jax.ops.mesh_types import explicit_mesh, varying_axes
 
 if TYPE_CHECKING:
@@ -86,6 +86,42 @@ def layer_shardings(kernel: Any, axes: KernelAxes) -> Mapping[str, NamedSharding
         name: NamedSharding(own.mesh, PartitionSpec(*entries), memory_kind=own.memory_kind)
         for name, entries in layer_entries(axes, own.spec).items()
     }
+
+
+def quantized_shardings(kernel: QuantizedKernel, own: NamedSharding) -> Any:
+    """Returns the sharding of each array of a quantised kernel: its codes lie as the kernel would.
+
+    Scales, of which there are fewer along an in axis, are cut there if the devices divide them.
+
+    Args:
+      kernel: the kernel, or the shape of one.
+      own: of the codes.
+
+    Returns:
+      A tree of shardings like the kernel.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tensor"))
+      >>> from dora_jax.decomposition import quantize_kernel
+      >>> shape = jax.ShapeDtypeStruct((128, 8), "float32")
+      >>> kernel = quantize_kernel(shape, "int8", KernelAxes((), (0,), (1,)))
+      >>> found = quantized_shardings(kernel, NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+      >>> tuple(found.codes.spec), tuple(found.scales.spec)  # of shape (1, 8)
+      (('fsdp', 'tensor'), (None, 'tensor'))
+    """
+
+    def parts(entry: Any) -> int:
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        return math.prod(own.mesh.shape[name] for name in names)
+
+    def one(x: Any) -> NamedSharding:
+        if x is kernel.codes:
+            return own
+        entries = zip(own.spec, x.shape, strict=False)
+        cut = (entry if size % parts(entry) == 0 else None for entry, size in entries)
+        return NamedSharding(own.mesh, PartitionSpec(*cut), memory_kind=own.memory_kind)
+
+    return jax.tree.map(one, kernel)
 
 
 def explicit_shardings(kernel: Any, axes: KernelAxes) -> Mapping[str, NamedSharding]:

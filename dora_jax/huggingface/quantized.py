@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from dora_jax.decomposition.quantize import quantize_like
 from dora_jax.decomposition.quantized import QuantizedKernel
+from dora_jax.decomposition.sharding import quantized_shardings
 from dora_jax.huggingface.files import assign
 from dora_jax.huggingface.parameters import Parameter, Slice
 from dora_jax.huggingface.safetensors import StoredTensor
@@ -51,9 +52,11 @@ def fill_quantized(
             for buffer, part in zip(whole, parts, strict=True):
                 buffer[one.index] = np.asarray(part)
         advance(tensor.nbytes)
-    placed = [_placed(x, parameter.sharding) for x in whole or ()]
-    kernel: QuantizedKernel = jax.tree.unflatten(structure, placed)
-    return kernel
+    kernel: QuantizedKernel = jax.tree.unflatten(structure, whole or ())
+    where = parameter.sharding
+    if isinstance(where, NamedSharding):
+        where = quantized_shardings(kernel, where)
+    return jax.block_until_ready(jax.device_put(kernel, where))
 
 
 def _read(
@@ -75,19 +78,3 @@ def not_finite(one: Slice, parameter: Parameter) -> str:
         f"{one.tensor}: NaN or infinity as {np.dtype(parameter.dtype)}. Fetch the file again, or "
         "take a wider param_dtype."
     )
-
-
-def _placed(x: Any, sharding: Any) -> jax.Array:
-    """Returns an array of a kernel on the devices of its codes, cut where its axes can be."""
-    if isinstance(sharding, NamedSharding):
-        mesh, spec = sharding.mesh, sharding.spec
-        sizes = [_parts(mesh, entry) for entry in spec]
-        fits = zip(spec, sizes, x.shape, strict=False)
-        cut = [entry if size % parts == 0 else None for entry, parts, size in fits]
-        sharding = NamedSharding(mesh, PartitionSpec(*cut))
-    return jax.block_until_ready(jax.device_put(x, sharding))
-
-
-def _parts(mesh: Any, entry: Any) -> int:
-    names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-    return int(np.prod([mesh.shape[name] for name in names], dtype=int))

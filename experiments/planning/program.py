@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dora_jax.decomposition import QuantizedKernel, quantized_shardings
 from dora_jax.ops import cheap_ways_alone
-from experiments.benchmarks.cases import Case, llama
+from experiments.benchmarks.cases import Base, Case, llama
 from experiments.benchmarks.steps import METHODS, make_program
 from experiments.models.partitioning import resolve
 from experiments.models.remat import REMAT, Remat
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
 
     Path = tuple[str, ...]
     Specs = dict[Path, PartitionSpec]
-
-# DoRA's scales are computed once, before the scan over layers.
-_STEPS = {"lora": "lora", "dora": "dora-hoisted"}
 
 
 class PlanError(ValueError):
@@ -46,6 +45,8 @@ class Setting:
         rank: Rank of the adapters, which are float32.
         dtype: Dtype of the frozen weights and of the products.
         remat: What the backward pass keeps of each layer, a name in `REMAT`.
+        base: Format of the kernels that are adapted; `"bf16"` leaves them in `dtype`. Embedding and
+            head are in `dtype` always.
     """
 
     shape: LlamaConfig
@@ -55,6 +56,7 @@ class Setting:
     rank: int = 32
     dtype: str = "bfloat16"
     remat: Remat = "save_scaled"
+    base: Base = "bf16"
 
     def case(self, mesh: Mesh) -> Case:
         """Returns the model, its batch and its loss."""
@@ -101,6 +103,15 @@ class Step:
         return found
 
 
+def _step_of(setting: Setting) -> str:
+    """Returns the name of a step in `METHODS`."""
+    if setting.method == "lora":
+        return "lora"
+    # Scales are computed once, before the scan over layers. Of quantised kernels they are computed
+    # in it: the product that has `x W0` has what they need, and before it XLA dequantises them all.
+    return "dora-hoisted" if setting.base == "bf16" else "dora"
+
+
 def trace_step(setting: Setting, mesh: Mesh, *, whole: bool) -> Step:
     """Traces a training step for the devices of a mesh, which may not be there.
 
@@ -113,7 +124,7 @@ def trace_step(setting: Setting, mesh: Mesh, *, whole: bool) -> Step:
     with jax.set_mesh(mesh), contextlib.nullcontext() if whole else cheap_ways_alone():
         case = setting.case(mesh)
         program = make_program(
-            METHODS[_STEPS[setting.method]], case.abstract(), case.adapter, case.loss
+            METHODS[_step_of(setting)], case.abstract(setting.base), case.adapter, case.loss
         )
         specs = parameter_specs(program.trainable, program.frozen)
         trainable, frozen, opt_state = (
@@ -132,11 +143,19 @@ def trace_step(setting: Setting, mesh: Mesh, *, whole: bool) -> Step:
 
 
 def bytes_of_each_device(tree: Any) -> int:
-    """Returns the bytes of the arrays of a tree on one device, without padding."""
+    """Returns the bytes of the arrays of a tree on one device, without padding.
+
+    Two codes of 4 bits are a byte, as on a TPU.
+    """
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * _bits(leaf.dtype) // 8
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def _bits(dtype: Any) -> int:
+    small = (ml_dtypes.int4, ml_dtypes.uint4)
+    return 4 if dtype in small else 8 * jnp.dtype(dtype).itemsize
 
 
 def parameter_specs(*states: Any) -> Specs:
@@ -156,10 +175,11 @@ def _flat(state: Any) -> Iterator[tuple[Path, Any]]:
 def placed(tree: Any, specs: Specs, mesh: Mesh) -> Any:
     """Returns a tree of arrays with shardings: each has that of the parameter its path ends in.
 
-    The moments of an optimiser have the paths of what they are the moments of.
+    The moments of an optimiser have the paths of what they are the moments of. Codes and scales of
+    a quantised kernel lie as the kernel would.
     """
 
-    def place(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+    def place(path: Any, leaf: Any) -> Any:
         names = tuple(str(_name(key)) for key in path if _name(key) != "value")
         ends = (names[i:] for i in range(len(names)))
         spec = next((specs[end] for end in ends if end in specs), PartitionSpec())
@@ -171,9 +191,19 @@ def placed(tree: Any, specs: Specs, mesh: Mesh) -> Any:
                 f"the mesh {dict(mesh.shape)} does not divide {'.'.join(names)}, of shape "
                 f"{leaf.shape}, as {spec}. Choose numbers of devices that divide it."
             ) from error
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        if not _is_quantized(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.tree.map(
+            lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own),
+            leaf,
+            quantized_shardings(leaf, sharding),
+        )
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(place, tree, is_leaf=_is_quantized)
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, QuantizedKernel)
 
 
 def _name(key: Any) -> Any:

@@ -11,7 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dora_jax.config import DoRAConfig
-from dora_jax.decomposition import KernelAxes, init_layer
+from dora_jax.decomposition import KernelAxes, init_layer, quantize_kernel, quantized_shardings
+from dora_jax.decomposition.quantize import Quantization
 from dora_jax.decomposition.sharding import layer_entries, layer_shardings
 
 RANK = 7
@@ -63,3 +64,29 @@ def test_a_kernel_on_no_mesh_says_nothing():
     axes = KernelAxes((), (0,), (1,))
     for kernel in (jnp.ones((4, 3)), jax.ShapeDtypeStruct((4, 3), jnp.float32)):
         assert layer_shardings(kernel, axes) is None
+
+
+def test_codes_lie_as_the_kernel_and_fewer_scales_are_cut_where_they_can_be():
+    mesh = AbstractMesh((2, 2), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+    own = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+    axes, kernel = KernelAxes((0,), (1,), (2,)), jax.ShapeDtypeStruct((3, 256, 6), jnp.bfloat16)
+
+    def specs(*how, **more):
+        quantized = quantize_kernel(kernel, Quantization(*how, **more), axes)
+        found = quantized_shardings(quantized, own)
+        assert found.codes == own
+        return {
+            name: (x.shape, tuple(getattr(found, name).spec))
+            for name in ("scales", "scale_scales", "scale_mean")
+            if (x := getattr(quantized, name)) is not None
+        }
+
+    whole = (None, None)
+    assert specs("nf4") == {"scales": ((3, 4, 6), (None, "fsdp", "tensor"))}
+    assert specs("nf4", 100) == {"scales": ((3, 3, 6), (*whole, "tensor"))}
+    assert specs("int8") == {"scales": ((3, 1, 6), (*whole, "tensor"))}
+    assert specs("nf4", double=True) == {
+        "scales": ((3, 4, 6), (None, "fsdp", "tensor")),
+        "scale_scales": ((3, 4, 1), (None, "fsdp", None)),
+        "scale_mean": ((3, 1, 1), (*whole, None)),
+    }

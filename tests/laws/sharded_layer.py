@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dora_jax as dora
-from dora_jax.decomposition import KernelAxes, layer_entries
+from dora_jax.decomposition import KernelAxes, dense, layer_entries, quantized_shardings
 from tests.support import reference
 
 CONFIG = dora.DoRAConfig(rank=2, alpha=4.0)
@@ -65,6 +65,25 @@ def shrunk(given):
     return given | {"kernel": kernel}
 
 
+def quantised(given, format):
+    """The same with a quantised kernel, a block of two rows where it has blocks."""
+    base = nnx.Linear(8, 12, use_bias=False, rngs=nnx.Rngs(0))
+    base.kernel.set_value(jnp.asarray(given["kernel"]))
+    block = {"nf4": 2}.get(format)
+    base = dora.quantize(base, dora.Quantization(format, block, double=block is not None))
+    return given | {"kernel": base.kernel.get_value()}
+
+
+def dequantised(given):
+    return given | {"kernel": np.asarray(dense(given["kernel"]))}
+
+
+def placed(kernel, sharding):
+    if isinstance(kernel, np.ndarray):
+        return jax.device_put(kernel, sharding)
+    return jax.device_put(kernel, quantized_shardings(kernel, sharding))
+
+
 def on_a_mesh(kind, draws):
     """Runs a layer made and trained on a mesh, with all else left to `apply_dora`."""
     mesh = mesh_of(kind)
@@ -81,7 +100,7 @@ def on_a_mesh(kind, draws):
 
     def run(given):
         base = nnx.Linear(8, 12, use_bias=False, rngs=nnx.Rngs(0))
-        base.kernel.set_value(jax.device_put(given["kernel"], NamedSharding(mesh, CUT)))
+        base.kernel.set_value(placed(given["kernel"], NamedSharding(mesh, CUT)))
         model = dora.apply_dora(base, CONFIG, rngs=nnx.Rngs(1))
 
         def of_adapters(adapters, x, dy):
@@ -152,6 +171,8 @@ if __name__ == "__main__":
     of_column = shrunk(arrays)
     automatic, short = on_a_mesh(AxisType.Auto, [arrays, of_column])
     explicit, also_short = on_a_mesh(AxisType.Explicit, [arrays, of_column])
+    codes = {format: quantised(arrays, format) for format in ("nf4", "int8")}
+    of_codes = on_a_mesh(AxisType.Auto, codes.values())
     report = {
         "automatic": errors(automatic, expected(arrays)),
         "explicit": errors(explicit, expected(arrays)),
@@ -159,4 +180,6 @@ if __name__ == "__main__":
         "shard_map": in_shard_map(arrays),
         "refusal": refusal(arrays),
     }
+    for (format, given), found in zip(codes.items(), of_codes, strict=True):
+        report[format] = errors(found, expected(dequantised(given)))
     print(json.dumps(report))

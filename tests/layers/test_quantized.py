@@ -180,3 +180,41 @@ def test_a_start_from_the_error_is_the_nearest_of_its_rank(front_end):
     length = np.linalg.norm(w)
     np.testing.assert_allclose(own.quantized, np.linalg.norm(w0 - w) / length, rtol=1e-5)
     np.testing.assert_allclose(own.start, np.linalg.norm(s[3:]) / length, rtol=1e-4)
+
+
+@pytest.mark.parametrize("front_end", ["nnx", "linen"])
+def test_the_low_rank_part_takes_the_largest_singular_directions(front_end):
+    """QPiSSA: `Q(W - W_r)` is the base, and the start at least as near to W as with `W_r`."""
+    rng, rank = np.random.default_rng(0), 3
+    u, v = (np.linalg.qr(rng.normal(size=(n, 8)))[0] for n in (96, 8))
+    spectrum = np.array([9, 5, 3, 1, 0.9, 0.8, 0.7, 0.6])
+    w = ((u * spectrum) @ v.T).astype(np.float32)
+    principal = (u[:, :rank] * spectrum[:rank]) @ v[:, :rank].T
+    config, x = dora.DoRAConfig(rank=rank), jnp.ones((1, 96))
+    if front_end == "nnx":
+        plain = nnx.Linear(96, 8, use_bias=False, rngs=nnx.Rngs(0))
+        plain.kernel.set_value(jnp.asarray(w))
+        base = dora.quantize(plain, "nf4", principal_rank=rank)
+        model = dora.apply_dora(base, config, rngs=nnx.Rngs(1))
+        model, distances = dora.start_from_error(model, plain)
+        found, w0 = model(x), dense(base.kernel.get_value())
+        shapes = nnx.eval_shape(lambda: nnx.Linear(96, 8, rngs=nnx.Rngs(0)))
+        with pytest.raises(dora.errors.AdapterError, match="principal_rank needs the kernel"):
+            dora.quantize(shapes, "nf4", principal_rank=rank)
+    else:
+        module, plain = linen.Dense(8, use_bias=False), {"kernel": jnp.asarray(w)}
+        base = dora.quantize(module, "nf4", params=plain, inputs=(x,), principal_rank=rank)
+        model, adapters = dora.apply_dora(
+            module, config, params=base, rng=jax.random.key(0), inputs=(x,)
+        )
+        adapters, distances = dora.start_from_error(model, plain, params=base, adapters=adapters)
+        found, w0 = model.apply({"params": base, "dora": adapters}, x), dense(base["kernel"].value)
+    rest, w0 = w - principal, np.asarray(w0, np.float64)
+    rounding = np.linalg.norm(w0 - rest)
+    assert rounding <= 0.15 * np.linalg.norm(rest)  # nf4 of the rest, and not of the kernel
+    left, s, right = np.linalg.svd(w - w0, full_matrices=False)
+    start = w0 + (left[:, :rank] * s[:rank]) @ right[:rank]
+    np.testing.assert_allclose(found, np.ones((1, 96)) @ start, atol=2e-5)
+    (own,) = distances.values()
+    np.testing.assert_allclose(own.start, np.linalg.norm(s[rank:]) / np.linalg.norm(w), rtol=1e-4)
+    assert own.start <= rounding / np.linalg.norm(w) < 0.1 * own.quantized

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from dora_jax.decomposition import QuantizedKernel
 from dora_jax.ops import cheap_ways_alone
 from experiments.benchmarks.cases import llama
 from experiments.benchmarks.steps import METHODS, make_program
@@ -19,6 +20,7 @@ from experiments.planning.operations import product_operations
 from experiments.planning.program import (
     PlanError,
     Setting,
+    bytes_of_each_device,
     parameter_specs,
     placed,
     trace_step,
@@ -48,6 +50,40 @@ def test_adapters_are_cut_as_their_kernels_are():
     assert down["lora_a"] == PartitionSpec(None, "tensor", None)
     assert down["magnitude"] == PartitionSpec(None, "fsdp")
     assert not [path for path in specs if path[-1].startswith("base") and not specs[path]]
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_a_quantised_base_is_cut_as_the_kernels_are(base):
+    setting = Setting(LLAMA, rank=2, base=base)
+    mesh = make_mesh(parse_mesh(""))
+    with jax.set_mesh(mesh):
+        case = setting.case(mesh)
+        program = make_program(METHODS["dora"], case.abstract(base), case.adapter, case.loss)
+    specs = parameter_specs(program.trainable, program.frozen)
+    over_four = AbstractMesh((1, 2, 2), ("data", "fsdp", "tensor"))
+    frozen = placed(program.frozen, specs, over_four)
+    layers, head = frozen["layers"], frozen["lm_head"]["kernel"].get_value()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        kernel = layers["mlp"][name]["kernel"].get_value()
+        assert isinstance(kernel, QuantizedKernel) and kernel.format == base
+        assert kernel.codes.sharding.spec == specs["layers", "mlp", name, "kernel"]
+        assert kernel.scales.sharding.spec[1:] == (None, kernel.codes.sharding.spec[2])
+    assert head.dtype == "bfloat16" and head.sharding.spec == PartitionSpec("fsdp", "tensor")
+    up = layers["mlp"]["up_proj"]["kernel"]
+    codes = {"nf4": 2 * 8 * 12 // 2, "int8": 2 * 8 * 12}  # of two layers of 16 x 24
+    assert bytes_of_each_device(up) == codes[base] + 4 * 2 * 12
+
+
+@pytest.mark.full
+def test_a_quantised_base_has_the_operations_of_the_dequantised_one():
+    mesh = make_mesh(parse_mesh(""))
+    found = {
+        base: product_operations(
+            trace_step(Setting(LLAMA, tokens=64, rank=2, base=base), mesh, whole=False).jaxpr
+        )
+        for base in ("bf16", "nf4", "int8")
+    }
+    assert found["nf4"] == found["int8"] == pytest.approx(found["bf16"], rel=0.1)
 
 
 @pytest.mark.full
