@@ -33,9 +33,12 @@ from dora_jax.api import (
     apply_mixed,
     check_base,
     disabled_adapters,
+    from_qwix,
     merge,
     precompute_scales,
+    quantize,
     shardings,
+    start_from_error,
 )
 from dora_jax.checkpoint import Checkpoints, load, save
 from dora_jax.config import DoRAConfig
@@ -44,7 +47,6 @@ from dora_jax.errors import DoRAError
 from dora_jax.linen import DoRAModel
 from dora_jax.nnx import DoRAParam, get_adapters, set_adapters
 from dora_jax.ops import save_scaled
-from dora_jax.quantization import from_qwix, quantize, start_from_error
 from dora_jax.training import dora_optimizer, optimizer_shardings
 from dora_jax.version import __version__
 

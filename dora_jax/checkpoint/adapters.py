@@ -26,8 +26,8 @@ from dora_jax.config import DoRAConfig, TrainedConfig
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.disk import read_in_one_piece
+from dora_jax.disk.json_file import is_folder
 from dora_jax.errors import CheckpointError, DoRAError, Path
-from dora_jax.json_file import is_folder
 from dora_jax.model import (
     STATISTICS,
     Plain,

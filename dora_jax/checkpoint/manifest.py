@@ -14,8 +14,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dora_jax.errors import CheckpointError, Path
-from dora_jax.json_file import (
+from dora_jax.disk.json_file import (
     LONGEST_NAME,
     is_file,
     parse_json,
@@ -24,6 +23,7 @@ from dora_jax.json_file import (
     reason,
     shown,
 )
+from dora_jax.errors import CheckpointError, Path
 
 FORMAT = "dora_jax/1"
 _MEMBERS = ("format", "arrays", "metadata")

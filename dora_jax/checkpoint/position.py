@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from dora_jax.checkpoint.storage import decode_json, encode_json
+from dora_jax.disk.json_file import reason
 from dora_jax.errors import CheckpointError
-from dora_jax.json_file import reason
 from dora_jax.processes import from_each
 
 

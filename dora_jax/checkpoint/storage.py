@@ -41,8 +41,8 @@ from dora_jax.disk import (
     written_by_all,
     written_whole,
 )
+from dora_jax.disk.json_file import is_folder, reason, shown
 from dora_jax.errors import AdapterError, CheckpointError, Path
-from dora_jax.json_file import is_folder, reason, shown
 from dora_jax.processes import several, spans_processes
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from dora_jax.adapters.trees import flatten
 from dora_jax.checkpoint.adapters import SavedAdapters, read_adapters
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
+from dora_jax.disk.json_file import is_file, is_folder, shown
 from dora_jax.errors import AdapterError, CheckpointError, Path, layer_name
-from dora_jax.json_file import is_file, is_folder, shown
 from dora_jax.peft import folder as files
 from dora_jax.peft.config import FILE as PEFT_CONFIG
 from dora_jax.peft.config import PeftConfig

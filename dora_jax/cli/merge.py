@@ -21,11 +21,11 @@ from dora_jax.decomposition.axes import Adapter, KernelAxes
 from dora_jax.decomposition.base import describe_base
 from dora_jax.decomposition.merge import merge_kernel
 from dora_jax.disk import target_folder, unchanged, written_whole
+from dora_jax.disk.json_file import read_json
 from dora_jax.errors import AdapterError, CheckpointError
 from dora_jax.huggingface.files import save_tensors, weight_files
 from dora_jax.huggingface.safetensors import DTYPES
 from dora_jax.huggingface.saving import copy_companions, is_weights
-from dora_jax.json_file import read_json
 from dora_jax.names.architectures import NAME_MAPS
 from dora_jax.names.name_map import NameMap
 from dora_jax.peft import folder as files

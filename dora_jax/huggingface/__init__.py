@@ -4,11 +4,11 @@ They are read into models of either front end and written from them. A `dora_jax
 which tensor each parameter is.
 """
 
+from dora_jax.disk.json_file import read_json
 from dora_jax.errors import CheckpointError, MissingFileError
 from dora_jax.huggingface.files import open_folder
 from dora_jax.huggingface.loading import TensorRules, load_checkpoint
 from dora_jax.huggingface.saving import SaveOptions, save_checkpoint
-from dora_jax.json_file import read_json
 
 __all__ = [
     "CheckpointError",

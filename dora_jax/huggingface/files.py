@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dora_jax.disk.json_file import is_folder, read_json, shown
 from dora_jax.errors import CheckpointError, MissingFileError
 from dora_jax.huggingface.safetensors import Header, StoredTensor, read_header, safetensors
-from dora_jax.json_file import is_folder, read_json, shown
 from dora_jax.processes import failing_together, is_first
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from dora_jax.disk.json_file import IS_LFS_POINTER, LFS_POINTER, LONGEST_NAME, is_file, reason
 from dora_jax.errors import CheckpointError
-from dora_jax.json_file import IS_LFS_POINTER, LFS_POINTER, LONGEST_NAME, is_file, reason
 
 if TYPE_CHECKING:
     from jaxtyping import Shaped

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from dora_jax.disk import given_folder, target_folder, written_by_all, written_whole
+from dora_jax.disk.json_file import read_json
 from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.files import WEIGHTS, save_tensors, weight_files
 from dora_jax.huggingface.parameters import Parameter, parameters_of
-from dora_jax.json_file import read_json
 from dora_jax.names.name_map import NameMap
 from dora_jax.processes import (
     failing_together,

@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from dora_jax.disk.json_file import parse_json
 from dora_jax.errors import CheckpointError
-from dora_jax.json_file import parse_json
 from dora_jax.peft.fields import FILE, PeftError, checked, matcher, no_constant, refuse, unique
 from dora_jax.validation import pattern_matches
 

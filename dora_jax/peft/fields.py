@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dora_jax.disk.json_file import LONGEST_NAME
 from dora_jax.errors import ConfigError, DoRAError
-from dora_jax.json_file import LONGEST_NAME
 from dora_jax.patterns import LONGEST, Pattern, compiled
 from dora_jax.validation import is_index, is_number
 

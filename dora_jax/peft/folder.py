@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dora_jax.disk import Folder, given_folder, read_in_one_piece, target_folder, written_whole
+from dora_jax.disk.json_file import is_folder, read_text, shown
 from dora_jax.errors import CheckpointError
 from dora_jax.huggingface.safetensors import FLOATS, read_header, safetensors
-from dora_jax.json_file import is_folder, read_text, shown
 from dora_jax.peft import config as config_file
 from dora_jax.peft.config import PeftConfig, PeftError
 

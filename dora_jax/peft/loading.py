@@ -32,7 +32,7 @@ from dora_jax.peft.matching import check_modules, saved_parameters
 from dora_jax.peft.settings import dora_config
 
 if TYPE_CHECKING:
-    from dora_jax.api import DoRAModel, ExampleCall, M
+    from dora_jax.api.adapted import DoRAModel, ExampleCall, M
 
 
 @overload

@@ -37,7 +37,7 @@ from dora_jax.processes import first_alone, on_first_host
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
-    from dora_jax.api import DoRAModel
+    from dora_jax.api.adapted import DoRAModel
 
     Array = np.ndarray[Any, Any]
 

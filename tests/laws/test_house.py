@@ -17,7 +17,7 @@ ROOMS = """
     interrupts
     errors
     processes
-    patterns json_file disk
+    patterns disk
     validation
     config
     selection
@@ -27,7 +27,7 @@ ROOMS = """
     adapters
     linen nnx
     model
-    api quantization
+    api
     training
     analysis
     checkpoint
@@ -39,7 +39,7 @@ ROOMS = """
 ORDER = {name: i for i, line in enumerate(ROOMS.split("\n")) for name in line.split()}
 ENTRANCES = {"__init__", "__main__", "version"}
 # What stands on either front end asks `model`.
-TELL_FRONT_ENDS_APART = {"api", "quantization", "model", "linen", "nnx"}
+TELL_FRONT_ENDS_APART = {"api", "model", "linen", "nnx"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

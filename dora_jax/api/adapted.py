@@ -1,4 +1,4 @@
-"""The functions for either front end, Linen and NNX, as one signature for each."""
+"""Models that are adapted, merged and checked, of either front end."""
 
 from __future__ import annotations
 
