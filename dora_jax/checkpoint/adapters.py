@@ -5,29 +5,18 @@ The base itself is not written. `load` adapts the base again, then sets the save
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
-from dora_jax.adapters.origin import origin, remember
 from dora_jax.adapters.trees import Tree, check_shapes, flatten, nest, tree_shapes
-from dora_jax.checkpoint.checks import (
-    check_ranks,
-    check_settings,
-    check_start_of_others,
-    read_axes,
-)
+from dora_jax.checkpoint.checks import check_settings, check_start_of_others
 from dora_jax.checkpoint.contents import contents, trained
-from dora_jax.checkpoint.fingerprint import check_same_base, group_records
+from dora_jax.checkpoint.fingerprint import check_same_base
+from dora_jax.checkpoint.saved import SavedAdapters, read_adapters, read_config
 from dora_jax.checkpoint.statistics import check_statistics_given, statistics_to_load
-from dora_jax.checkpoint.storage import absolute, read, read_metadata, write
-from dora_jax.config import DoRAConfig, TrainedConfig
-from dora_jax.decomposition.axes import KernelAxes
-from dora_jax.decomposition.base import FrozenBase
-from dora_jax.disk import read_in_one_piece
-from dora_jax.disk.json_file import is_folder
-from dora_jax.errors import CheckpointError, DoRAError, Path
+from dora_jax.checkpoint.storage import write
+from dora_jax.config import DoRAConfig
+from dora_jax.errors import CheckpointError, Path
 from dora_jax.model import (
     STATISTICS,
     Plain,
@@ -38,7 +27,7 @@ from dora_jax.model import (
     with_adapter_arrays,
     with_base_records,
 )
-from dora_jax.selection import is_in_saved_module, match_modules
+from dora_jax.selection import match_modules
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -50,29 +39,6 @@ if TYPE_CHECKING:
     from dora_jax.nnx.variables import M
 
     Folder = str | PathLike[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedAdapters:
-    """The content of a folder of adapters.
-
-    Attributes:
-      adapters: the adapter tree, of NumPy arrays.
-      config: the configuration they were trained with.
-      statistics: batch statistics of the model, as running means, in nested dicts; empty if it has
-        none, or the adapters were saved without it. A Linen model applies with them.
-      base: the record of each layer's frozen kernel, by module path; empty if the adapters were
-        saved without their model.
-      axes: of those kernels, by module path; empty in the same case.
-      version: of the dora_jax that wrote the folder.
-    """
-
-    adapters: dict[str, Any]
-    statistics: dict[str, Any]
-    config: DoRAConfig
-    base: Mapping[Path, FrozenBase]
-    axes: Mapping[Path, KernelAxes]
-    version: str
 
 
 @overload
@@ -218,10 +184,13 @@ def load(
       UserWarning: the adapters were saved without the fingerprint of their base. A Linen model is
         to be applied with the batch statistics in the folder.
     """
-    saved = read_adapters(path)
+    config = read_config(path)
     if only is not None:
-        check_start_of_others(saved.config, model)
-    model, own = adapt(model, saved.config, Plain(rngs, params, inputs))
+        check_start_of_others(config, model)
+    model, own = adapt(model, config, Plain(rngs, params, inputs))
+    saved = read_adapters(path, flatten(own))
+    if saved.config != config:
+        raise CheckpointError(f"{path} was replaced while it was loaded: load it anew")
     is_loaded = _selection(saved, only)
     chosen = {path: x for path, x in flatten(saved.adapters).items() if is_loaded(path[:-1])}
     base = {path: record for path, record in saved.base.items() if is_loaded(path)}
@@ -235,50 +204,6 @@ def load(
     if statistics:
         set_mutable_arrays(model, STATISTICS, statistics)
     return with_adapter_arrays(with_base_records(model, records), own, chosen)
-
-
-def read_adapters(path: Folder) -> SavedAdapters:
-    """Reads a folder of adapters without a model.
-
-    Raises:
-      CheckpointError: the folder is damaged or incomplete; names the file or array.
-    """
-    folder = absolute(path)
-    if is_folder(folder) and not (folder / "metadata").exists():
-        steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
-        if steps:
-            raise CheckpointError(
-                f"{folder} holds checkpoints of a training run: name one, such as "
-                f"{folder / str(steps[-1])}"
-            )
-    return read_in_one_piece(folder, lambda: _read(folder))
-
-
-def _read(folder: PathLike[str]) -> SavedAdapters:
-    _, metadata = read_metadata(folder)
-    if "config" not in metadata:
-        raise CheckpointError(f"{folder} holds no configuration of adapters")
-    try:
-        config = TrainedConfig.of(DoRAConfig.from_json(json.dumps(metadata["config"])))
-        axes, version = read_axes(metadata.get("axes")), metadata.get("version")
-    except DoRAError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    if not isinstance(version, str):
-        raise CheckpointError(f"{folder}: version is {version!r}: it is damaged")
-    arrays = read(folder, lambda path: path[0] in ("adapters", "statistics", "base"))
-    base, flat, statistics = (
-        {p[1:]: x for p, x in arrays.items() if p[0] == part}
-        for part in ("base", "adapters", "statistics")
-    )
-    try:
-        check_ranks(config, flat, axes)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    layers = {path[:-1] for path in flat if not is_in_saved_module(config, path)}
-    changes = config.changes_product
-    origins = {p: origin(config.layer_settings(p), changes_product=changes) for p in layers}
-    remember(flat, origins)
-    return SavedAdapters(nest(flat), nest(statistics), config, group_records(base), axes, version)
 
 
 def _selection(saved: SavedAdapters, only: Sequence[str] | None) -> Callable[[Path], bool]:

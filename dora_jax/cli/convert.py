@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dora_jax.adapters.trees import flatten
-from dora_jax.checkpoint.adapters import SavedAdapters, read_adapters, save
+from dora_jax.checkpoint.adapters import save
 from dora_jax.checkpoint.fingerprint import reconcile
+from dora_jax.checkpoint.saved import SavedAdapters, read_adapters
 from dora_jax.cli.base_weights import BaseWeights, torch_axes
 from dora_jax.cli.folders import folder_format
 from dora_jax.cli.placeholder import adapted_placeholder, plain_placeholder

@@ -13,7 +13,7 @@ import numpy as np
 
 from dora_jax.adapters.groups import ADAPTER_ARRAYS, count_parameters
 from dora_jax.adapters.trees import flatten
-from dora_jax.checkpoint.adapters import SavedAdapters, read_adapters
+from dora_jax.checkpoint.saved import SavedAdapters, read_adapters
 from dora_jax.decomposition.axes import KernelAxes
 from dora_jax.decomposition.base import FrozenBase
 from dora_jax.disk.json_file import is_file, is_folder, shown

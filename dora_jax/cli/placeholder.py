@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dora_jax.checkpoint.adapters import SavedAdapters
+from dora_jax.checkpoint.saved import SavedAdapters
 from dora_jax.cli.base_weights import BaseWeights
 from dora_jax.cli.folders import kernel_axes, layer_arrays
 from dora_jax.config import DoRAConfig

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ import dora_jax as dora
 from dora_jax import huggingface, names
 from dora_jax.adapters import diff, flatten
 from dora_jax.adapters.trees import nest
+from dora_jax.checkpoint import read_adapters
 from dora_jax.decomposition import KernelAxes
-from dora_jax.processes import on_first_host
+from dora_jax.processes import on_first_host, spans_processes
 from experiments.trainer import distributed
 from tests.processes.runs import RUNS, batch, cut, mesh_of
 from tests.support.models import random_adapters
@@ -37,6 +39,7 @@ def main(front_end: str, folder: str) -> None:
     run.check_base()
     merged = run.merged()
     run.save(f"{folder}/adapter")
+    check_own_parts(f"{folder}/adapter", run.adapters)
     run.to_peft(f"{folder}/peft", MODULES)
     huggingface.save_checkpoint(f"{folder}/merged", merged, MODULES)
     kernel = merged["layer_0"]["kernel"]
@@ -66,6 +69,16 @@ def main(front_end: str, folder: str) -> None:
     run.double_the_base()
     say_error("changed base", run.check_base)
     say_error("another base", lambda: run.load(f"{folder}/adapter"))
+
+
+def check_own_parts(folder: str, adapters: dict[str, Any]) -> None:
+    """What is cut over the processes is read so: no process holds the whole."""
+    likes = flatten(adapters)
+    read = flatten(read_adapters(folder, likes).adapters)
+    assert read.keys() == likes.keys()
+    for path, x in read.items():
+        assert spans_processes(x) == spans_processes(likes[path]), path
+    assert any(map(spans_processes, read.values())) == (jax.process_count() > 1)
 
 
 def say(text: str) -> None:
