@@ -23,7 +23,7 @@ from dora_jax.selection import is_in_saved_module
 if TYPE_CHECKING:
     from os import PathLike
 
-    from etils import epath
+    from etils import epath  # type: ignore[import-untyped]
 
     Folder = str | PathLike[str]
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Of a kernel's out axis in blocks of columns. The number of devices that cut it divides this, as a
 # rule.
 _PARTS = 64
+# A `V` of at most so many entries (4 MB) is formed whole. A loop over its blocks would be compiled
+# for each layer, forward and backward: that of SmolLM2's step took twice as long.
+_WHOLE = 2**20
 
 
 class Block(NamedTuple):
@@ -62,9 +65,14 @@ class Columns(NamedTuple):
 
     @classmethod
     def of(cls, product: KernelProduct, scaling: float, kernel: Kernel, lora_b: Array) -> Columns:
-        """Returns blocks of about 32 columns, or as many as the rank; there are at least 8."""
+        """Returns one block of a small `V`; of another blocks of about 32 columns.
+
+        Of a rank above 32 there are as many columns as that; there are at least 8 blocks.
+        """
         sizes = [kernel.shape[i] for i in product.axes.outputs]
         axis = sizes.index(max(sizes))
+        if isinstance(kernel, jax.Array) and kernel.size <= _WHOLE:
+            return cls(product, scaling, axis, sizes[axis], 1, sizes[axis])
         others = math.prod(sizes) // sizes[axis]
         rank = lora_b.shape[len(product.axes.stack)]
         most = max(min(math.ceil(sizes[axis] / 8), max(rank, 32) // others), 1)
@@ -78,8 +86,15 @@ class Columns(NamedTuple):
         """Number of columns of a block."""
         return self.parts * self.width
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all columns are one block."""
+        return self.length == self.size
+
     def each(self, step: Callable[[Block, Any], Any], carry: Any) -> Any:
         """Runs `carry = step(block, carry)` for each block; the last may overlap the one before."""
+        if self.is_whole:
+            return step(Block(jnp.int32(0), jnp.int32(0)), carry)
         size = self.size // self.parts
 
         def at(i: Array, carry: Any) -> Any:
@@ -93,6 +108,8 @@ class Columns(NamedTuple):
 
         For a sum over all blocks take it `new`: zero in columns that an earlier block had.
         """
+        if self.is_whole:
+            return x
         before, after = x.shape[:axis], x.shape[axis + 1 :]
         x = x.reshape(*before, self.parts, -1, *after)
         taken = lax.dynamic_slice_in_dim(x, block.start, self.width, axis + 1)
@@ -118,6 +135,8 @@ class Columns(NamedTuple):
 
     def put_along(self, x: Array, values: Array, block: Block, axis: int) -> Array:
         """Returns the array with a block replaced along one of its axes."""
+        if self.is_whole:
+            return values
         before, after = x.shape[:axis], x.shape[axis + 1 :]
         apart = x.reshape(*before, self.parts, -1, *after)
         values = values.reshape(*before, self.parts, self.width, *after)

@@ -5,7 +5,8 @@ The norm comes from the factors, so no array as large as the kernel is formed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import functools
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from dora_jax.decomposition.direction_from_rows import relative_square_from_rows
 from dora_jax.decomposition.product import Factors, KernelProduct
 from dora_jax.decomposition.quantized import Kernel
 from dora_jax.decomposition.sharding import explicit_shardings
+from dora_jax.ops.choice import cheap_alone
 from dora_jax.ops.mesh_types import automatically
+from dora_jax.ops.primitives import has_mesh_in_type
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -102,13 +105,32 @@ def stored_scale(
     base: FrozenBase,
     product: KernelProduct,
 ) -> Float[Array, "*stack *out"]:
-    """Returns `magnitude_over_norm` of a stored kernel, also where its mesh axes are explicit."""
+    """Returns `magnitude_over_norm` of a stored kernel, also where its mesh axes are explicit.
+
+    It is traced once for all layers of a kind, and is one program outside of `jax.jit`.
+    """
     out = explicit_shardings(kernel, product.axes).get("norm")
+    arrays = (kernel, dict(adapter), base)
+    if has_mesh_in_type(*jax.tree.leaves(arrays)) and not out:
+        return magnitude_over_norm(settings, *arrays, product)
 
-    def run(kernel: Kernel, adapter: Adapter, base: FrozenBase) -> Array:
-        return magnitude_over_norm(settings, kernel, adapter, base, product)
+    def run(*arrays: Any) -> Array:
+        return _of_kind(settings, product, cheap_alone(), *arrays)
 
-    return cast("Array", automatically(run, out, kernel, dict(adapter), base))
+    return cast("Array", automatically(run, out, *arrays))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _of_kind(
+    settings: LayerSettings,
+    product: KernelProduct,
+    cheap: bool,
+    kernel: Kernel,
+    adapter: Adapter,
+    base: FrozenBase,
+) -> Array:
+    """Returns `magnitude_over_norm`; `cheap` is that of `cheap_ways_alone`."""
+    return magnitude_over_norm(settings, kernel, adapter, base, product)
 
 
 def magnitude_over_norm(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from types import EllipsisType
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -24,11 +23,11 @@ from dora_jax.decomposition.scale import (
 )
 from dora_jax.decomposition.sharding import axes_that_cut
 from dora_jax.errors import LayoutError, Path, layer_name
-from dora_jax.layers.exact_output import can_cancel, exact_attend, exact_output, multiplies_wide
-from dora_jax.layers.joined_output import plain_output_and_rows
-from dora_jax.layers.layout import LayerCall, Layout, LowRank, OutputAxes, low_rank_dtype
+from dora_jax.layers.exact_output import exact_attend, multiplies_wide
+from dora_jax.layers.layout import LayerCall, Layout, low_rank_dtype
+from dora_jax.layers.output import OutputPlan, finished_output
 from dora_jax.ops.mesh_types import automatically, explicit_mesh
-from dora_jax.ops.output_scale import apply_scale, apply_scale_to_sum
+from dora_jax.ops.output_scale import apply_scale
 from dora_jax.ops.remat import scaled_name
 
 if TYPE_CHECKING:
@@ -136,32 +135,18 @@ def _adapted_output(
     adapted: AdaptedLayer, call: LayerCall, adapter: Adapter, base: FrozenBase
 ) -> Float[Array, "..."]:
     """Does what `adapted_output` does, without a mesh of explicit axes."""
-    settings, layout, layer = adapted.settings, adapted.layout, call.layer
     axes = _checked_axes(adapted, call)
-    output_axes = layout.output_axes(layer, call.arguments, axes)
-    dtype = compute_dtype(layer, call.arguments[layout.inputs], call.kernel)
-    product = adapted.product(layer, call.kernel, axes, dtype, base)
-    exact, factors = None, effective_factors(adapter, base, axes) if settings.rank else None
-    h, rows = plain_output_and_rows(settings, layout, call, adapter, factors, product)
-    norm = norm_of_layer(settings, call.kernel, adapter, base, product, factors, rows)
-    if factors is not None:
-        branch, dropped = LowRank(*factors, settings.scaling, dtype), _with_dropout(layout, call)
-        added = layout.low_rank(dropped, branch).astype(h.dtype)
-        if norm is not None and axes.outputs and can_cancel(layout, call, dropped, dtype):
-            exact = exact_output(layout, call, branch, product, is_short(norm, base))
-        else:
-            h = h + added
-    if settings.decompose:
-        scale = magnitude_over_norm(settings, call.kernel, adapter, base, product, norm)
-        scale, name = _along_output(scale, axes, output_axes, h.ndim), scaled_name(adapted.path)
-        if exact is None:
-            h = apply_scale(h, scale, name)
-        else:
-            h = apply_scale_to_sum(h, added, scale, exact, name)
-    if call.bias is None:
-        return h
-    shape = [call.kernel.shape[i] if i is not None else 1 for i in _expand(output_axes, h.ndim)]
-    return h + call.bias.astype(h.dtype).reshape(shape)
+    dtype = compute_dtype(call.layer, call.arguments[adapted.layout.inputs], call.kernel)
+    plan = OutputPlan(
+        settings=adapted.settings,
+        layout=adapted.layout,
+        axes=axes,
+        output_axes=tuple(adapted.layout.output_axes(call.layer, call.arguments, axes)),
+        dtype=dtype,
+        product=adapted.product(call.layer, call.kernel, axes, dtype, base),
+        name=scaled_name(adapted.path),
+    )
+    return finished_output(plan, call, adapter, base)
 
 
 def adapted_attend(
@@ -243,32 +228,3 @@ def _checked_axes(adapted: AdaptedLayer, call: LayerCall) -> KernelAxes:
             f"uses it as {axes}; one adapter cannot serve both: exclude_modules"
         )
     return axes
-
-
-def _with_dropout(layout: Layout, call: LayerCall) -> LayerCall:
-    """Returns the call with dropout on the inputs of the low-rank branch, where that can act."""
-    if not layout.dropout:
-        return call
-    dropped = call.dropout(call.arguments[layout.inputs])
-    return dataclasses.replace(call, arguments={**call.arguments, layout.inputs: dropped})
-
-
-def _expand(output_axes: OutputAxes, ndim: int) -> list[int | None]:
-    """Returns one entry for each axis of an output: the kernel's axis, or None."""
-    entries: list[int | None] = []
-    for entry in output_axes:
-        if isinstance(entry, EllipsisType):
-            entries += [None] * (ndim - len(output_axes) + 1)
-        else:
-            entries.append(entry)
-    return entries
-
-
-def _along_output(
-    x: Float[Array, "*stack *out"], axes: KernelAxes, output_axes: OutputAxes, ndim: int
-) -> Array:
-    """Lays an array of shape `(*stack, *out)` along a layer's output, for broadcasting."""
-    entries = _expand(output_axes, ndim)
-    canonical = axes.stack + axes.outputs
-    x = jnp.transpose(x, [canonical.index(i) for i in entries if i is not None])
-    return jnp.expand_dims(x, [position for position, i in enumerate(entries) if i is None])

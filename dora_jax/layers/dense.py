@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+class _PlainProduct:
+    """The attributes of a layer whose product is XLA's own."""
+
+    precision: lax.PrecisionLike
+
+
+@dataclasses.dataclass(frozen=True)
 class DenseLayout(Layout):
     """`Dense` and `Linear`: a kernel `(in, out)`."""
 
@@ -32,6 +39,12 @@ class DenseLayout(Layout):
         """Returns one in and one out axis."""
         refuse_stateful_product(layer)
         return KernelAxes((), (0,), (1,))
+
+    def stand_in(self, layer: Any) -> Hashable | None:
+        """Returns the precision of a layer whose product is XLA's own."""
+        if not DenseLayout.is_matrix_product(self, layer):
+            return None
+        return _PlainProduct(getattr(layer, "precision", None))
 
     def is_matrix_product(self, layer: Any) -> bool:
         """Returns whether the layer's product is XLA's own."""

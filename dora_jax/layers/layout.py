@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -169,6 +169,13 @@ class Layout:
     def shared_axes(self, axes: KernelAxes) -> KernelAxes:
         """Returns the axes as the scales of a quantised kernel see them: shared along `inputs`."""
         return axes
+
+    def stand_in(self, layer: Any) -> Hashable | None:
+        """Returns the attributes of a layer that `low_rank` and others here read, None if unknown.
+
+        It is hashable, and equal for layers of a kind: so a program is traced once for all.
+        """
+        return None
 
     def is_matrix_product(self, layer: Any) -> bool:
         """Returns whether a layer computes `inputs @ kernel`, in the dtype of both, and no more."""

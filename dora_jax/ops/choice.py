@@ -43,6 +43,11 @@ def cheap_ways_alone() -> Iterator[None]:
         _only_cheap = before
 
 
+def cheap_alone() -> bool:
+    """Whether programs are traced without their exact ways now."""
+    return _only_cheap
+
+
 def choose(
     is_rare: Bool[Array, "..."],
     exact: Function,

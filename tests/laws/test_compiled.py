@@ -21,8 +21,11 @@ from tests.support.models import FRONT_ENDS, adapted_chain, inputs, linen_variab
 from tests.support.quick import compiled_anew
 from tests.support.selection import table
 
-WIDTHS = (96, 160, 56)
-KERNELS = {(96, 160), (160, 56)}
+# Above 2^20 weights: the exact ways form a smaller kernel whole.
+WIDTHS = (1024, 1184, 1056)
+KERNELS = {(1024, 1184), (1184, 1056)}
+# Of each layer in a scan.
+WIDTH = 1056
 BATCH = 7
 
 # `%name = f32[96,160]{1,0} dot(...)`, also in a tuple: every result of an instruction.
@@ -89,7 +92,12 @@ def chain_step(front_end, dtype, norm_gradient):
     config = dora.DoRAConfig(rank=4, norm_gradient=norm_gradient)
     chain = adapted_chain(front_end, config, WIDTHS, param_dtype=dtype)
     step, init = training_step(chain.apply)
-    arguments = (chain.params, chain.adapters, init(chain.adapters), inputs(BATCH, 96, dtype))
+    arguments = (
+        chain.params,
+        chain.adapters,
+        init(chain.adapters),
+        inputs(BATCH, WIDTHS[0], dtype),
+    )
     return step, arguments
 
 
@@ -106,7 +114,7 @@ def materialised_step():
         return x
 
     step, init = training_step(apply)
-    return step, (chain.params, chain.adapters, init(chain.adapters), inputs(BATCH, 96))
+    return step, (chain.params, chain.adapters, init(chain.adapters), inputs(BATCH, WIDTHS[0]))
 
 
 @pytest.mark.rows(1)
@@ -142,14 +150,14 @@ def test_a_step_that_materialises_is_found_out():
 
 
 class Scanned(nn.Module):
-    """Three layers of width 48 in a rematerialised scan."""
+    """Three layers in a rematerialised scan."""
 
     @nn.compact
     def __call__(self, x):
         class Block(nn.Module):
             @nn.compact
             def __call__(self, x, _):
-                return jnp.tanh(nn.Dense(48, name="up")(x)), None
+                return jnp.tanh(nn.Dense(WIDTH, name="up")(x)), None
 
         stack = nn.scan(
             nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
@@ -158,7 +166,7 @@ class Scanned(nn.Module):
 
 
 def test_a_scan_keeps_no_gradient_of_its_stacked_kernels():
-    module, x = Scanned(), inputs(BATCH, 48)
+    module, x = Scanned(), inputs(BATCH, WIDTH)
     params = linen_variables(module, x)["params"]
     model, adapters = dora.apply_dora(
         module, dora.DoRAConfig(rank=4), params=params, rng=jax.random.key(1), inputs=(x,)
@@ -166,18 +174,18 @@ def test_a_scan_keeps_no_gradient_of_its_stacked_kernels():
     step, init = training_step(lambda p, a, x: model.apply({"params": p, "dora": a}, x))
     arguments = (params, adapters, init(adapters), x)
     jaxpr = jax.make_jaxpr(step)(*arguments)
-    assert primitives_yielding({(3, 48, 48), (48, 48)}, jaxpr) == set()
+    assert primitives_yielding({(3, WIDTH, WIDTH), (WIDTH, WIDTH)}, jaxpr) == set()
     # The loop carries the stack and slices it; nothing computes an array of its size.
     plumbing = {"parameter", "get-tuple-element", "tuple", "while", "copy"}
-    assert operations_yielding({(3, 48, 48)}, step, arguments) <= plumbing
+    assert operations_yielding({(3, WIDTH, WIDTH)}, step, arguments) <= plumbing
     loops = {"tuple", "get-tuple-element", "while"}  # over columns of V, where a norm is short
     slicing = {"parameter", "dynamic-slice", "bitcast", "reshape", "fusion"} | loops
-    assert operations_yielding({(48, 48), (1, 48, 48)}, step, arguments) <= slicing
+    assert operations_yielding({(WIDTH, WIDTH), (1, WIDTH, WIDTH)}, step, arguments) <= slicing
 
 
 @pytest.mark.full
 def test_the_temporaries_of_a_step_are_smaller_than_one_kernel():
-    kernel_bytes = 4 * 96 * 160
+    kernel_bytes = 4 * WIDTHS[0] * WIDTHS[1]
     ours = compiled(*chain_step("linen", jnp.float32, "exact")).memory_analysis()
     materialised = compiled(*materialised_step()).memory_analysis()
     assert ours.temp_size_in_bytes < kernel_bytes < materialised.temp_size_in_bytes

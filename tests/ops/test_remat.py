@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 import dora_jax as dora
+from dora_jax.ops import cheap_ways_alone
 from tests.support import reference
 from tests.support.models import inputs, linen_variables, random_adapters
 
@@ -88,7 +89,8 @@ FRONT_ENDS = pytest.mark.parametrize("make", [linen_loss, nnx_loss])
 def products_with_kernels(make, *args) -> int:
     """Returns how many products of a whole batch with a frozen kernel a gradient makes."""
     loss, adapters = make(*args)
-    text = jax.jit(jax.grad(loss)).lower(adapters).as_text()
+    with cheap_ways_alone():  # the exact ways form a small kernel whole
+        text = jax.jit(jax.grad(loss)).lower(adapters).as_text()
     shapes = {f"tensor<5x{a}xf32>, tensor<{a}x{b}xf32>" for a, b in [(8, 16), (16, 8)]}
     lines = [line for line in text.splitlines() if "dot_general" in line]
     return sum(any(shape in line for shape in shapes) for line in lines)
