@@ -46,7 +46,7 @@ def select_layers(
     reasons = {".".join(path): why for path, why in (unsupported or {}).items()}
     saved = match_modules(config.modules_to_save, all_names, "modules_to_save")
     excluded = _match(config.exclude_modules, all_names, "exclude_modules", all_names)
-    chosen, all_linear = _all_linear_apart(config.target_modules)
+    chosen, all_linear = all_linear_apart(config.target_modules)
     targets = _match(chosen, {*names, *reasons}, "target_modules", all_names)
     if all_linear:
         targets |= {n for n, path in names.items() if layers[path]}
@@ -82,7 +82,7 @@ def _check_shadowed(field: str, patterns: Mapping[str, float], names: Iterable[s
             )
 
 
-def _all_linear_apart(
+def all_linear_apart(
     targets: str | Sequence[str],
 ) -> tuple[str | tuple[str, ...], bool]:
     """Returns the targets without "all-linear", and whether it was among them."""
@@ -192,7 +192,7 @@ def _targets(config: DoRAConfig, name: str, is_dense: bool) -> bool:
     inside = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
     if _names_any(config.exclude_modules, inside) or _names_any(config.modules_to_save, inside):
         return False
-    chosen, all_linear = _all_linear_apart(config.target_modules)
+    chosen, all_linear = all_linear_apart(config.target_modules)
     return (all_linear and is_dense) or _names_any(chosen, [name])
 
 

@@ -7,9 +7,9 @@ studies have in common are trained once, and the same command goes on where it s
 
 Studies: methods (full fine-tuning, LoRA, DoRA, the magnitude alone), components (parts of DoRA),
 ranks (LoRA and DoRA from 1 to 64), half-ranks (DoRA at half the rank of LoRA), magnitude (its
-learning rate and decay), eps, layers (attention, MLP or all), batch, initialisations. The task is
-sarcasm in headlines, which is downloaded, or one of GLUE, whose published files are given with
---data.
+learning rate and decay), eps, layers (attention, MLP or all), batch, bases (kernels as they are,
+int8, nf4), initialisations. The task is sarcasm in headlines, which is downloaded, or one of GLUE,
+whose published files are given with --data.
 
 Examples:
     python -m experiments.ablation --studies components --dry-run
@@ -51,8 +51,8 @@ from experiments.trainer.settings import SettingsError, TrainerSettings
 class Config:
     """Compare settings of DoRA on one task."""
 
-    # Any of methods, components, ranks, half-ranks, magnitude, eps, layers, batch, initialisations;
-    # own is that of --sweep.
+    # Any of methods, components, ranks, half-ranks, magnitude, eps, layers, batch, bases,
+    # initialisations; own is that of --sweep.
     studies: tuple[str, ...] = ("components",)
     # Values to try, as FIELD=VALUES: of learning_rate for all studies, of others for own. A range
     # is LOW..HIGH:COUNT.

@@ -17,6 +17,7 @@ Examples:
     python -m experiments.commonsense --data dataset --dry-run
     python -m experiments.commonsense --data dataset
     python -m experiments.commonsense --data dataset --seeds 1 --learning-rates 6e-4
+    python -m experiments.commonsense --data dataset --base nf4
     python -m experiments.commonsense --data dataset --preset llama-7b --rank 32 \
         --checkpoint llama-7b-hf --mesh fsdp=16 --dtype bfloat16 --remat save_scaled
 """
@@ -31,6 +32,7 @@ from typing import Any, Literal
 import tyro
 from tokenizers import Tokenizer
 
+import dora_jax as dora
 from experiments.language.experiment import Design, Experiment
 from experiments.language.material import CommonsenseRows, load_material
 from experiments.language.plan import plan_text
@@ -72,6 +74,8 @@ class Config:
     evaluation: Literal["generation", "likelihood"] | None = None
     # Rank of the adapters; alpha is twice the rank.
     rank: int = 16
+    # What the linear kernels lie in: as they are, or quantised (QDoRA).
+    base: Literal["float", "nf4", "int4", "int8", "fp8"] = "float"
 
     # Peak learning rates that every method tries.
     learning_rates: tuple[float, ...] | None = None
@@ -172,12 +176,15 @@ class Config:
             "epochs": preset.epochs,
             "train_examples": rows,
         }
+        if self.base != "float":
+            about["base"] = self.base
         if preset.evaluation is not None:
             about["evaluation"] = preset.evaluation
+        suffix = "" if self.base == "float" else f"_{self.base}"
         for split, tasks in splits.items():
             about[f"{split}_examples"] = {task: len(tasks[task]) for task in tasks}
         return Design(
-            folder=self.run_folder / "commonsense" / self.task,
+            folder=self.run_folder / "commonsense" / f"{self.task}{suffix}",
             methods=self.methods,
             rates=self.rates,
             choosing_seeds=preset.choosing_seeds,
@@ -198,6 +205,8 @@ def run(config: Config) -> None:
     with alone_in(design.folder):
         switches = config.trainer.switches(load_llama)
         base = load_llama(folder, scan_layers=True, **switches)
+        if config.base != "float":
+            base = dora.quantize(base, config.base, target_modules="all-linear")
 
         def report() -> None:
             text = table(design.folder, TITLES)

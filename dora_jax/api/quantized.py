@@ -71,8 +71,8 @@ def quantize(
       params: Linen: the module's `params` collection.
       inputs: arguments of an example call, which is traced, not run. Needed for Linen; NNX needs it
         for layers whose equation is given with each call.
-      target_modules: names of layers, as in `DoRAConfig`; None for every layer with a kernel, the
-        embeddings included.
+      target_modules: names of layers or "all-linear", as in `DoRAConfig`; None for every layer with
+        a kernel, the embeddings included.
       exclude_modules: names of layers, or of modules that hold them, to leave as they are.
       principal_rank: 0, or the rank of the adapters, to quantise each kernel without its directions
         of the largest singular values (QPiSSA, arXiv 2404.02948). The model is whole again once it

@@ -13,7 +13,7 @@ from dora_jax.decomposition.quantize import Quantization, quantize_kernel
 from dora_jax.decomposition.quantized import QuantizedKernel, is_abstract
 from dora_jax.errors import AdapterError, Path, layer_name
 from dora_jax.layers.layout import Layout
-from dora_jax.selection import match_modules
+from dora_jax.selection import all_linear_apart, match_modules
 
 ADAPTED = (
     "the model is adapted already: quantise first, then apply_dora; the adapter belongs to the "
@@ -27,7 +27,8 @@ class Chosen(NamedTuple):
 
     Attributes:
       quantization: how.
-      targets: names of layers, as in `DoRAConfig.target_modules`; None for all with a kernel.
+      targets: names of layers or "all-linear", as in `DoRAConfig.target_modules`; None for all
+        with a kernel.
       exclude: names of layers, or of modules that hold them, to leave as they are.
       principal_rank: how many directions of the largest singular values each kernel loses first.
     """
@@ -37,11 +38,17 @@ class Chosen(NamedTuple):
     exclude: Patterns
     principal_rank: int = 0
 
-    def paths(self, kernels: Mapping[Path, Any], modules: Iterable[Path]) -> list[Path]:
+    def paths(
+        self,
+        kernels: Mapping[Path, Any],
+        layouts: Mapping[Path, Layout],
+        modules: Iterable[Path],
+    ) -> list[Path]:
         """Returns the paths of the layers to quantise; those that are quantised stay so.
 
         Args:
           kernels: the kernel of each layer whose layout is known.
+          layouts: the layout of each.
           modules: the path of every module.
 
         Raises:
@@ -51,7 +58,10 @@ class Chosen(NamedTuple):
         by_name = {".".join(path): path for path in kernels}
         names = set(by_name)
         if self.targets is not None:
-            names = match_modules(self.targets, by_name, "target_modules")
+            targets, all_linear = all_linear_apart(self.targets)
+            names = match_modules(targets, by_name, "target_modules") if targets else set()
+            if all_linear:
+                names |= {name for name, path in by_name.items() if layouts[path].all_linear}
         if self.exclude:
             every = {".".join(path) for path in modules} | set(by_name)
             left_out = match_modules(self.exclude, every, "exclude_modules")

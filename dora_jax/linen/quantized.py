@@ -41,7 +41,8 @@ def quantize(
         path: unboxed(get_in(params, (*path, layer.layout.kernel)))
         for path, layer in trace.layers.items()
     }
-    paths = chosen.paths(kernels, trace.modules)
+    layouts = {path: layer.layout for path, layer in trace.layers.items()}
+    paths = chosen.paths(kernels, layouts, trace.modules)
     result: Any = params
     for path, stored in stored_traces(module, params, call, trace, paths).items():
         layout = stored.traced.layout

@@ -40,7 +40,8 @@ def quantize(model: M, chosen: Chosen, inputs: Sequence[Any] | None) -> M:
         check_not_intercepted(path, type(module))
     layers = {p: (m, layout) for p, m in modules.items() if (layout := find_layout(type(m)))}
     kernels = {path: _kernel(path, *layers[path]) for path in layers}
-    paths = chosen.paths({p: kernel.get_value() for p, kernel in kernels.items()}, modules)
+    values = {path: kernel.get_value() for path, kernel in kernels.items()}
+    paths = chosen.paths(values, {path: layout for path, (_, layout) in layers.items()}, modules)
     axes = _axes(model, {path: layers[path] for path in paths}, inputs)
     for path in paths:
         value = kernels[path].get_value()

@@ -253,7 +253,7 @@ def compile_for(
         options: Compiler options.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    frozen_spec = _fsdp if sharding == "fsdp" else lambda leaf, mesh: everywhere
+    frozen_spec = fsdp_sharding if sharding == "fsdp" else lambda leaf, mesh: everywhere
 
     def place(tree: Any, spec: Callable[[Any, Mesh], NamedSharding]) -> Any:
         return jax.tree.map(
@@ -293,7 +293,7 @@ def no_compilation_cache() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", enabled)
 
 
-def _fsdp(leaf: Any, mesh: Mesh) -> NamedSharding:
+def fsdp_sharding(leaf: Any, mesh: Mesh) -> NamedSharding:
     """Divides large matrices along their last axis if its length allows; others are replicated."""
     large = leaf.ndim >= 2 and leaf.size >= 2**20 and leaf.shape[-1] % mesh.size == 0
     spec = (*(None,) * (leaf.ndim - 1), "data") if large else ()

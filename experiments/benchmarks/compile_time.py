@@ -8,7 +8,8 @@ quiet machine.
 Examples:
     python -m experiments.benchmarks.compile_time
     python -m experiments.benchmarks.compile_time --layers 6 --methods lora dora dora-detached
-    python -m experiments.benchmarks.compile_time --case llama-7b --scan-layers --target v5e:4x4
+    python -m experiments.benchmarks.compile_time --case llama-7b --scan-layers --target v5e:4x4 \
+        --tokens 2048 --rank 32
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.benchmarks.ahead_of_time import no_compilation_cache, target_mesh
+from experiments.benchmarks.ahead_of_time import fsdp_sharding, no_compilation_cache, target_mesh
 from experiments.benchmarks.cases import LLAMA_7B, SMOLLM2_135M, Case, llama
 from experiments.benchmarks.steps import METHODS, make_program
 from experiments.benchmarks.timing import Times
@@ -45,11 +47,12 @@ class Config:
     scan_layers: bool = False
     # Rank of the adapters.
     rank: int = 16
-    # Tokens of the batch.
+    # Tokens of a text.
     tokens: int = 256
     # The methods; the first is what others are divided by.
     methods: tuple[str, ...] = ("lora", "dora")
-    # cpu, or a TPU topology such as v5e:4x4, for which libtpu compiles without one.
+    # cpu, or a TPU topology such as v5e:4x4, for which libtpu compiles without one. Kernels are cut
+    # over its devices, which have a text each.
     target: str = "cpu"
     # Turns of each method.
     rounds: int = 3
@@ -83,7 +86,8 @@ class Turn:
 
 def measure(config: Config) -> dict[str, dict[str, Any]]:
     """Returns the figures of each method: seconds by round, medians, ratios to the first."""
-    case, mesh = _case(config), target_mesh(config.target)
+    mesh = target_mesh(config.target)
+    case = _case(config, mesh.size)
     turns: dict[str, list[Turn]] = {name: [] for name in config.methods}
     for number in range(config.rounds):
         for name in config.methods if number % 2 == 0 else reversed(config.methods):
@@ -109,26 +113,36 @@ def _total(turns: Sequence[Turn]) -> Times:
     return Times(tuple(turn.trace + turn.compile for turn in turns))
 
 
-def _case(config: Config) -> Case:
+def _case(config: Config, devices: int) -> Case:
+    """Returns the model in float32 on one device, in bfloat16 and rematerialised on several."""
     shape = MODELS[config.case]
     if config.layers is not None:
         shape = dataclasses.replace(shape, num_hidden_layers=config.layers)
     return llama(
-        shape=shape, length=config.tokens, rank=config.rank, scan_layers=config.scan_layers
+        shape=shape,
+        texts=devices,
+        length=config.tokens,
+        rank=config.rank,
+        dtype=jnp.float32 if devices == 1 else jnp.bfloat16,
+        scan_layers=config.scan_layers,
+        remat=devices > 1,
     )
 
 
 def _turn(case: Case, method: str, mesh: Any) -> Turn:
     """Traces and compiles the step of a method, as if it were the first in the process."""
     program = make_program(METHODS[method], case.abstract(), case.adapter, case.loss)
-    everywhere = NamedSharding(mesh, PartitionSpec())
     arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
-        (program.trainable, program.frozen, program.opt_state, case.batch),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=fsdp_sharding(x, mesh)),
+        (program.trainable, program.frozen, program.opt_state),
+    )
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), case.batch
     )
     jax.clear_caches()
     start = time.perf_counter()
-    lowered = jax.jit(program.step).lower(*arguments)
+    lowered = jax.jit(program.step).lower(*arguments, batch)
     traced = time.perf_counter()
     operations = lowered.as_text().count(" = ")
     begin = time.perf_counter()

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     Switches = tuple[tuple[str, Any], ...]
 
 
+BASES = ("float", "nf4", "int4", "int8", "fp8")
+"""What adapted kernels may lie in."""
+
+
 class MembersError(ValueError):
     """Members that cannot be trained, or not in one program."""
 
@@ -40,6 +44,8 @@ class Member:
         magnitude_lr_ratio: Learning rate of the magnitude over `learning_rate`.
         magnitude_weight_decay: Decoupled decay of magnitudes.
         batch_size: Examples in a step.
+        base: What the adapted kernels lie in: `"float"` as they are, or a format of
+            `dora_jax.quantize`.
         switches: Further fields of `DoRAConfig`, as pairs.
 
     Example:
@@ -55,12 +61,17 @@ class Member:
     magnitude_lr_ratio: float = 3.0
     magnitude_weight_decay: float = 0.0
     batch_size: int = 32
+    base: str = "float"
     switches: Switches = ()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise MembersError(f"unknown method {self.method!r}: choose from {list(METHODS)}")
+        if self.base not in BASES:
+            raise MembersError(f"unknown base {self.base!r}: choose from {list(BASES)}")
         fixed = METHODS[self.method].switches
+        if fixed is None and self.base != "float":
+            raise MembersError(f"{self.method} trains the kernels: they cannot be {self.base}")
         if fixed is None or fixed.get("rank") == 0:
             object.__setattr__(self, "rank", 0)
             object.__setattr__(self, "alpha", 0.0)
@@ -84,6 +95,8 @@ class Member:
         for field in other:
             if (value := getattr(self, field)) != getattr(usual, field):
                 name += f"_{field.replace('_', '-')}-{value:g}"
+        if self.base != usual.base:
+            name += f"_base-{self.base}"
         if self.rank and self.alpha / self.rank != usual.alpha / usual.rank:
             name += f"_alpha-{self.alpha:g}"
         for field, value in self.switches:
@@ -92,8 +105,10 @@ class Member:
         return "".join(c if c.isalnum() or c in "._+-" else "+" for c in name)
 
     def settings(self) -> dict[str, Any]:
-        """Returns the fields as `config.json` has them."""
+        """Returns the fields as `config.json` has them, `base` only where it is quantised."""
         fields = dataclasses.asdict(self)
+        if self.base == "float":
+            del fields["base"]
         return fields | dict(fields.pop("switches"))
 
     def config(self, task: SweepTask) -> dora.DoRAConfig | None:
@@ -103,6 +118,11 @@ class Member:
         return self.kind.config(
             self.rank, self.alpha or 1.0, {**task.fields, **dict(self.switches)}
         )
+
+    def targets(self, task: SweepTask) -> Any:
+        """Returns which layers are adapted, as `target_modules` has them."""
+        config = self.config(task)
+        return None if config is None else config.target_modules
 
     def family(self, task: SweepTask) -> Member:
         """Returns the same member for all that one program can train together.
@@ -144,8 +164,16 @@ class Parts(NamedTuple):
 
 def build(task: SweepTask, member: Member) -> Parts:
     """Returns the model of a member at its start, in train mode."""
+    model = task.model(member.seed)
+    if member.base != "float":
+        model = dora.quantize(
+            model,
+            member.base,
+            target_modules=member.targets(task),
+            exclude_modules=task.fields.get("modules_to_save", ()),
+        )
     model = member.kind.adapt(
-        task.model(member.seed),
+        model,
         rank=member.rank,
         alpha=member.alpha or 1.0,
         seed=1000 + member.seed,

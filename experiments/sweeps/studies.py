@@ -100,6 +100,10 @@ STUDIES = {
         ),
     ),
     "batch": Study("Batch size", ({"method": _BOTH, "batch_size": (8, 32, 128)},)),
+    "bases": Study(
+        "Quantised kernels under LoRA and DoRA",
+        ({"method": _BOTH, "base": ("float", "int8", "nf4")},),
+    ),
     "initialisations": Study(
         "How the factors start",
         ({"init": ("kaiming_uniform", "gaussian", "orthogonal", "pissa", "olora")},),

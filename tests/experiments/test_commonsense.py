@@ -178,3 +178,18 @@ def test_what_cannot_be_run_is_refused(files):
         Config(data=data, evaluation="generation")
     with pytest.raises(SystemExit, match="give --learning-rates"):
         Config(data=data, rank=64)
+
+
+@pytest.mark.full
+def test_a_quantised_base_has_runs_of_its_own(config, tmp_path):
+    changes = {"base": "int8", "learning_rates": (1e-2,), "seeds": 1, "run_folder": tmp_path}
+    quantized = dataclasses.replace(config, **changes)
+    commonsense.run(quantized)
+    folder = quantized.design().folder
+    assert folder.name.endswith("_int8")
+    losses = {}
+    for path in folder.glob("*/test.json"):
+        losses[path.parent.name] = json.loads(path.read_text())["loss"]
+        assert json.loads(path.with_name("config.json").read_text())["base"] == "int8"
+    assert losses.keys() == {"base_r0_lr-0_seed-0", "dora_r2_lr-0.01_seed-0"}
+    assert len(set(losses.values())) == 2

@@ -153,6 +153,30 @@ def test_quantising_after_adapting_is_refused_and_so_is_training_codes():
 
 
 @pytest.mark.parametrize("front_end", ["nnx", "linen"])
+def test_all_linear_are_the_layers_that_apply_dora_adapts(front_end):
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, ids):
+            return linen.Dense(8, name="up")(linen.Embed(64, 64, name="embed")(ids))
+
+    ids = jnp.zeros((2, 3), int)
+    if front_end == "nnx":
+        model = nnx.Dict(
+            embed=nnx.Embed(64, 64, rngs=nnx.Rngs(0)), up=nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+        )
+        found = dora.quantize(model, "nf4", target_modules="all-linear")
+        kernels = [found.embed.embedding.get_value(), found.up.kernel.get_value()]
+    else:
+        params = Model().init(jax.random.key(0), ids)["params"]
+        found = dora.quantize(
+            Model(), "nf4", params=params, inputs=(ids,), target_modules="all-linear"
+        )
+        kernels = [found["embed"]["embedding"], found["up"]["kernel"]]
+    assert isinstance(kernels[0], jax.Array)
+    assert not isinstance(kernels[1], jax.Array)
+
+
+@pytest.mark.parametrize("front_end", ["nnx", "linen"])
 def test_a_start_from_the_error_is_the_nearest_of_its_rank(front_end):
     kernel = jax.random.normal(jax.random.key(0), (96, 8))
     config, x = dora.DoRAConfig(rank=3), jax.random.normal(jax.random.key(1), (4, 96))

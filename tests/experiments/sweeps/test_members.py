@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dora_jax.decomposition import QuantizedKernel
 from experiments.sweeps.members import Member, MembersError, Stack
 from experiments.sweeps.program import Programs, Schedule
 from experiments.trainer.methods import METHODS
@@ -124,3 +125,27 @@ def test_a_base_that_depends_on_the_seed_is_refused():
     stack = Stack(task, MEMBERS)
     with pytest.raises(MembersError, match="frozen arrays of seeds 0 and 1 differ"):
         stack.start(MEMBERS[:2])
+
+
+def test_members_on_a_quantised_base_share_its_codes():
+    quantized = [dataclasses.replace(m, base="int8", magnitude_lr_ratio=1.0) for m in MEMBERS[:2]]
+    programs, _, losses = together(quantized)
+    frozen = nnx.to_flat_state(programs.stack.parts.frozen)
+    codes = {path for path, x in frozen if isinstance(x.get_value(), QuantizedKernel)}
+    assert len(codes) == len({path[:-1] for path, _ in adapters_of(programs)})
+    _, _, plain = together([dataclasses.replace(m, base="float") for m in quantized])
+    assert 0 < np.abs(losses - plain).max() < 0.05
+
+
+def adapters_of(programs):
+    parts = nnx.to_flat_state(programs.stack.parts.trained)
+    return [(path, x) for path, x in parts if path[-1] == "lora_a"]
+
+
+def test_a_base_is_named_in_the_folder_and_cannot_be_trained():
+    assert Member(base="nf4", rank=4, alpha=8.0).name() == "dora_r4_lr-0.001_seed-0_base-nf4"
+    assert "base" not in Member().settings()
+    with pytest.raises(MembersError, match="full trains the kernels"):
+        Member(method="full", base="nf4")
+    with pytest.raises(MembersError, match="unknown base 'int3'"):
+        Member(base="int3")
