@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dora_jax.decomposition.product import KernelProduct
@@ -37,8 +38,11 @@ class Block(NamedTuple):
       seen: how many of each part are in the block before, too.
     """
 
-    start: Array
-    seen: Array
+    start: Array | np.int32
+    seen: Array | np.int32
+
+
+_FIRST = Block(np.int32(0), np.int32(0))
 
 
 class Columns(NamedTuple):
@@ -94,7 +98,7 @@ class Columns(NamedTuple):
     def each(self, step: Callable[[Block, Any], Any], carry: Any) -> Any:
         """Runs `carry = step(block, carry)` for each block; the last may overlap the one before."""
         if self.is_whole:
-            return step(Block(jnp.int32(0), jnp.int32(0)), carry)
+            return step(_FIRST, carry)
         size = self.size // self.parts
 
         def at(i: Array, carry: Any) -> Any:
@@ -157,6 +161,12 @@ class Columns(NamedTuple):
         everywhere = 1 + jnp.arange(math.prod(shape))  # 0 is a column that an earlier block had
         own = self.take_along(everywhere.reshape(shape), block, self.axis, new=True)
         return (own.reshape(-1, 1) == everywhere).astype(self.product.wide).reshape(-1, *shape)
+
+    def whole(
+        self, kernel: Kernel, lora_a: Array, lora_b: Array
+    ) -> Float[Array, "*stack *in *out"]:
+        """Returns `V`, where it is one block."""
+        return self.direction(_FIRST, kernel, lora_a, lora_b)
 
     def direction(
         self, block: Block, kernel: Kernel, lora_a: Array, lora_b: Array

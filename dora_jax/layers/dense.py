@@ -52,6 +52,11 @@ class DenseLayout(Layout):
             not _has_own_product(layer) and getattr(layer, "preferred_element_type", None) is None
         )
 
+    def matrix_product(self, call: LayerCall, kernel: Array) -> Array:
+        """Returns `x W`."""
+        x = call.arguments[self.inputs].astype(kernel.dtype)
+        return down_projection(x, kernel, precision=call.layer.precision)
+
     def low_rank(self, call: LayerCall, branch: LowRank) -> Array:
         """Returns `s (x A) B`."""
         a, b = branch.factors()

@@ -68,6 +68,9 @@ def exact_output(
     def output(kernel: Kernel, a: Array, b: Array, *arrays: Array) -> Array:
         own = dataclasses.replace(call, arguments=arguments_of(arrays), kernel=kernel, bias=None)
         columns = Columns.of(product, branch.scaling, kernel, b)
+        if columns.is_whole and layout.is_matrix_product(call.layer):
+            v = columns.whole(kernel, a, b)
+            return layout.matrix_product(own, v.astype(branch.dtype)).astype(like.dtype)
         leading = a.shape[:-1]
 
         def step(at: Block, total: Array) -> Array:

@@ -181,6 +181,10 @@ class Layout:
         """Returns whether a layer computes `inputs @ kernel`, in the dtype of both, and no more."""
         return False
 
+    def matrix_product(self, call: LayerCall, kernel: Array) -> Array:
+        """Returns `inputs @ kernel` in the kernel's dtype; `is_matrix_product` is true."""
+        raise NotImplementedError
+
     @property
     def read_elsewhere(self) -> str:
         """Why a layer cannot be adapted whose kernel the model uses outside of it, with the fix."""

@@ -171,7 +171,8 @@ def _cotangents_on_cpu(g: Array, y: Array, scale: Array) -> tuple[Array, Array]:
     factor = scale.reshape(features).astype(wide)
     by_h = factor * rows
     # Divided twice: once for `h = y / c`, once for the factor that `by_h` has already.
-    by_scale = divide_or_zero(divide_or_zero(jnp.sum(by_h * y_rows, 0), factor), factor)
+    safe = jnp.where(factor == 0, 1, factor)
+    by_scale = jnp.where(factor == 0, 0, jnp.sum(by_h * y_rows, 0) / safe / safe)
     by_scale = by_scale.astype(scale.dtype).reshape(scale.shape)
     return by_h.astype(y.dtype).reshape(y.shape), by_scale
 

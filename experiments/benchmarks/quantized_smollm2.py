@@ -59,9 +59,9 @@ def measure(config: Config, shape: LlamaConfig = SMOLLM2_135M) -> dict[str, dict
     for base in config.bases:
         calls[base], rows[base] = _step(case, base)
     times = time_in_turn(calls, rounds=config.rounds)
-    for base, row in rows.items():
-        ratio = times[base].over(times[config.bases[0]])
-        row |= time_columns(times[base])
+    for name, row in rows.items():
+        ratio = times[name].over(times[config.bases[0]])
+        row |= time_columns(times[name])
         row |= {"ratio": ratio.median, "ratio_quartiles": ratio.quartiles}
     return rows
 
