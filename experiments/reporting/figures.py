@@ -80,10 +80,10 @@ def plot_scores(variants: Sequence[Variant], file: Path) -> None:
     """Draws the score of each method with its interval over seeds, with a panel for each task.
 
     Args:
-        variants: Of one experiment; the ones of the most usual settings are drawn.
+        variants: Of one experiment; the ones of the most usual settings are drawn, and the base.
         file: The PNG to write.
     """
-    drawn = _usual(variants)
+    drawn = [*_usual(variants), *(v for v in variants if not v.is_trained)]
     titles = list(dict.fromkeys(variant.title for variant in drawn))
     figure, panels = _panel_a_task(drawn, sharey=True, height=1.1 + 0.22 * len(titles))
     for task, panel in panels.items():
@@ -96,11 +96,19 @@ def plot_scores(variants: Sequence[Variant], file: Path) -> None:
             spread = [[score.value - score.low], [score.high - score.value]]
             bar: dict[str, Any] = {"xerr": spread} if score.known else {}
             panel.errorbar(score.value, at, fmt=marker, color=colour, capsize=3, ms=6, **bar)
+        _widen(panel)
         split = "test" if of_task[0].is_tested else "validation"
         style.finish(panel, title=f"{task}, {split}", xlabel=f"{of_task[0].metric} (× 100)")
         panel.set_yticks(range(len(titles)), titles)
         panel.set_ylim(len(titles) - 0.5, -0.5)
     style.save(figure, file)
+
+
+def _widen(panel: Axes, least: float = 2.0) -> None:
+    """Makes the x axis of a panel at least so long: a difference that is nothing must look so."""
+    low, high = panel.get_xlim()
+    more = max(0.0, least - (high - low)) / 2
+    panel.set_xlim(low - more, high + more)
 
 
 def _power(x: float) -> str:

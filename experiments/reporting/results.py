@@ -104,10 +104,14 @@ def halves(table: Table) -> tuple[Table, Table]:
 
 
 def metrics_table(found: Sequence[Variant]) -> Table | None:
-    """Returns the means of all test metrics beside the one that selects; None if there are none."""
+    """Returns the means of all test metrics beside the one that selects; None if there are none.
+
+    Losses are left out: they are no shares.
+    """
     runs = [run for variant in found for run in variant.final.values()]
-    known = {"examples", "loss", *(run.metric for run in runs)}
-    names = [n for n in dict.fromkeys(n for run in runs for n in run.test or {}) if n not in known]
+    known = {"examples", *(run.metric for run in runs)}
+    names = list(dict.fromkeys(name for run in runs for name in run.test or {}))
+    names = [n for n in names if n not in known and n.rpartition("/")[2] != "loss"]
     if not names:
         return None
     rows = []
