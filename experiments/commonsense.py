@@ -46,7 +46,7 @@ from experiments.planning.models import MODELS
 from experiments.tasks.commonsense import TASKS
 from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.memory import keep_freed_memory
-from experiments.trainer.methods import METHODS
+from experiments.trainer.methods import METHODS, Base
 from experiments.trainer.run_folder import alone_in, write_whole
 from experiments.trainer.settings import TrainerSettings
 
@@ -75,7 +75,7 @@ class Config:
     # Rank of the adapters; alpha is twice the rank.
     rank: int = 16
     # What the linear kernels lie in: as they are, or quantised (QDoRA).
-    base: Literal["float", "nf4", "int4", "int8", "fp8"] = "float"
+    base: Base = "float"
 
     # Peak learning rates that every method tries.
     learning_rates: tuple[float, ...] | None = None

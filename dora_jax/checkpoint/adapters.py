@@ -30,15 +30,12 @@ from dora_jax.model import (
 from dora_jax.selection import match_modules
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     import jax
     from flax import linen, nnx
 
+    from dora_jax.checkpoint.saved import Folder
     from dora_jax.linen import DoRAModel, ExampleCall
     from dora_jax.nnx.variables import M
-
-    Folder = str | PathLike[str]
 
 
 @overload

@@ -1,4 +1,4 @@
-"""`V = W0 + s A B` a few columns at a time."""
+"""`V = W0 + s A B` a few columns at a time, a small one whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # rule.
 _PARTS = 64
 # A `V` of at most so many entries (4 MB) is formed whole. A loop over its blocks would be compiled
-# for each layer, forward and backward: that of SmolLM2's step took twice as long.
+# for each layer, forward and backward: four layers of SmolLM2 took 7.1 s, and 6.3 without loops.
 _WHOLE = 2**20
 
 

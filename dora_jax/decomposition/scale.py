@@ -1,6 +1,6 @@
 """The scale of an adapted layer: `c = m / n`, with the norm `n = ||W0 + s A B||`.
 
-The norm comes from the factors, so no array as large as the kernel is formed.
+The norm comes from the factors, so no array as large as the kernel is formed as a rule.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What an adapted layer computes: the plain layer's output, its low rank, and the scale."""
+"""An adapted layer and its calls: what is checked and known before `output` computes.
+
+Here are also calls of `attend`, and meshes of explicit axes.
+"""
 
 from __future__ import annotations
 

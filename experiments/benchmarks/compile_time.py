@@ -15,6 +15,7 @@ Examples:
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ def _turn(case: Case, method: str, mesh: Any) -> Turn:
     start = time.perf_counter()
     lowered = jax.jit(program.step).lower(*arguments, batch)
     traced = time.perf_counter()
-    operations = lowered.as_text().count(" = ")
+    operations = len(re.findall(r"^ *%\S+ = ", lowered.as_text(), re.MULTILINE))
     begin = time.perf_counter()
     with no_compilation_cache():
         lowered.compile()

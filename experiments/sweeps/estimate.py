@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import jax
 
-from experiments.sweeps.members import Member, Stack
+from experiments.sweeps.members import Member
 from experiments.sweeps.program import Programs, Schedule
+from experiments.sweeps.stack import Stack
 from experiments.sweeps.task import Batch, SweepTask
 from experiments.trainer.progress import tokens_in
 

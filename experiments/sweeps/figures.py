@@ -34,8 +34,9 @@ from experiments.benchmarks.ahead_of_time import WITHOUT_VMEM_PREFETCH, target_m
 from experiments.benchmarks.cases import LLAMA_7B, BlocksShape, Case, bert, blocks
 from experiments.benchmarks.device_runs import compiled_figures
 from experiments.benchmarks.timing import time_in_turn
-from experiments.sweeps.members import Member, Stack
+from experiments.sweeps.members import Member
 from experiments.sweeps.program import Programs, Schedule
+from experiments.sweeps.stack import Stack
 from experiments.sweeps.task import Batch, Scores, Split
 from experiments.trainer.command_line import in_one_line, settings
 from experiments.trainer.memory import keep_freed_memory

@@ -13,7 +13,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.sweeps.members import Member, Stack, scale_lora_b, stack_batches
+from experiments.sweeps.members import Member
+from experiments.sweeps.stack import Stack, scale_lora_b, stack_batches
 from experiments.sweeps.task import Batch
 from experiments.trainer.step import Gradient, squares_of
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.sweeps.chunk import Chunk, Runs
-from experiments.sweeps.members import Member, Stack
+from experiments.sweeps.members import Member
 from experiments.sweeps.program import Programs, Schedule
 from experiments.sweeps.saved import load_arrays
+from experiments.sweeps.stack import Stack
 from experiments.sweeps.task import SweepTask
 from experiments.trainer.run_folder import finished_run, write_whole
 from experiments.trainer.settings import SettingsError, TrainerSettings

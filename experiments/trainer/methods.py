@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import optax
 from flax import nnx
@@ -14,6 +14,9 @@ import dora_jax as dora
 M = TypeVar("M", bound=nnx.Module)
 
 HEAD = "classifier"
+
+Base = Literal["float", "nf4", "int4", "int8", "fp8"]
+"""What the kernels of a base lie in: as they are, or a format of `dora_jax.quantize`."""
 
 
 @dataclasses.dataclass(frozen=True)

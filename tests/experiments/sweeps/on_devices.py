@@ -5,8 +5,9 @@ import json
 import jax
 import numpy as np
 
-from experiments.sweeps.members import Member, Stack
+from experiments.sweeps.members import Member
 from experiments.sweeps.program import Programs, Schedule
+from experiments.sweeps.stack import Stack
 from tests.experiments.sweeps.tiny_sweep import tiny_sweep_task
 
 STEPS = 3

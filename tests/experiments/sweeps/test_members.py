@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from dora_jax.decomposition import QuantizedKernel
-from experiments.sweeps.members import Member, MembersError, Stack
+from experiments.sweeps.members import Member, MembersError
 from experiments.sweeps.program import Programs, Schedule
+from experiments.sweeps.stack import Stack
 from experiments.trainer.methods import METHODS
 from experiments.trainer.step import TrainStep
 from tests.experiments.sweeps.tiny_sweep import tiny_sweep_task
